@@ -1,0 +1,424 @@
+"""Everything that `imgcls_fast.*` offers in Python; the command line calls the same functions.
+
+Data may be a folder, a CSV or JSONL table, a zip or tar; a run may be its path, its name in the folder of runs, a Run,
+or None for the last one. Heavy libraries are imported when a function is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .core import env
+from .core.errors import ConfigError, DataError
+from .core.run import Run, find_run
+from .core.run import list_runs as _all_runs
+
+if TYPE_CHECKING:
+    from .core.config import RunConfig
+    from .engines.predictor import Predictor as _Predictor
+    from .evaluation.metrics import Metrics
+
+RunLike = Run | str | Path | None
+
+
+def train(
+    data: str | Path | None = None,
+    *,
+    resume: RunLike = None,
+    config: Path | None = None,
+    preset: str | None = None,
+    sets: Sequence[str] = (),
+    overrides: dict[str, Any] | None = None,
+    sinks: Sequence[Callable[[dict[str, Any]], Any]] = (),
+    command: Sequence[str] | None = None,
+    **settings: Any,
+) -> Run:
+    """Train a classifier from images to a judged bundle and a report; or continue a run.
+
+    Args:
+        data: the images; None: the embedded handwritten digits.
+        resume: a run to continue instead ("last" for the last one).
+        config: YAML file with the sections of RunConfig.
+        preset: name of a shipped preset.
+        sets: "section.field=value" strings.
+        overrides: dotted setting names to values.
+        sinks: callables that receive the events of training.
+        command: the command line, stored in env.json.
+        settings: flags by their Python names: `model="resnet50", epochs=10, batch_size=64, img_size=224`.
+
+    Returns:
+        The finished run.
+
+    Raises:
+        ImgclsError: with a code, the cause and what to do; Interrupted after a signal, with the work saved.
+    """
+    from .training import session
+
+    changes = _overrides(overrides, settings)
+    if resume is not None:
+        changes |= _from_sets(sets)
+        return session.resume(_run(resume), changes, sinks)
+    return session.start(_config(data, config, preset, sets, changes), sinks, command)
+
+
+def plan(
+    data: str | Path | None = None,
+    *,
+    config: Path | None = None,
+    preset: str | None = None,
+    sets: Sequence[str] = (),
+    overrides: dict[str, Any] | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """What `train` would do, with measured estimates of memory (MB) and time (s); trains nothing.
+
+    Returns:
+        rows of (setting, value, reason), parameters, memory_mb, seconds_per_epoch, epochs, device, data, config.
+
+    Raises:
+        ImgclsError: as `train`.
+    """
+    from .training import session
+
+    return session.dry_run(_config(data, config, preset, sets, _overrides(overrides, settings)))
+
+
+def evaluate(
+    run: RunLike = None,
+    data: str | Path | None = None,
+    *,
+    split: str = "test",
+    runtime: str = "torch",
+    batch_size: int | None = None,
+    out: str | Path | None = None,
+) -> Metrics:
+    """Judge a run on one of its own splits, or on other labelled images; each row counts exactly once.
+
+    Args:
+        data: other images, in any form that `train` takes; their classes must be classes of the model.
+        split: train, val or test; with `data`, all of its images are judged.
+        runtime: torch or onnx.
+        out: folder for metrics.json, per_class.csv, confusion.csv and predictions.csv.
+
+    Raises:
+        DataError: D001..D014; ModelError M004, M005; ExportError E001.
+    """
+    from .core.manifest import SPLITS
+    from .evaluation.metrics import judge
+    from .evaluation.report import write_evaluation
+    from .training.judging import run_engine, score_rows, usual_loader
+
+    found = _run(run)
+    if split not in SPLITS:
+        raise ConfigError("C003", f"split must be one of 'train', 'val', 'test', got {split!r}", try_="--split test")
+    device = _device()
+    engine, note = run_engine(found, runtime, device)
+    manifest, rows = _rows_to_judge(found, data, split, engine)
+    settings = found.config.evaluate
+    predictions = score_rows(
+        engine,
+        manifest,
+        rows,
+        batch_size=batch_size or int(settings.batch_size),
+        loader=usual_loader(engine.pixels, device),
+        workers=min(4, env.usable_cpus()),
+    )
+    engine.close()
+    metrics = judge(predictions, top_k=settings.top_k, bootstrap=settings.bootstrap, seed=found.config.train.seed)
+    if out is not None:
+        write_evaluation(Path(out), predictions, metrics, Path(out) / "plots")
+    _say(note)
+    return metrics
+
+
+def predict(
+    run: RunLike = None,
+    images: Sequence[Any] | str | Path = (),
+    *,
+    runtime: str = "torch",
+    top_k: int = 1,
+    batch_size: int | None = None,
+) -> list[dict[str, Any]]:
+    """Name the class of images.
+
+    Args:
+        images: files and folders (and bytes, Pillow images, arrays).
+
+    Returns:
+        One dict an image, in order: path, label, confidence and top (class, probability); or path and error.
+
+    Raises:
+        DataError: D001 for a path that does not exist, D002 when a folder holds no image.
+    """
+    listed: list[Any] = []
+    for image in [images] if isinstance(images, str | Path) else images:
+        listed += _files(image) if isinstance(image, str | Path) else [image]
+    predictor = Predictor(run, runtime=runtime, batch=batch_size or 32, top_k=top_k)
+    try:
+        return [answer.to_dict() for answer in predictor.stream(listed)]
+    finally:
+        predictor.close()
+
+
+def Predictor(run: RunLike = None, *, runtime: str = "torch", batch: int = 32, top_k: int = 1, device: str | None = None) -> _Predictor:  # noqa: N802
+    """A loaded model that answers about paths, bytes, Pillow images, arrays, lists and folders.
+
+    Args:
+        run: a run, or the folder of a bundle.
+        runtime: torch or onnx.
+        batch: images per forward pass.
+        top_k: classes in each answer.
+        device: of the torch runtime; None: a GPU if there is one.
+
+    Raises:
+        ModelError: M004, M005 without a usable model; ExportError E001 without an export for `runtime`.
+    """
+    from .core.bundle import read_bundle
+    from .engines.predictor import Predictor as Loaded
+    from .engines.runtimes import open_engine
+    from .training.judging import bundle_folder, run_engine
+
+    device = device or _device()
+    lone = bundle_folder(Path(run)) if isinstance(run, str | Path) and str(run) != "last" else None
+    if lone is not None:
+        engine: Any = open_engine(read_bundle(lone), runtime, device=device)
+    else:
+        engine, note = run_engine(_run(run), runtime, device)
+        _say(note)
+    return Loaded(engine, batch=batch, top_k=top_k, threads=min(8, env.usable_cpus()))
+
+
+def load_model(run: RunLike = None, *, runtime: str = "torch") -> _Predictor:
+    """The model of a run: `.predict(images)`, `.embed(images)`, `.classes`, `.preprocess(image)`. See `Predictor`."""
+    return Predictor(run, runtime=runtime)
+
+
+def export(run: RunLike = None, target: str = "onnx", *, opset: int | None = None, out: str | Path | None = None) -> dict[str, Any]:
+    """Write the model for another runtime, and compare it with the original on real images before it is called done.
+
+    Args:
+        target: onnx.
+        opset: ONNX operator set; None: the run's setting.
+        out: also copy the file there.
+
+    Returns:
+        path, images, same_top1, max_score_diff, opset, bytes and sha256.
+
+    Raises:
+        ConfigError: C003 for another target.
+        ExportError: E001; GateFailed E901 with the numbers when the exported model disagrees.
+    """
+    if target != "onnx":
+        raise ConfigError("C003", f"target must be 'onnx', got {target!r}", try_="imgcls-fast export RUN --onnx")
+    from .core.bundle import read_bundle
+    from .exporting.onnx_graph import export_onnx
+    from .training.judging import export_batches
+
+    found = _run(run)
+    bundle = read_bundle(found.bundle_path)
+    settings = found.config.export
+    batches = export_batches(bundle, found.manifest, settings.verify_images)
+    made = export_onnx(bundle, found.exports, batches, opset=opset or settings.opset, max_score_diff=settings.max_score_diff)
+    if out is not None:
+        from .core.files import write_whole
+
+        content = Path(made["path"]).read_bytes()
+        write_whole(Path(out), lambda file: file.write(content) and None)
+        made["copy"] = str(out)
+    return {"path": made["path"], **made["comparison"], **{k: made[k] for k in ("opset", "bytes", "sha256", "copy") if k in made}}
+
+
+def report(run: RunLike = None) -> Path:
+    """Write report.html of a run again, from its directory alone.
+
+    Raises:
+        UsageError: U003 when the run was not judged yet.
+    """
+    from .training.reporting import report_run
+
+    return report_run(_run(run))
+
+
+def demo(*, out: str | Path | None = None, sinks: Sequence[Callable[[dict[str, Any]], Any]] = ()) -> Run:
+    """Train on the embedded handwritten digits: no network, no GPU, under 90 s on two cores."""
+    return train(None, sinks=sinks, overrides={"out": str(out)} if out else None, command=["imgcls-fast", "demo"])
+
+
+def check_data(data: str | Path | None = None, **arguments: Any) -> dict[str, Any]:
+    """Scan images as `train` would, and tell everything that is wrong with them; changes nothing.
+
+    Returns:
+        ok, line (the summary), problems, quarantine (path and reason), notices, classes and counts.
+    """
+    from .data.digits import write_digits
+    from .data.prepare import scan_options
+    from .data.scan import inspect
+
+    config = _config_of(data, arguments)
+    source = Path(config.data.source) if config.data.source else write_digits(env.cache_dir())
+    found = inspect(source, scan_options(config.data, config.pixels.exif, env.cache_dir()))
+    manifest = found.manifest
+    return {
+        "ok": not found.problems,
+        "line": found.summary(),
+        "problems": [vars(problem) for problem in found.problems],
+        "quarantine": [[file.path, file.reason] for file in found.quarantine],
+        "notices": list(found.notices),
+        "skipped": found.skipped,
+        "duplicates_removed": found.dropped,
+        "counts": {name: int(n) for name, n in zip(manifest.labels.classes, manifest.counts(), strict=True)},
+    }
+
+
+def split_data(data: str | Path | None = None, *, out: str | Path | None = None, **arguments: Any) -> dict[str, Any]:
+    """Divide images into train, val and test, and write split.csv, which `train` takes as data.
+
+    Returns:
+        path of the file, images of each split, notices.
+    """
+    from .data.prepare import prepare
+    from .data.split import write_split_csv
+
+    config = _config_of(data, arguments)
+    prepared = prepare(config.data, config.pixels.exif, env.cache_dir())
+    path = Path(out) if out else Path("split.csv")
+    write_split_csv(path, prepared.manifest)
+    facts = prepared.facts()
+    return {"path": str(path), **{name: facts[name] for name in ("images", "splits", "quarantined", "duplicates_removed", "notices")}}
+
+
+def data_stats(data: str | Path | None = None, **arguments: Any) -> dict[str, Any]:
+    """Counts of classes and splits, image sizes, aspect ratios, channel means."""
+    from .data.prepare import prepare, statistics
+
+    config = _config_of(data, arguments)
+    return statistics(prepare(config.data, config.pixels.exif, env.cache_dir()))
+
+
+def list_runs() -> list[dict[str, Any]]:
+    """The runs in the folder of runs, the oldest first: name, data, model, epochs, accuracy, split, created, finished."""
+    return [_brief(run) for run in _all_runs()]
+
+
+def show_run(run: RunLike = None) -> dict[str, Any]:
+    """One run: its brief, configuration, data, metrics of each split, epochs and paths."""
+    found = _run(run)
+    from .core.settings import flatten
+
+    return {
+        **_brief(found),
+        "directory": str(found.directory),
+        "data_facts": found.read_json("data.json"),
+        "settings": flatten(found.config),
+        "baseline": found.read_json("baseline.json"),
+        "metrics": {split: found.metrics(split) for split in ("val", "test") if found.metrics(split)},
+        "history": found.epochs,
+        "report": str(found.report_path) if found.report_path.exists() else None,
+    }
+
+
+def doctor() -> dict[str, Any]:
+    """What this machine has: versions, compiled extension, GPU, loaders, disk.
+
+    Returns:
+        {"sections": [(name, [(item, value, ok, hint), ...]), ...]}
+    """
+    from .training.doctor import examine_machine
+
+    return {"sections": examine_machine()}
+
+
+def _brief(run: Run) -> dict[str, Any]:
+    data, model = run.read_json("data.json") or {}, run.read_json("model.json") or {}
+    split = next((name for name in ("test", "val") if run.metrics(name)), None)
+    metrics = run.metrics(split) if split else None
+    return {
+        "name": run.name,
+        "data": data.get("source"),
+        "model": model.get("spec", {}).get("arch"),
+        "epochs": len(run.epochs),
+        "accuracy": metrics["accuracy"] if metrics else None,
+        "split": split,
+        "created": run.config_path.stat().st_mtime,
+        "finished": run.finished,
+    }
+
+
+def _run(run: RunLike) -> Run:
+    return run if isinstance(run, Run) else find_run(run)
+
+
+def _config(
+    data: str | Path | None, file: Path | None, preset: str | None, sets: Sequence[str], overrides: dict[str, Any]
+) -> RunConfig:
+    from .core.settings import build_config
+
+    source = {} if data is None else {"data.source": str(data)}
+    return build_config({**source, **overrides}, preset=preset, file=file, sets=tuple(sets))
+
+
+def _config_of(data: str | Path | None, arguments: dict[str, Any]) -> RunConfig:
+    """The configuration of the data functions: the same arguments as `train`, or flags by their Python names."""
+    known = {name: arguments.pop(name) for name in ("config", "preset", "sets", "overrides") if name in arguments}
+    changes = _overrides(known.get("overrides"), arguments)
+    return _config(data, known.get("config"), known.get("preset"), known.get("sets", ()), changes)
+
+
+def _overrides(overrides: dict[str, Any] | None, settings: dict[str, Any]) -> dict[str, Any]:
+    from .core.flags import python_overrides
+
+    return {**(overrides or {}), **python_overrides(settings)}
+
+
+def _from_sets(sets: Sequence[str]) -> dict[str, Any]:
+    from .core.settings import build_config, flatten
+
+    changed = flatten(build_config(sets=tuple(sets)))
+    return {name: changed[name] for name in (text.partition("=")[0].strip() for text in sets)}
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _rows_to_judge(run: Run, data: str | Path | None, split: str, engine: Any) -> tuple[Any, Any]:
+    import numpy as np
+
+    if data is None:
+        manifest = run.manifest
+        rows = manifest.rows(split)
+        if not len(rows):
+            raise DataError("D014", f"{run.name} has no {split} images", try_=f"imgcls-fast eval {run.directory} --split val")
+        return manifest, rows
+    from .data.prepare import scan_options
+    from .data.scan import scan
+
+    config = run.config
+    options = scan_options(config.data, engine.pixels.exif, env.cache_dir(), purpose="judge", classes=engine.labels.classes)
+    manifest = scan(Path(data), options).manifest
+    return manifest, np.arange(len(manifest), dtype=np.int64)
+
+
+def _files(path: str | Path) -> list[Path]:
+    from .engines.predictor import images_in
+
+    place = Path(path)
+    if place.is_dir():
+        found = images_in(place)
+        if not found:
+            raise DataError("D002", f"there are no images in {place}", try_="imgcls-fast data check DATA")
+        return found
+    if not place.exists():
+        raise DataError("D001", f"{place} does not exist", try_="imgcls-fast predict RUN IMAGES...")
+    return [place]
+
+
+def _say(note: str) -> None:
+    if note:
+        import warnings
+
+        warnings.warn(note, stacklevel=3)

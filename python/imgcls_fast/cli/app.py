@@ -1,0 +1,278 @@
+"""From a command line to an exit code: parse, hand over to one verb, print its answer or its error.
+
+Nothing outside the standard library is imported before a verb starts, so that help, the version and a typing mistake
+answer at once. Exit codes are in `core/errors.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator
+from importlib import import_module
+from typing import Any, NoReturn
+
+from ..core.errors import HardwareError, ImgclsError, Interrupted, UsageError, near
+from ..core.flags import LATER_FLAGS, LATER_VERBS, VERBS, Flag, Verb, flags_of
+from .answer import Answer, Request, Session
+from .old import is_old, modernize
+
+PROGRAM = "imgcls-fast"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command line and return its exit code; prints, never raises for a user's mistake.
+
+    Args:
+        argv: the words after the program's name; `sys.argv[1:]` if not given.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    _tolerate_any_name()
+    session = Session(json="--json" in words, debug="--debug" in words, quiet=bool({"-q", "--quiet"} & set(words)))
+    try:
+        with _talking(session):
+            found = _run(words, session)
+        return session.answer(found)
+    except ImgclsError as error:
+        return _failed(session, error)
+    except SystemExit as leaving:  # help and version
+        return int(leaving.code or 0)
+    except KeyboardInterrupt:
+        return _failed(session, Interrupted("X130", "interrupted; nothing was changed"))
+    except BrokenPipeError:  # the reader went away, as in `imgcls-fast runs list | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 141
+    except Exception as error:
+        return _failed(session, _internal(error, words))
+
+
+def parse(words: list[str]) -> tuple[Request, list[str]]:
+    """A command line as a Request, and notes about old names.
+
+    Raises:
+        UsageError: U001 for an unknown verb or option, U002 for a missing or surplus word.
+        SystemExit: 0, after printing help or the version.
+    """
+    verb, rest = _verb(words)
+    flags = flags_of(verb.name)
+    known = {name for flag in flags for name in flag.all_names} | {"-h", "--help"}
+    rest, notes = modernize(rest, known)
+    _check_options(rest, known, verb)
+    given = vars(_parser(verb, flags).parse_intermixed_args(rest))
+    things = tuple(given.pop("things", None) or ())
+    if not verb.least <= len(things) <= (verb.most if verb.most is not None else len(things)):
+        wanted = f"`{PROGRAM} {verb.name}` takes {verb.things or 'no positional words'}"
+        raise UsageError("U002", f"{wanted}, got {' '.join(things) or 'nothing'}", try_=f"{PROGRAM} {verb.name} --help")
+    _check_choices(given, flags)
+    return Request(verb.name, things, given, tuple(words)), notes
+
+
+def _run(words: list[str], session: Session) -> Answer:
+    if not words or words[0] in ("-h", "--help"):
+        return Answer({"help": overview()}, lambda console: print(overview()))
+    if words[0] == "--version":
+        from ..core.env import package_version
+
+        version = package_version()
+        return Answer({"version": version}, lambda console: print(f"{PROGRAM} {version}"), version)
+    request, notes = parse(words)
+    for note in dict.fromkeys(notes):
+        session.note(note)
+    session.quiet |= bool(request.get("quiet"))
+    module, function = next(verb.handler for verb in VERBS if verb.name == request.verb).split(":")
+    answer: Answer = getattr(import_module(f".{module}", __package__), function)(request, session)
+    return answer
+
+
+def _verb(words: list[str]) -> tuple[Verb, list[str]]:
+    """The verb that a command line begins with, and the words after it."""
+    table = {verb.name: verb for verb in VERBS}
+    groups = {name.split()[0] for name in table if " " in name}
+    first = words[0]
+    if first in groups:
+        members = [name.split()[1] for name in table if name.startswith(f"{first} ")]
+        if len(words) > 1 and words[1] in members:
+            return table[f"{first} {words[1]}"], words[2:]
+        if len(words) > 1 and words[1] in ("-h", "--help"):
+            _leave(_group_help(first))
+        said = f"unknown command {first} {words[1]}" if len(words) > 1 else f"{first} needs one of {', '.join(members)}"
+        guess = near(words[1], members) if len(words) > 1 else ""
+        raise UsageError("U001" if len(words) > 1 else "U002", said, try_=f"{PROGRAM} {first} {guess or members[0]}")
+    if first in table:
+        return table[first], words[1:]
+    if first in LATER_VERBS:
+        raise UsageError("U001", f"{first} is not in this version", try_=f"{PROGRAM} --help")
+    if first.startswith("-"):
+        hint = f"{PROGRAM} train DATA {first} ..." if is_old(first) or _anywhere(first) else f"{PROGRAM} --help"
+        raise UsageError("U001", f"a command line begins with a verb, got {first}", try_=hint)
+    if os.path.exists(first):
+        raise UsageError("U001", f"unknown command {first}", why="it is a path; a command line begins with a verb", try_=f"{PROGRAM} train {first}")
+    guess = near(first, tuple(sorted({name.split()[0] for name in table})))
+    raise UsageError("U001", f"unknown command {first}", try_=f"{PROGRAM} {guess}" if guess else f"{PROGRAM} --help")
+
+
+def _check_options(words: list[str], known: set[str], verb: Verb) -> None:
+    for word in words:
+        if word == "--":
+            return
+        name = word.partition("=")[0]
+        if name in known or not word.startswith("-") or len(word) == 1 or _is_number(word):
+            continue
+        if not word.startswith("--") and word[:2] in known:
+            continue  # -e30
+        if name in LATER_FLAGS:
+            raise _later(name, verb)
+        guess = near(name, tuple(sorted(known)))
+        raise UsageError(
+            "U001",
+            f"unknown option {name} of `{PROGRAM} {verb.name}`",
+            why=f"it belongs to {', '.join(_anywhere(name))}" if _anywhere(name) else "",
+            try_=f"{guess}{word[len(name) :]}" if guess else f"{PROGRAM} {verb.name} --help",
+        )
+
+
+def _later(name: str, verb: Verb) -> ImgclsError:
+    if verb.name == "export":
+        return HardwareError("H004", f"export {name} is not in this version", try_=f"{PROGRAM} export --onnx")
+    return UsageError("U001", f"{name} is not in this version", try_=f"{PROGRAM} {verb.name} --help")
+
+
+def _anywhere(name: str) -> list[str]:
+    """The verbs that know an option."""
+    return [verb.name for verb in VERBS if any(name in flag.all_names for flag in flags_of(verb.name))]
+
+
+def _check_choices(given: dict[str, Any], flags: tuple[Flag, ...]) -> None:
+    """Options of a verb itself; those that are settings are judged with the configuration."""
+    for flag in flags:
+        value = given.get(flag.keyword)
+        if flag.setting is None and flag.choices and value is not None and value not in flag.choices:
+            guess = near(value, flag.choices) or flag.choices[0]
+            legal = ", ".join(map(repr, flag.choices))
+            raise UsageError("U002", f"{flag.long} must be one of {legal}, got {value!r}", try_=f"{flag.long} {guess}")
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with our errors."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError("U002", message.removeprefix("argument "), try_=f"{self.prog} --help")
+
+    def print_help(self, file: Any = None) -> None:
+        _leave(self.format_help())
+
+
+def _parser(verb: Verb, flags: tuple[Flag, ...]) -> _Parser:
+    examples = "\n".join(f"  {PROGRAM} {example}" for example in verb.examples)
+    parser = _Parser(
+        prog=f"{PROGRAM} {verb.name}",
+        usage=f"{PROGRAM} {verb.name} {verb.things + ' ' if verb.things else ''}[options]",
+        description=verb.help,
+        epilog=f"examples:\n{examples}" if examples else None,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=110),
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("things", nargs="*", help=argparse.SUPPRESS)
+    groups: dict[str, Any] = {}
+    for flag in flags:
+        if flag.group not in groups:
+            groups[flag.group] = parser.add_argument_group(flag.group)
+        _add(groups[flag.group], flag)
+    return parser
+
+
+def _add(group: Any, flag: Flag) -> None:
+    text = flag.help.replace("%", "%%")
+    if flag.choices and flag.keyword != "channels":
+        text += f": {', '.join(flag.choices)}"
+    if flag.kind == "bool":
+        group.add_argument(*flag.names, f"--no-{flag.long[2:]}", dest=flag.keyword, action=_OnOff, nargs=0, help=text)
+    elif flag.kind == "switch":
+        group.add_argument(*flag.names, dest=flag.keyword, action="store_true", help=text)
+    else:
+        action = "append" if flag.kind == "many" else "store"
+        group.add_argument(*flag.names, dest=flag.keyword, action=action, metavar=flag.metavar, help=text)
+        if flag.aliases:
+            group.add_argument(*flag.aliases, dest=flag.keyword, action=action, help=argparse.SUPPRESS)
+
+
+class _OnOff(argparse.Action):
+    """--x and --no-x."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, not (option_string or "").startswith("--no-"))
+
+
+def overview() -> str:
+    """What `imgcls-fast --help` prints."""
+    width = max(len(f"{verb.name} {verb.things}") for verb in VERBS) + 2
+    lines = [f"usage: {PROGRAM} VERB [THING] [options]", "", "Train, judge and export image classifiers.", "", "verbs:"]
+    lines += [f"  {f'{verb.name} {verb.things}'.rstrip():<{width}}{verb.help}" for verb in VERBS]
+    lines += ["", "RUN is a directory or a name in runs/; without it the last run is meant. Every verb has --help and --json.", ""]
+    lines += ["first steps:", f"  {PROGRAM} demo", f"  {PROGRAM} train my-photos/", f"  {PROGRAM} predict photo.jpg"]
+    return "\n".join(lines)
+
+
+def _group_help(group: str) -> str:
+    lines = [f"  {PROGRAM} {f'{verb.name} {verb.things}'.rstrip():<24}{verb.help}" for verb in VERBS if verb.name.startswith(f"{group} ")]
+    return "\n".join([f"usage: {PROGRAM} {group} VERB [THING] [options]", "", *lines])
+
+
+def _leave(text: str) -> NoReturn:
+    print(text.rstrip("\n"), flush=True)
+    raise SystemExit(0)
+
+
+@contextlib.contextmanager
+def _talking(session: Session) -> Iterator[None]:
+    """Our warnings are counted, those inside libraries shown with --debug; with --json only the answer reaches stdout."""
+    ours = os.path.dirname(os.path.dirname(__file__))
+
+    def show(message: Any, category: Any, filename: str, *_: Any, **__: Any) -> None:
+        if filename.startswith(ours):
+            session.warn(str(message).strip())
+        elif session.debug:
+            print(f"{filename}: {category.__name__}: {message}", file=sys.stderr)
+
+    with warnings.catch_warnings(), contextlib.ExitStack() as stack:
+        if session.json:
+            stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        warnings.showwarning = show
+        yield
+
+
+def _failed(session: Session, error: ImgclsError) -> int:
+    if session.debug:
+        traceback.print_exc(file=sys.stderr)
+    return session.fail(error)
+
+
+def _internal(error: Exception, words: list[str]) -> ImgclsError:
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return ImgclsError(
+        "X001",
+        f"{type(error).__name__}: {error}",
+        where=f"{os.path.basename(last.filename)}, line {last.lineno}, in {last.name}",
+        why="this is a mistake in imgcls-fast, not yours",
+        try_=f"run again with --debug: {PROGRAM} {' '.join([*words, '--debug'])}",
+    )
+
+
+def _tolerate_any_name() -> None:
+    """File names that are not UTF-8, or a terminal that is not, must not end a command."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text.split(",")[0])
+    except ValueError:
+        return False
+    return True

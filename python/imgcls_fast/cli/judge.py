@@ -1,0 +1,159 @@
+"""`eval`, `predict`, `export` and `report`: what a finished run can do."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..core.errors import DataError, UsageError
+from .answer import Answer, Request, Session, plain, write_lines
+from .settings import whole_number
+from .show import facts, say, share, table
+
+MANY_CLASSES = 30  # beyond this only the worst are listed
+
+
+def evaluate(request: Request, session: Session) -> Answer:
+    """Judge a run on its own rows or on other labelled images."""
+    batch_size = whole_number(request, "batch_size")
+    run, rest = _run_and_rest(request.things)
+    if len(rest) > 1:
+        raise UsageError("U003", f"{request.things[0]} is not a run", try_="imgcls-fast runs list")
+    from .. import api
+
+    split, runtime = request.get("split", "test"), request.get("runtime", "torch")
+    found = api.evaluate(run, rest[0] if rest else None, split=split, runtime=runtime, batch_size=batch_size, out=request.get("out"))
+    metrics = plain(found)
+    what = rest[0] if rest else split
+    line = f"{what} accuracy {share(metrics['accuracy'])} {_interval(metrics.get('accuracy_ci'))}on {metrics['n']:,} images"
+    return Answer({"run": run or "last", "data": rest[0] if rest else None, "split": split, "runtime": runtime, "metrics": metrics},
+                  lambda console: _show_metrics(console, line, metrics), line)  # fmt: skip
+
+
+def predict(request: Request, session: Session) -> Answer:
+    """Name the class of images; exit code 3 only if none could be read."""
+    top_k, batch_size = whole_number(request, "top_k") or 1, whole_number(request, "batch_size")
+    out = Path(request.get("out")) if request.get("out") else None
+    if out is not None and out.suffix not in (".csv", ".jsonl"):
+        raise UsageError("U002", f"--out must end in .csv or .jsonl, got {out}", try_=f"--out {out.with_suffix('.csv')}")
+    run, images = _run_and_rest(request.things)
+    if not images:
+        raise UsageError("U002", f"{run} is a run; predict needs images as well", try_=f"imgcls-fast predict {run} IMAGES...")
+    from .. import api
+
+    answers = plain(api.predict(run, images, runtime=request.get("runtime", "torch"), top_k=top_k, batch_size=batch_size))
+    bad = [answer for answer in answers if answer.get("error")]
+    if out is not None:
+        write_lines(out, _as_csv(answers, top_k) if out.suffix == ".csv" else [json.dumps(answer) for answer in answers])
+    value = {"run": run or "last", "predictions": answers, "failed": len(bad), "out": str(out) if out else None}
+    line = f"{len(answers) - len(bad):,} images answered, {len(bad):,} could not be read" + (f" -> {out}" if out else "")
+
+    def show(console: Any) -> None:
+        if out is None:
+            table(console, _heads(top_k), _rows(answers, top_k), limit=None)
+        if out is not None or bad:
+            say(console, line)
+
+    return Answer(value, show, line, exit_code=3 if answers and len(bad) == len(answers) else 0)
+
+
+def export(request: Request, session: Session) -> Answer:
+    """Write an ONNX file that has been compared with the original."""
+    opset = whole_number(request, "opset", 18)
+    run, _ = _run_and_rest(request.things, data=False)
+    from .. import api
+
+    made = plain(api.export(run, target="onnx", opset=opset, out=request.get("out")))
+
+    def show(console: Any) -> None:
+        say(console, str(made["path"]), "bold")
+        facts(console, {name: value for name, value in made.items() if name != "path"}, 2)
+
+    return Answer(made, show, str(made["path"]))
+
+
+def report(request: Request, session: Session) -> Answer:
+    """Write report.html again."""
+    run, _ = _run_and_rest(request.things, data=False)
+    from .. import api
+
+    path = str(api.report(run))
+    return Answer({"run": run or "last", "report": path}, lambda console: say(console, path), path)
+
+
+def _run_and_rest(things: Sequence[str], *, data: bool = True) -> tuple[str | None, list[str]]:
+    """The run (None: the last one) and the images or data after it.
+
+    The first word is a run if it names one; else it is data, if it exists. A word that is neither is most probably a
+    mistyped run.
+
+    Raises:
+        UsageError: U003 with the nearest run.
+        DataError: D001 when the last word of a longer list does not exist either.
+    """
+    from ..core.run import find_run
+
+    if not things:
+        return None, []
+    first, rest = things[0], list(things[1:])
+    try:
+        find_run(first)
+    except UsageError:
+        if not data or not (Path(first).exists() or first.startswith(("http:", "https:"))):
+            raise
+        run, rest = None, list(things)
+    else:
+        run = first
+    missing = [thing for thing in rest if not Path(thing).exists()]
+    if missing and len(missing) == len(rest):
+        raise DataError("D001", f"{missing[0]} does not exist" + (f", nor do {len(missing) - 1} more" if len(missing) > 1 else ""))
+    return run, rest
+
+
+def _show_metrics(console: Any, line: str, metrics: dict[str, Any]) -> None:
+    say(console, line, "bold")
+    names = ("macro_f1", "balanced_accuracy", "roc_auc", "log_loss", "ece")
+    facts(console, {**{f"top-{k} accuracy": share(value) for k, value in (metrics.get("top_k") or {}).items() if str(k) != "1"},
+                    **{name: share(metrics.get(name)) for name in names if name in metrics}}, 2)  # fmt: skip
+    classes = metrics.get("per_class") or []
+    if len(classes) > MANY_CLASSES:
+        classes = sorted(classes, key=lambda found: found["f1"])[:MANY_CLASSES]
+        say(console, f"the {MANY_CLASSES} worst of {len(metrics['per_class'])} classes:")
+    rows = ([c["name"], c["support"], share(c["precision"]), share(c["recall"]), share(c["f1"])] for c in classes)
+    table(console, ["class", "images", "precision", "recall", "F1"], rows, numbers=range(1, 5))
+    for text in metrics.get("warnings") or ():
+        say(console, f"note: {text}", "yellow")
+
+
+def _interval(ci: Sequence[float | None] | None) -> str:
+    return f"[{ci[0]:.3f}, {ci[1]:.3f}] " if ci and None not in ci else ""
+
+
+def _heads(top_k: int) -> list[str]:
+    more = [name for k in range(2, top_k + 1) for name in (f"label_{k}", f"confidence_{k}")]
+    return ["path", "label", "confidence", *more, "error"]
+
+
+def _rows(answers: Sequence[dict[str, Any]], top_k: int) -> list[list[str]]:
+    rows = []
+    for answer in answers:
+        if answer.get("error"):
+            rows.append([answer["path"], "", "", *[""] * (2 * (top_k - 1)), str(answer["error"])])
+            continue
+        ranked = list(answer.get("top") or [])[1:top_k]
+        more = [cell for label, confidence in ranked for cell in (str(label), f"{confidence:.6f}")]
+        more += [""] * (2 * (top_k - 1) - len(more))
+        rows.append([answer["path"], str(answer["label"]), f"{answer['confidence']:.6f}", *more, ""])
+    return rows
+
+
+def _as_csv(answers: Sequence[dict[str, Any]], top_k: int) -> list[str]:
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(_heads(top_k))
+    writer.writerows(_rows(answers, top_k))
+    return out.getvalue().splitlines()

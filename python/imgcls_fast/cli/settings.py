@@ -1,0 +1,70 @@
+"""From a parsed command line to checked settings: pydantic is imported here, torch is not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..core.errors import ConfigError, UsageError
+from ..core.flags import flags_of, overrides
+from .answer import Request
+
+if TYPE_CHECKING:
+    from ..core.config import RunConfig
+
+
+def settings_of(request: Request, source: str | None = None) -> tuple[RunConfig, dict[str, Any]]:
+    """The configuration that a command line asks for, and the arguments that ask the API for the same.
+
+    A typing mistake ends here, before the first slow import.
+
+    Args:
+        source: the data, where the verb names it.
+
+    Returns:
+        The merged RunConfig; keyword arguments config, preset, sets and overrides.
+
+    Raises:
+        ConfigError: C001 to C005.
+    """
+    from ..core.settings import build_config
+
+    flags = flags_of(request.verb)
+    changes = overrides(request.options, flags)
+    config = Path(request.get("config")) if request.get("config") else None
+    arguments = {"config": config, "preset": request.get("preset"), "sets": tuple(request.get("set") or ()), "overrides": changes}
+    named = {"data.source": source} if source else {}
+    try:
+        merged = build_config({**changes, **named}, preset=arguments["preset"], file=config, sets=arguments["sets"])
+    except ConfigError as error:
+        raise _placed(error, request) from error
+    return merged, arguments
+
+
+def whole_number(request: Request, keyword: str, least: int = 1) -> int | None:
+    """An option that is a count, or None if it was not given.
+
+    Raises:
+        UsageError: U002 when it is not a whole number of at least `least`.
+    """
+    text = request.get(keyword)
+    if text is None:
+        return None
+    flag = next(flag for flag in flags_of(request.verb) if flag.keyword == keyword)
+    try:
+        number = int(text)
+    except ValueError:
+        number = least - 1
+    if number < least:
+        raise UsageError("U002", f"{flag.long} must be a whole number >= {least}, got {text!r}", try_=f"{flag.long} {least}")
+    return number
+
+
+def _placed(error: ConfigError, request: Request) -> ConfigError:
+    """The same error with the flag that it came from, where only the command line can know."""
+    if not error.where:
+        for flag in flags_of(request.verb):
+            if flag.setting and flag.keyword in request.options and flag.setting in error.message:
+                error.where = f"{flag.long} {request.get(flag.keyword)}"
+                break
+    return error

@@ -1,0 +1,85 @@
+"""Tables and lists for people. Each function prints on a rich console; none computes anything."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+MAX_ROWS = 40  # of one table on a terminal; files and --json hold all
+
+
+def table(console: Any, heads: Sequence[str], rows: Iterable[Sequence[Any]], *, numbers: Iterable[int] = (), limit: int | None = MAX_ROWS) -> None:
+    """A table on a terminal, tab-separated lines in a pipe.
+
+    Args:
+        numbers: the columns that are aligned to the right.
+        limit: rows shown on a terminal; the others are counted.
+    """
+    lines = [[text(cell) for cell in row] for row in rows]
+    if not console.is_terminal:
+        for line in [list(heads), *lines]:
+            say(console, "\t".join(line))
+        return
+    from rich import box
+    from rich.table import Table
+
+    right = set(numbers)
+    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    for k, head in enumerate(heads):
+        drawn.add_column(head, justify="right" if k in right else "left", overflow="fold")
+    for line in lines[:limit]:
+        drawn.add_row(*line)
+    console.print(drawn)
+    if limit is not None and len(lines) > limit:
+        say(console, f"... and {len(lines) - limit:,} more (all with --json)", "dim")
+
+
+def say(console: Any, line: str, style: str = "") -> None:
+    """One line that is never cut."""
+    console.print(line, style=style or None, soft_wrap=True)
+
+
+def facts(console: Any, values: Mapping[str, Any], indent: int = 0) -> None:
+    """Names and values; nested mappings are indented, lists of mappings become tables."""
+    plain = {name: value for name, value in values.items() if not isinstance(value, Mapping) and not _is_table(value)}
+    width = max((len(name) for name in plain), default=0)
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            if value:
+                say(console, " " * indent + words(name), "bold")
+                facts(console, value, indent + 2)
+        elif _is_table(value):
+            say(console, " " * indent + words(name), "bold")
+            heads = list(dict.fromkeys(key for row in value for key in row))
+            table(console, heads, ([row.get(head) for head in heads] for row in value))
+        else:
+            say(console, f"{' ' * indent}{words(name):<{width}}  {text(value)}")
+
+
+def words(name: str) -> str:
+    """A key as words."""
+    return str(name).replace("_", " ")
+
+
+def text(value: Any) -> str:
+    """One cell: numbers with separators and four digits, nothing as a dash."""
+    if value is None or (isinstance(value, float) and value != value):
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.4f}".rstrip("0").rstrip(".") if 1e-3 <= abs(value) < 1e5 else f"{value:.4g}"
+    if isinstance(value, list | tuple):
+        return ", ".join(text(item) for item in value) or "-"
+    return str(value)
+
+
+def share(value: Any) -> str:
+    """A figure in 0..1 with three digits."""
+    return "-" if value is None or value != value else f"{value:.3f}"
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, list | tuple) and bool(value) and all(isinstance(row, Mapping) for row in value)

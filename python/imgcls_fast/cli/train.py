@@ -1,0 +1,101 @@
+"""`train` and `demo`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..core.errors import UsageError
+from .answer import Answer, Request, Session, plain
+from .settings import settings_of
+from .show import say
+
+
+def train(request: Request, session: Session) -> Answer:
+    """Train a new run, continue one, or say what would be done."""
+    thing, resume = request.thing(), bool(request.get("resume"))
+    if resume and (request.get("dry_run") or request.get("dump_config")):
+        raise UsageError("U002", "--resume continues a run as it was planned; it goes with neither --dry-run nor --dump-config",
+                         try_=f"imgcls-fast train {thing or ''} --resume".replace("  ", " "))  # fmt: skip
+    config, arguments = settings_of(request, None if resume else thing)
+    if request.get("dump_config"):
+        from ..core.settings import to_yaml
+
+        return Answer({"config": config.model_dump(mode="json")}, lambda console: print(to_yaml(config), end=""), to_yaml(config).rstrip("\n"))
+    if not resume:
+        _refuse_a_run_as_data(thing)
+    if request.get("dry_run"):
+        return _plan(thing, arguments)
+    from .. import api
+
+    sink = _sink(session)
+    command = ["imgcls-fast", *request.words]
+    where: dict[str, Any] = {"data": None, "resume": thing or "last"} if resume else {"data": thing}
+    try:
+        run = api.train(**where, **arguments, sinks=[sink], command=command)
+    finally:
+        _finish(sink, session)
+    return _trained(run)
+
+
+def demo(request: Request, session: Session) -> Answer:
+    """Train on the embedded digits."""
+    from .. import api
+
+    sink = _sink(session)
+    try:
+        run = api.demo(out=request.get("out"), sinks=[sink])
+    finally:
+        _finish(sink, session)
+    return _trained(run)
+
+
+def _plan(source: str | None, arguments: dict[str, Any]) -> Answer:
+    from .. import api
+    from ..track import clock, interesting, plan_line
+
+    plan = plain(api.plan(source, **arguments))
+
+    def show(console: Any) -> None:
+        say(console, plan_line({"device": "", **plan}), "bold")
+        for name, value, reason in interesting(plan["rows"]):
+            say(console, f"  {name:<24}{value:<20} {reason}".rstrip())
+        if plan.get("seconds_per_epoch") is not None:
+            say(console, f"about {clock(plan['seconds_per_epoch'])} an epoch")
+        say(console, "nothing was trained (--dry-run)")
+
+    return Answer(plan, show)
+
+
+def _refuse_a_run_as_data(thing: str | None) -> None:
+    from pathlib import Path
+
+    from ..core.run import is_run
+
+    if thing and is_run(Path(thing)):
+        raise UsageError("U002", f"{thing} is a run, not data", try_=f"imgcls-fast train {thing} --resume")
+
+
+def _sink(session: Session) -> Any:
+    from ..track import ConsoleSink
+
+    return ConsoleSink(quiet=session.quiet, json=session.json)
+
+
+def _finish(sink: Any, session: Session) -> None:
+    """The live bar goes, however training ended; its warnings are repeated at the end."""
+    sink.close()
+    session.warnings += [text for text in sink.warnings if text not in session.warnings]
+
+
+def _trained(run: Any) -> Answer:
+    """The console has shown the box already."""
+    return Answer(
+        {
+            "run": str(run.directory),
+            "name": run.name,
+            "finished": run.finished,
+            "val": run.metrics("val"),
+            "test": run.metrics("test"),
+            "report": str(run.report_path) if run.report_path.exists() else None,
+        }
+    )

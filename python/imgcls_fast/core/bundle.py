@@ -1,0 +1,130 @@
+"""A judged model as it leaves training: weights, labels, pixels, provenance. Written once, never changed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from .errors import ModelError
+from .files import explained_write, sha256_file, sync_directory, write_json, write_whole
+from .manifest import LabelSpace
+from .pixels import Pixels
+
+SCHEMA = 1
+WEIGHTS = "weights.safetensors"
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """What is needed to score images, and where it came from.
+
+    Args:
+        directory: bundle.json and weights.safetensors lie here.
+        arch: the architecture and its arguments, as `models.build.ModelSpec.to_dict()` gives them.
+        labels: what each score means.
+        pixels: how a file becomes input.
+        temperature: scores are softmax(logits / temperature); fitted on validation rows.
+        provenance: run, data fingerprint, versions, metrics.
+        digests: SHA-256 of each other file of the bundle.
+    """
+
+    directory: Path
+    arch: dict[str, Any]
+    labels: LabelSpace
+    pixels: Pixels
+    temperature: float
+    provenance: dict[str, Any]
+    digests: dict[str, str]
+
+    @property
+    def weights(self) -> Path:
+        """The file with the weights."""
+        return self.directory / WEIGHTS
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the weights: the identity of the model."""
+        return self.digests[WEIGHTS]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "schema": SCHEMA,
+            "arch": self.arch,
+            "labels": self.labels.to_dict(),
+            "pixels": self.pixels.to_dict(),
+            "temperature": self.temperature,
+            "provenance": self.provenance,
+            "digests": self.digests,
+        }
+
+
+def write_bundle(
+    directory: Path,
+    write_weights: Callable[[BinaryIO], None],
+    *,
+    arch: dict[str, Any],
+    labels: LabelSpace,
+    pixels: Pixels,
+    temperature: float,
+    provenance: dict[str, Any],
+) -> Bundle:
+    """Write a new bundle; the directory appears whole.
+
+    Args:
+        write_weights: writes a safetensors file into the open file that it is given.
+
+    Raises:
+        ModelError: M004 when the directory already holds a bundle: bundles are never rewritten.
+        HardwareError: H003 when the disk refuses.
+    """
+    if directory.exists():
+        raise ModelError("M004", f"{directory} already exists, and a bundle is never rewritten", try_="choose another run directory")
+    temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
+    with explained_write(directory):
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        try:
+            write_whole(temporary / WEIGHTS, write_weights)
+            digests = {WEIGHTS: sha256_file(temporary / WEIGHTS)}
+            bundle = Bundle(directory, arch, labels, pixels, temperature, provenance, digests)
+            write_json(temporary / "bundle.json", bundle.to_dict())
+            sync_directory(temporary)
+            os.rename(temporary, directory)
+            sync_directory(directory.parent)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+    return bundle
+
+
+def read_bundle(directory: Path, *, verify: bool = True) -> Bundle:
+    """Open a bundle; by default every digest is checked first.
+
+    Raises:
+        ModelError: M004 when something is missing, damaged, or written by a newer version.
+    """
+    try:
+        meta = json.loads((directory / "bundle.json").read_text("utf-8"))
+        if meta["schema"] > SCHEMA:
+            raise ModelError("M004", f"{directory} was written by a newer imgcls-fast (schema {meta['schema']}, this one reads {SCHEMA})",
+                             try_="pip install --upgrade imgcls-fast")  # fmt: skip
+        bundle = Bundle(
+            directory,
+            meta["arch"],
+            LabelSpace.from_dict(meta["labels"]),
+            Pixels.from_dict(meta["pixels"]),
+            meta["temperature"],
+            meta["provenance"],
+            meta["digests"],
+        )
+        for name, digest in bundle.digests.items() if verify else ():
+            if sha256_file(directory / name) != digest:
+                raise ModelError("M004", f"{directory / name} is damaged: its SHA-256 is not the one in bundle.json", try_="restore the file from a copy")
+        return bundle
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError("M004", f"{directory} is not a readable bundle: {error}", try_="imgcls-fast runs list") from error

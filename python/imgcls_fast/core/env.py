@@ -1,0 +1,125 @@
+"""The one place that reads the environment: caches, versions, machine facts, what was built."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from .errors import HardwareError
+
+LIBRARIES = (
+    "torch", "torchvision", "timm", "nvidia-dali-cuda130", "numpy", "pillow", "scikit-learn", "safetensors",
+    "pydantic", "onnx", "onnxscript", "onnxruntime", "tensorrt",
+)  # fmt: skip
+# the libraries whose version can change the bits of a resumed run
+NUMERIC_LIBRARIES = ("torch", "torchvision", "timm", "nvidia-dali-cuda130", "numpy", "pillow")
+
+
+def cache_dir() -> Path:
+    """Where extracted archives and the embedded data go: $IMGCLS_CACHE, else the user's cache folder."""
+    own = os.environ.get("IMGCLS_CACHE")
+    if own:
+        return Path(own)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "imgcls-fast"
+
+
+def runs_dir() -> Path:
+    """Where runs go when no place is named: $IMGCLS_RUNS, else ./runs."""
+    return Path(os.environ.get("IMGCLS_RUNS", "runs"))
+
+
+def usable_cpus() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+def cpu_name() -> str:
+    """The processor's model name."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def versions(names: tuple[str, ...] = LIBRARIES) -> dict[str, str | None]:
+    """Installed version of each library; None where it is not installed."""
+    found: dict[str, str | None] = {}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def package_version() -> str:
+    """The version of imgcls-fast itself."""
+    return versions(("imgcls-fast",))["imgcls-fast"] or "0+unknown"
+
+
+def git_revision(folder: Path) -> str | None:
+    """The commit that `folder` stands at (with "+dirty"), or None outside a repository."""
+    try:
+        run = lambda *words: subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=5)  # noqa: E731
+        head = run("rev-parse", "HEAD")
+        if head.returncode:
+            return None
+        dirty = run("status", "--porcelain", "--untracked-files=no").stdout.strip()
+        return head.stdout.strip() + ("+dirty" if dirty else "")
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+
+
+def machine_facts() -> dict[str, Any]:
+    """What a reader needs to judge a figure: interpreter, system, processor, versions."""
+    return {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()}",
+        "cpu": cpu_name(),
+        "cpus": usable_cpus(),
+        "imgcls_fast": package_version(),
+        "libraries": versions(),
+    }
+
+
+def run_facts(seed: int) -> dict[str, Any]:
+    """`machine_facts` with the command line, the working directory's commit and the seed: env.json of a run."""
+    return machine_facts() | {"command": sys.argv, "git": git_revision(Path.cwd()), "seed": seed}
+
+
+def build_info() -> dict[str, Any]:
+    """What the compiled extension holds, and why not more.
+
+    Raises:
+        HardwareError: H004 when the extension was not built.
+    """
+    try:
+        from imgcls_fast import _C
+    except ImportError as error:
+        raise HardwareError(
+            "H004", f"the compiled extension imgcls_fast._C cannot be loaded: {error}", try_="pip install --force-reinstall imgcls-fast"
+        ) from error
+    return dict(_C.build_info())
+
+
+def require(module: str, extra: str, purpose: str) -> Any:
+    """Import an optional library, or say how to get it.
+
+    Raises:
+        HardwareError: H004, with the exact pip line.
+    """
+    from importlib import import_module
+
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise HardwareError(
+            "H004", f"{module.split('.')[0]} is not installed, and {purpose} needs it", try_=f"pip install 'imgcls-fast[{extra}]'"
+        ) from error

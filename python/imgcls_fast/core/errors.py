@@ -1,0 +1,149 @@
+"""Every error that a user can meet, on one page.
+
+    ImgclsError                    exit code
+      UsageError      U...         2   a wrong word on the command line
+      ConfigError     C...         2   a wrong value in a setting
+      DataError       D...         3   images, labels, splits
+      ModelError      M...         2   architectures and weights
+      HardwareError   H...         4   driver, memory, missing extra
+      ExportError     E...         1   a graph that cannot be made
+      GateFailed      E9..         5   made, judged and refused
+      Interrupted     X130         130 stopped by a signal after a checkpoint
+
+An error says what happened with full names and numbers, where, why, and the one command to try.
+"""
+
+from __future__ import annotations
+
+CODES: dict[str, str] = {
+    "U001": "unknown command or option",
+    "U002": "missing or malformed argument",
+    "U003": "no such run",
+    "C001": "unknown setting",
+    "C002": "wrong type for a setting",
+    "C003": "value outside its legal range or names",
+    "C004": "settings that contradict each other",
+    "C005": "configuration file that cannot be read",
+    "D001": "no such data",
+    "D002": "no images found",
+    "D003": "fewer than two classes",
+    "D004": "malformed label file",
+    "D005": "a class without training images",
+    "D006": "groups or images shared by several splits",
+    "D007": "unsafe or damaged archive",
+    "D008": "split that cannot be made",
+    "D009": "damaged manifest",
+    "D010": "data changed since the run began",
+    "D012": "images that cannot be decoded",
+    "D013": "too many bad images",
+    "D014": "predictions that cannot be judged",
+    "M001": "unknown model",
+    "M002": "weights that do not fit",
+    "M003": "unknown or damaged weights file",
+    "M004": "damaged bundle",
+    "M005": "no usable checkpoint",
+    "M006": "resume refused: the run would not be the same run",
+    "M007": "pretrained weights are not on this machine",
+    "M008": "training diverged",
+    "H001": "no usable GPU",
+    "H002": "out of memory",
+    "H003": "no space or no permission to write",
+    "H004": "missing optional library",
+    "H005": "the run directory is in use by another process",
+    "E001": "export failed",
+    "E901": "exported model disagrees with the original",
+    "X001": "internal error",
+    "X130": "interrupted",
+}
+
+_EXIT_CODES = {"U": 2, "C": 2, "D": 3, "M": 2, "H": 4, "E": 1, "S": 1, "X": 1}
+
+
+class ImgclsError(Exception):
+    """A mistake or fault that is explained to the user on one screen, without a traceback.
+
+    Args:
+        code: a key of `CODES`.
+        message: what is wrong, with the full name, what was expected and what came.
+        where: file, line or setting.
+        why: the reason, when it is not obvious.
+        try_: exactly one command (or edit) that helps.
+
+    Raises:
+        KeyError: `code` is not in the table (a programmer's mistake).
+    """
+
+    def __init__(self, code: str, message: str, *, where: str = "", why: str = "", try_: str = "") -> None:
+        CODES[code]
+        super().__init__(message)
+        self.code, self.message, self.where, self.why, self.try_ = code, message, where, why, try_
+
+    @property
+    def exit_code(self) -> int:
+        """The process exit code of this error."""
+        return _EXIT_CODES[self.code[0]]
+
+    def __str__(self) -> str:
+        lines = [f"error[{self.code}]: {self.message}"]
+        for name, text in (("where", self.where), ("why", self.why), ("try", self.try_)):
+            if text:
+                lines.append(f"  {name + ':':<6} {text}")
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, str]:
+        """The same facts for `--json`."""
+        return {
+            "code": self.code,
+            "message": self.message,
+            "where": self.where,
+            "why": self.why,
+            "try": self.try_,
+        }
+
+
+class UsageError(ImgclsError):
+    """A wrong word on the command line."""
+
+
+class ConfigError(ImgclsError):
+    """A wrong value in a setting."""
+
+
+class DataError(ImgclsError):
+    """Images, labels or splits that cannot be used as they are."""
+
+
+class ModelError(ImgclsError):
+    """An architecture or weights that cannot be used."""
+
+
+class HardwareError(ImgclsError):
+    """Driver, memory, disk, or an optional library that is not installed."""
+
+
+class ExportError(ImgclsError):
+    """A graph that cannot be made."""
+
+
+class GateFailed(ImgclsError):
+    """Made, judged and refused: the numbers are in the message."""
+
+    @property
+    def exit_code(self) -> int:
+        return 5
+
+
+class Interrupted(ImgclsError):
+    """Stopped by a signal after the work was saved."""
+
+    @property
+    def exit_code(self) -> int:
+        return 130
+
+
+def near(word: str, known: list[str] | tuple[str, ...]) -> str:
+    """The known word that `word` most probably meant, or an empty string."""
+    from difflib import get_close_matches
+
+    found = get_close_matches(word.lower(), [k.lower() for k in known], n=1, cutoff=0.6)
+    return next((k for k in known if found and k.lower() == found[0]), "")

@@ -1,0 +1,84 @@
+"""Files that appear whole or not at all, and digests of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from .errors import HardwareError
+
+
+def sync_directory(path: Path) -> None:
+    """Make renames inside `path` survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def explained_write(path: Path) -> Iterator[None]:
+    """Turn a full disk or a missing permission into one clear error.
+
+    Raises:
+        HardwareError: H003, with the path and the system's reason.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise HardwareError(
+            "H003",
+            f"cannot write {path}: {error.strerror or error}",
+            where=str(error.filename or path),
+            try_="free some space, or choose another place with --out",
+        ) from error
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Call `write` on a new file beside `path`, sync it, and rename it into place.
+
+    Going through a file object in the target directory keeps the system's error number (a full disk says so) and makes
+    the rename atomic, which it is not across file systems.
+
+    Raises:
+        HardwareError: H003; the old file, if any, is untouched and no temporary file is left.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with explained_write(path):
+        try:
+            with open(temporary, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        sync_directory(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text so that readers see the old file or the new one, never half of it."""
+    write_whole(path, lambda file: file.write(text.encode("utf-8")) and None)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, whole."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, sort_keys=False) + "\n")
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, as 64 hex digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    """SHA-256 of a JSON value, independent of key order."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode("utf-8")).hexdigest()

@@ -1,0 +1,263 @@
+"""A run directory: who may write it, where everything in it lies, and how to find it again."""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import io
+import json
+import os
+import re
+import time
+from pathlib import Path
+from typing import IO, Any
+
+from . import env
+from .config import RunConfig
+from .errors import HardwareError, UsageError, near
+from .files import explained_write, write_json, write_text
+from .manifest import Manifest
+from .predictions import Predictions
+from .settings import build_config, save_config
+
+
+class Run:
+    """One directory. A single process writes it; files appear whole.
+
+    Attributes are paths and readers; nothing is cached, so a Run can be used while another process writes.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = Path(directory)
+        self._lock: IO[str] | None = None
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.directory)!r})"
+
+    # where things lie
+    @property
+    def config_path(self) -> Path:
+        return self.directory / "config.yaml"
+
+    @property
+    def manifest_path(self) -> Path:
+        return self.directory / "manifest.npz"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.directory / "checkpoints"
+
+    @property
+    def bundle_path(self) -> Path:
+        return self.directory / "bundle"
+
+    @property
+    def exports(self) -> Path:
+        return self.directory / "exports"
+
+    @property
+    def plots(self) -> Path:
+        return self.directory / "plots"
+
+    @property
+    def report_path(self) -> Path:
+        return self.directory / "report.html"
+
+    def evaluation(self, split: str) -> Path:
+        """The folder of one judged split."""
+        return self.directory / "eval" / split
+
+    # readers
+    @property
+    def name(self) -> str:
+        return self.directory.name
+
+    @property
+    def config(self) -> RunConfig:
+        """The resolved configuration, without "auto"."""
+        return build_config(file=self.config_path)
+
+    @property
+    def manifest(self) -> Manifest:
+        return Manifest.load(self.manifest_path)
+
+    def read_json(self, name: str) -> Any:
+        """A JSON file of the run, or None where it is not there (yet)."""
+        try:
+            return json.loads((self.directory / name).read_text("utf-8"))
+        except (FileNotFoundError, json.JSONDecodeError):
+            return None
+
+    @property
+    def epochs(self) -> list[dict[str, Any]]:
+        """One dict an epoch, from metrics.csv."""
+        try:
+            with open(self.directory / "metrics.csv", encoding="utf-8", newline="") as file:
+                return [{k: _number(v) for k, v in line.items()} for line in csv.DictReader(file)]
+        except FileNotFoundError:
+            return []
+
+    def metrics(self, split: str) -> dict[str, Any] | None:
+        """metrics.json of one judged split."""
+        return self.read_json(f"eval/{split}/metrics.json")
+
+    def predictions(self, split: str = "test") -> Predictions:
+        """The stored scores of one judged split, aligned with file names."""
+        return Predictions.load(self.evaluation(split))
+
+    @property
+    def finished(self) -> bool:
+        """Whether training ended and the bundle was written."""
+        return (self.bundle_path / "bundle.json").exists()
+
+    # writers
+    @classmethod
+    def create(cls, directory: Path) -> Run:
+        """Make a new, empty run directory and lock it.
+
+        Raises:
+            UsageError: U002 when the directory already holds a run.
+            HardwareError: H003 when it cannot be made.
+        """
+        run = cls(directory)
+        if run.config_path.exists() or run.manifest_path.exists():
+            raise UsageError(
+                "U002",
+                f"{directory} already holds a run",
+                try_=f"imgcls-fast train {directory} --resume   (or another --out)",
+            )
+        with explained_write(directory):
+            run.directory.mkdir(parents=True, exist_ok=True)
+        run.lock()
+        return run
+
+    def lock(self) -> None:
+        """Become the single writer until `unlock` or the end of the process, however it ends.
+
+        Raises:
+            HardwareError: H005 when another process writes here.
+        """
+        with explained_write(self.directory / ".lock"):
+            file = open(self.directory / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - held open: it is the lock
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            owner = file.read().strip()
+            file.close()
+            raise HardwareError(
+                "H005",
+                f"{self.directory} is being written by another process ({owner or 'unknown'})",
+                try_="wait for it, or train into another directory with --out",
+            ) from error
+        file.truncate(0)
+        file.write(f"pid {os.getpid()}")
+        file.flush()
+        self._lock = file
+
+    def unlock(self) -> None:
+        """Let others write."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def save_config(self, config: RunConfig) -> None:
+        save_config(config, self.config_path)
+
+    def write_json(self, name: str, value: Any) -> None:
+        write_json(self.directory / name, value)
+
+    def append_event(self, event: dict[str, Any]) -> None:
+        """Add one line to events.jsonl."""
+        with explained_write(self.directory / "events.jsonl"), open(self.directory / "events.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps({"time": round(time.time(), 3), **event}, default=str) + "\n")
+
+    def append_log(self, line: str) -> None:
+        """Add one line to log.txt."""
+        with explained_write(self.directory / "log.txt"), open(self.directory / "log.txt", "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def write_epochs(self, epochs: list[dict[str, Any]]) -> None:
+        """Rewrite metrics.csv: one row an epoch, so that a resumed run has no row twice."""
+        out = io.StringIO()
+        names = list(dict.fromkeys(key for epoch in epochs for key in epoch))
+        writer = csv.DictWriter(out, names, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(epochs)
+        write_text(self.directory / "metrics.csv", out.getvalue())
+
+    def mark_last(self) -> None:
+        """Let `last` in the folder of runs point here: a text file, and a symlink where that is possible."""
+        folder = self.directory.parent
+        write_text(folder / "last.txt", self.directory.name + "\n")
+        link, temporary = folder / "last", folder / f".last.{os.getpid()}"
+        if link.exists() and not link.is_symlink():
+            return
+        try:
+            temporary.unlink(missing_ok=True)
+            temporary.symlink_to(self.directory.name)
+            os.replace(temporary, link)
+        except OSError:
+            temporary.unlink(missing_ok=True)  # a file system without links: last.txt is enough
+
+
+def new_run_path(source: str | None, arch: str) -> Path:
+    """runs/<data>-<arch>-<time>: no spaces, never an existing directory."""
+    stem = re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(source).resolve().stem if source else "digits").strip("-.") or "data"
+    base = f"{stem}-{re.sub(r'[^A-Za-z0-9_.-]+', '-', arch.split('/')[-1])}-{time.strftime('%Y%m%d-%H%M%S')}"
+    path, k = env.runs_dir() / base, 1
+    while path.exists():
+        k += 1
+        path = env.runs_dir() / f"{base}-{k}"
+    return path
+
+
+def find_run(name: str | Path | None) -> Run:
+    """A run by path, by name inside the folder of runs, or the last one (None or "last").
+
+    Raises:
+        UsageError: U003, with the nearest name.
+    """
+    runs = env.runs_dir()
+    if name is None or str(name) in ("last", str(runs / "last")):
+        try:
+            target = (runs / "last.txt").read_text("utf-8").strip()
+        except FileNotFoundError:
+            raise UsageError("U003", f"there is no last run in {runs}", try_="imgcls-fast train DATA") from None
+        if is_run(runs / target):
+            return Run(runs / target)
+        raise UsageError("U003", f"the last run, {runs / target}, is not there any more", try_="imgcls-fast runs list")
+    for path in (Path(name), runs / name):
+        if is_run(path):
+            return Run(path)
+        if path.name == "bundle" and (path / "bundle.json").exists():
+            return Run(path.parent)
+    known = [run.name for run in list_runs()]
+    guess = near(str(name), known)
+    raise UsageError("U003", f"{name} is not a run", try_=f"imgcls-fast runs show {guess}" if guess else "imgcls-fast runs list")
+
+
+def is_run(path: Path) -> bool:
+    """Whether a directory holds a run."""
+    return (path / "config.yaml").is_file() and (path / "manifest.npz").is_file()
+
+
+def list_runs(folder: Path | None = None) -> list[Run]:
+    """All runs of a folder, the oldest first."""
+    folder = folder or env.runs_dir()
+    if not folder.is_dir():
+        return []
+    found = [Run(path) for path in folder.iterdir() if not path.is_symlink() and is_run(path)]
+    return sorted(found, key=lambda run: (run.config_path.stat().st_mtime, run.name))
+
+
+def _number(text: str | None) -> Any:
+    if text is None or text == "":
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        try:
+            return float(text)
+        except ValueError:
+            return text

@@ -1,0 +1,218 @@
+"""From presets, YAML files, flags and `--set` to one checked RunConfig, or one clear error."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from .config import RunConfig, setting_names
+from .errors import ConfigError, near
+from .files import write_text
+
+
+def build_config(
+    overrides: dict[str, Any] | None = None,
+    *,
+    preset: str | None = None,
+    file: Path | None = None,
+    sets: tuple[str, ...] | list[str] = (),
+) -> RunConfig:
+    """Merge preset < file < overrides (flags or Python arguments) < `--set`, and check the result once.
+
+    Args:
+        overrides: dotted names to values, e.g. {"train.epochs": 3}.
+        preset: name of a file in `presets/`.
+        file: YAML with the sections of RunConfig.
+        sets: "section.field=value", the value read as YAML.
+
+    Raises:
+        ConfigError: C001 unknown setting (with the nearest name), C002 or C003 a wrong value, C005 an unreadable file.
+    """
+    merged: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    if preset:
+        _merge(merged, origin, *_read_yaml(_preset_text(preset), f"preset {preset}"))
+    if file is not None:
+        _merge(merged, origin, *_read_yaml(_file_text(file), str(file)))
+    for name, value in (overrides or {}).items():
+        _put(merged, origin, name, value, "")
+    for text in sets:
+        name, equals, value = text.partition("=")
+        if not equals or not name.strip():
+            raise ConfigError("C002", f"--set needs section.field=value, got {text!r}", try_="--set train.epochs=30")
+        _put(merged, origin, name.strip(), _scalar(value), f"--set {text}")
+    try:
+        return RunConfig.model_validate(merged)
+    except ValidationError as error:
+        raise _explain(error, origin) from error
+
+
+def preset_names() -> list[str]:
+    """The presets that ship with the package."""
+    folder = resources.files("imgcls_fast") / "presets"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The configuration as a YAML file that `build_config(file=...)` reads back to an equal object."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def save_config(config: RunConfig, path: Path) -> None:
+    """Write `to_yaml`, whole."""
+    write_text(path, to_yaml(config))
+
+
+def flatten(config: RunConfig) -> dict[str, Any]:
+    """Dotted names to values."""
+    flat: dict[str, Any] = {}
+    for section, value in config.model_dump(mode="json").items():
+        if isinstance(value, dict):
+            flat |= {f"{section}.{key}": inner for key, inner in value.items()}
+        else:
+            flat[section] = value
+    return flat
+
+
+def replace_settings(config: RunConfig, changes: dict[str, Any]) -> RunConfig:
+    """The same configuration with some dotted names changed, checked again."""
+    return build_config({**flatten(config), **changes})
+
+
+def _put(merged: dict[str, Any], origin: dict[str, str], name: str, value: Any, where: str) -> None:
+    known = setting_names()
+    if name not in known:
+        raise _unknown(name, where)
+    section, _, key = name.partition(".")
+    if key:
+        merged.setdefault(section, {})[key] = value
+    else:
+        merged[section] = value
+    origin[name] = where
+
+
+def _merge(merged: dict[str, Any], origin: dict[str, str], tree: Any, lines: dict[str, str], source: str) -> None:
+    if tree is None:
+        return
+    if not isinstance(tree, dict):
+        raise ConfigError("C005", f"{source} must hold sections (data:, train:, ...), got {type(tree).__name__}", where=source)
+    sections = {name.partition(".")[0] for name in setting_names() if "." in name}
+    for section, value in tree.items():
+        if section in sections and isinstance(value, dict):
+            for key, inner in value.items():
+                _put(merged, origin, f"{section}.{key}", inner, lines.get(f"{section}.{key}", source))
+        elif section in sections and value is None:
+            continue
+        elif section in sections:
+            raise ConfigError("C002", f"{section} must be a section with settings, got {value!r}", where=lines.get(section, source))
+        else:
+            _put(merged, origin, str(section), value, lines.get(str(section), source))
+
+
+def _unknown(name: str, where: str) -> ConfigError:
+    known = setting_names()
+    guess = near(name, known) or near(name.split(".")[-1], [k.split(".")[-1] for k in known])
+    full = guess if guess in known else next((k for k in known if guess and k.endswith("." + guess)), "")
+    return ConfigError(
+        "C001",
+        f"unknown setting {name}",
+        where=where,
+        try_=f"--set {full}=..." if full else "imgcls-fast train --dump-config   (lists every setting)",
+    )
+
+
+def _explain(error: ValidationError, origin: dict[str, str]) -> ConfigError:
+    """The first wrong setting in our words; the others are counted."""
+    problems = []
+    for item in error.errors():
+        place = [str(part) for part in item["loc"]]
+        name = ".".join(place[:2]) if len(place) > 1 and ".".join(place[:2]) in setting_names() else ".".join(place[:1])
+        problems.append((name, item))
+    name, item = problems[0]
+    same = [i for n, i in problems if n == name]
+    wanted = " or ".join(dict.fromkeys(_wanted(i) for i in same))
+    if item["type"] == "value_error":
+        message = item["msg"].removeprefix("Value error, ")
+    else:
+        message = f"{name} must be {wanted}, got {_got(item)!r}"
+    others = sorted({n for n, _ in problems if n != name})
+    if others:
+        message += f" (also wrong: {', '.join(others)})"
+    range_error = any(i["type"].startswith(("greater", "less", "literal", "value_error")) for i in same)
+    return ConfigError("C003" if range_error else "C002", message, where=_where(name, origin))
+
+
+def _where(name: str, origin: dict[str, str]) -> str:
+    """Where a setting came from; for a rule about a whole section, where any setting of it did."""
+    return origin.get(name) or next((place for key, place in origin.items() if key.startswith(f"{name}.") and place), "")
+
+
+def _wanted(item: Any) -> str:
+    context = item.get("ctx") or {}
+    if "expected" in context and item["type"] == "literal_error":
+        return f"one of {context['expected']}"
+    text = item["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+    return text.split(", unable to parse")[0]
+
+
+def _got(item: Any) -> Any:
+    return item["input"]
+
+
+def _scalar(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def _preset_text(name: str) -> str:
+    if name not in preset_names():
+        guess = near(name, preset_names())
+        raise ConfigError(
+            "C003",
+            f"unknown preset {name!r}, expected one of {', '.join(preset_names())}",
+            try_=f"--preset {guess or preset_names()[0]}",
+        )
+    return (resources.files("imgcls_fast") / "presets" / f"{name}.yaml").read_text("utf-8")
+
+
+def _file_text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError("C005", f"cannot read the configuration {path}: {error}", try_="imgcls-fast train --dump-config > run.yaml") from error
+
+
+def _read_yaml(text: str, source: str) -> tuple[Any, dict[str, str], str]:
+    """The tree, and for each dotted name the file and line where it stands. Aliases, tags and repeated keys are refused."""
+    try:
+        for token in yaml.scan(text, Loader=yaml.SafeLoader):
+            if isinstance(token, yaml.AliasToken | yaml.AnchorToken):
+                raise ConfigError("C005", f"{source} uses YAML anchors, which are not allowed", where=f"line {token.start_mark.line + 1}")
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f"{source}, line {mark.line + 1}" if mark else source
+        raise ConfigError("C005", f"{source} is not valid YAML: {getattr(error, 'problem', error)}", where=line) from error
+    lines: dict[str, str] = {}
+    _walk(node, "", source, lines)
+    return tree, lines, source
+
+
+def _walk(node: Any, prefix: str, source: str, lines: dict[str, str]) -> None:
+    if not isinstance(node, yaml.MappingNode):
+        return
+    for key, value in node.value:
+        name = f"{prefix}{key.value}"
+        where = f"{source}, line {key.start_mark.line + 1}"
+        if name in lines:
+            raise ConfigError("C005", f"{name} is set twice in {source}", where=f"{where} and {lines[name]}")
+        lines[name] = where
+        if not prefix:
+            _walk(value, f"{name}.", source, lines)

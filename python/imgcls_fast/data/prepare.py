@@ -1,0 +1,139 @@
+"""From settings to a manifest with splits; and looking at it: statistics, and whether the files are still the same."""
+
+from __future__ import annotations
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..core.config import DataConfig
+from ..core.manifest import SPLITS, Manifest
+from .decode import Color, Undecodable, decode_pixels
+from .digits import write_digits
+from .scan import ScanOptions, ScanResult, scan
+from .split import make_splits
+
+_STATISTICS_IMAGES = 500
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A manifest in which every row has a split, and what the scan had to say."""
+
+    manifest: Manifest
+    found: ScanResult
+
+    def facts(self) -> dict[str, Any]:
+        """The data line of the console, as plain values."""
+        manifest, counts = self.manifest, self.manifest.counts()
+        return {
+            "source": manifest.source,
+            "root": str(manifest.root),
+            "images": len(manifest),
+            "classes": list(manifest.labels.classes),
+            "counts": {name: int(n) for name, n in zip(manifest.labels.classes, counts, strict=True)},
+            "smallest": int(counts.min()) if len(counts) else 0,
+            "splits": {name: len(manifest.rows(name)) for name in SPLITS},
+            "quarantined": len(self.found.quarantine),
+            "duplicates_removed": self.found.dropped,
+            "skipped": self.found.skipped,
+            "notices": list(self.found.notices),
+            "fingerprint": manifest.fingerprint,
+        }
+
+
+def scan_options(config: DataConfig, exif: str, cache: Path, **more: Any) -> ScanOptions:
+    """The scan's options from the settings."""
+    return ScanOptions(
+        exif=exif,  # type: ignore[arg-type]
+        bad_images=config.bad_images,
+        max_bad=config.max_bad,
+        max_megapixels=config.max_megapixels,
+        verify=config.verify,
+        group_by=config.group_by,
+        group_col=config.group_col,
+        path_col=config.path_col,
+        label_col=config.label_col,
+        split_col=config.split_col,
+        duplicates=config.duplicates,
+        near_duplicates=config.near_duplicates,
+        cache=cache / "archives",
+        **more,
+    )
+
+
+def prepare(config: DataConfig, exif: str, cache: Path) -> Prepared:
+    """Scan the source (none: the embedded digits) and give every row a split.
+
+    Args:
+        config: section data.
+        exif: pixels.exif, because it decides what the size of an image is.
+        cache: folder for extracted archives and the digits.
+
+    Raises:
+        DataError: everything that is wrong with the data, at once.
+    """
+    source = Path(config.source) if config.source else write_digits(cache)
+    found = scan(source, scan_options(config, exif, cache))
+    manifest = make_splits(found.manifest, fractions=config.split, seed=config.split_seed)
+    return Prepared(manifest, found)
+
+
+def changed_files(manifest: Manifest, threads: int) -> list[str]:
+    """Paths of the manifest whose file is gone or has other bytes than at the scan."""
+
+    def differs(row: int) -> bool:
+        try:
+            with open(manifest.path(row), "rb") as file:
+                return hashlib.file_digest(file, "sha256").digest()[:16] != manifest.digest[row].tobytes()
+        except OSError:
+            return True
+
+    with ThreadPoolExecutor(threads) as pool:
+        return [manifest.paths[row] for row, changed in enumerate(pool.map(differs, range(len(manifest)), chunksize=64)) if changed]
+
+
+def channel_statistics(manifest: Manifest, color: Color) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel, 0..1, over (at most 500, evenly chosen) training images."""
+    rows = manifest.rows("train")
+    rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), _STATISTICS_IMAGES)).astype(np.int64)]
+    sums, squares, count = 0.0, 0.0, 0
+    for row in rows:
+        try:
+            pixels = decode_pixels(manifest.path(int(row)), color=color).reshape(-1, {"gray": 1, "rgb": 3, "rgba": 4}[color]) / 255.0
+        except Undecodable:
+            continue  # the loader will find it and say so
+        weight = 1.0 / len(pixels)  # every image counts the same, whatever its size
+        sums, squares, count = sums + pixels.sum(0) * weight, squares + (pixels**2).sum(0) * weight, count + 1
+    mean = sums / max(count, 1)
+    deviation = np.sqrt(np.maximum(squares / max(count, 1) - mean**2, 1e-6))
+    return tuple(float(v) for v in np.atleast_1d(mean)), tuple(float(v) for v in np.atleast_1d(deviation))
+
+
+def statistics(prepared: Prepared) -> dict[str, Any]:
+    """What the images are like: classes, splits, sizes, orientations, channel means."""
+    manifest = prepared.manifest
+    width, height = manifest.turned_size()
+    mean, deviation = channel_statistics(manifest, "rgb")
+
+    def spread(values: np.ndarray) -> dict[str, float]:
+        low, middle, high = np.percentile(values, [5, 50, 95])
+        return {"min": float(values.min()), "p5": float(low), "median": float(middle), "p95": float(high), "max": float(values.max())}
+
+    return {
+        **prepared.facts(),
+        "per_split": {
+            name: {c: int(n) for c, n in zip(manifest.labels.classes, manifest.counts(name), strict=True)} for name in SPLITS
+        },
+        "width": spread(width),
+        "height": spread(height),
+        "aspect": spread(width / height),
+        "turned_by_exif": int((manifest.orientation > 1).sum()),
+        "imbalance": float(manifest.counts().max() / max(1, manifest.counts().min())),
+        "mean": [round(v, 4) for v in mean],
+        "std": [round(v, 4) for v in deviation],
+    }

@@ -1,0 +1,210 @@
+"""Bad images: found out without harm, named with a reason, listed in quarantine.csv, never substituted.
+
+This is the one module of the data room that may catch every exception, around the decoding of one image: decoders
+raise what they like on damaged files, and some crash or hang, for which there is a child process.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import BinaryIO
+
+from imgcls_fast.core.files import write_whole
+
+from .decode import Undecodable, full_decode
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of one file; the size (pixels, as stored) and orientation are filled in when it is good."""
+
+    ok: bool
+    reason: str = ""
+    width: int = 0
+    height: int = 0
+    orientation: int = 1
+
+
+@dataclass(frozen=True)
+class BadFile:
+    """One line of quarantine.csv."""
+
+    path: str  # as in the manifest: relative to its root, or absolute
+    reason: str
+    split: str = ""
+    label: str = ""
+    size_bytes: int = 0
+    found: str = "scan"  # "scan", or when it slipped through: "epoch 3"
+
+
+def examine(path: Path | str, max_megapixels: float = 50.0) -> Verdict:
+    """Decode one file completely, in this process. Never raises on account of the file."""
+    try:
+        width, height, orientation = full_decode(path, max_megapixels=max_megapixels)
+    except Undecodable as fault:
+        return Verdict(False, fault.reason)
+    except Exception as fault:  # noqa: BLE001 (the place for it, see above)
+        return Verdict(False, f"decoder failed: {type(fault).__name__}: {fault}")
+    return Verdict(True, "", width, height, orientation)
+
+
+def examine_isolated(
+    paths: Sequence[Path | str],
+    *,
+    max_megapixels: float = 50.0,
+    timeout_s: float = 30.0,
+    memory_mb: int = 4096,
+    workers: int = 1,
+) -> list[Verdict]:
+    """Decode files in child processes, where a crash, a hang or a memory bomb is only a reason.
+
+    Args:
+        paths: the files, in any number; one child serves many until it dies.
+        timeout_s: seconds for one file.
+        memory_mb: address space of a child, in MiB.
+        workers: children at a time.
+
+    Returns:
+        One verdict a path, in order.
+    """
+    names = [os.fsencode(p) for p in paths]
+    share = max(1, -(-len(names) // max(1, workers)))
+    parts = [names[i : i + share] for i in range(0, len(names), share)]
+    child = _Child(max_megapixels, timeout_s, memory_mb)
+    with ThreadPoolExecutor(max(1, len(parts))) as pool:
+        return [verdict for part in pool.map(child.examine_all, parts) for verdict in part]
+
+
+@dataclass(frozen=True)
+class _Child:
+    max_megapixels: float
+    timeout_s: float
+    memory_mb: int
+
+    def examine_all(self, names: list[bytes]) -> list[Verdict]:
+        verdicts: list[Verdict] = []
+        while len(verdicts) < len(names):
+            got, fate = self._examine_until_death(names[len(verdicts) :])
+            verdicts += got
+            if fate:  # the file that the child was at when it died
+                verdicts.append(Verdict(False, fate))
+        return verdicts
+
+    def _examine_until_death(self, names: list[bytes]) -> tuple[list[Verdict], str]:
+        """Verdicts until all are done (fate "") or the child died of the next file (fate: the reason)."""
+        place = str(Path(__file__).resolve().parents[2])
+        program = (
+            "import sys; sys.path.insert(0, sys.argv[1]); "
+            "from imgcls_fast.data.quarantine import serve_child; serve_child(sys.argv[2:])"
+        )
+        command = [sys.executable, "-c", program, place, str(self.max_megapixels), str(self.memory_mb)]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            _feed(process, b"\0".join(names))
+            verdicts, hung = self._collect(process, len(names))
+        finally:
+            process.kill()
+            process.stdout.close()
+            process.wait()
+        if len(verdicts) == len(names):
+            return verdicts, ""
+        if hung:
+            return verdicts, f"decoder hung: no answer in {self.timeout_s:g} s"
+        return verdicts, f"decoder crashed ({_cause(process.returncode)})"
+
+    def _collect(self, process: subprocess.Popen[bytes], expected: int) -> tuple[list[Verdict], bool]:
+        assert process.stdout is not None
+        verdicts: list[Verdict] = []
+        pending = b""
+        allowance = self.timeout_s + 30  # the first answer waits for the child's imports on a busy machine
+        with selectors.DefaultSelector() as selector:
+            selector.register(process.stdout, selectors.EVENT_READ)
+            while len(verdicts) < expected:
+                if not selector.select(allowance):
+                    return verdicts, True
+                piece = os.read(process.stdout.fileno(), 65536)
+                if not piece:
+                    process.wait()
+                    return verdicts, False
+                *lines, pending = (pending + piece).split(b"\n")
+                for line in lines:
+                    if line == b"ready":
+                        allowance = self.timeout_s
+                    else:
+                        verdicts.append(Verdict(**json.loads(line)))
+        return verdicts, False
+
+
+def _feed(process: subprocess.Popen[bytes], names: bytes) -> None:
+    assert process.stdin is not None
+    try:
+        process.stdin.write(names)
+        process.stdin.close()
+    except BrokenPipeError:
+        pass  # it died at once; the collector finds out how
+
+
+def _cause(code: int) -> str:
+    try:
+        return signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    except ValueError:
+        return f"signal {-code}"
+
+
+def serve_child(arguments: Sequence[str]) -> None:
+    """The child's side: NUL-separated paths on stdin, one JSON verdict a line on stdout."""
+    max_megapixels, memory_mb = float(arguments[0]), int(arguments[1])
+    try:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_AS, (memory_mb << 20, memory_mb << 20))
+    except (ImportError, ValueError, OSError):
+        pass  # no such limits here: the time limit and the process border remain
+    out = os.dup(1)
+    os.dup2(2, 1)  # a decoder that writes to stdout must not be taken for a verdict
+    names = sys.stdin.buffer.read().split(b"\0")
+    os.write(out, b"ready\n")
+    for name in names:
+        os.write(out, json.dumps(asdict(examine(os.fsdecode(name), max_megapixels))).encode("ascii") + b"\n")
+
+
+def write_quarantine(path_csv: Path, rows: Iterable[BadFile]) -> None:
+    """Write quarantine.csv, whole: path, reason, split, label, size_bytes, found.
+
+    Names that are not UTF-8 keep their bytes, so the file can be read back exactly.
+    """
+    out = io.StringIO(newline="")
+    writer = csv.writer(out)
+    writer.writerow([f.name for f in fields(BadFile)])
+    for row in rows:
+        writer.writerow([getattr(row, f.name) for f in fields(BadFile)])
+    blob = out.getvalue().encode("utf-8", "surrogateescape")
+
+    def write(file: BinaryIO) -> None:
+        file.write(blob)
+
+    write_whole(path_csv, write)
+
+
+def read_quarantine(path_csv: Path) -> list[BadFile]:
+    """Read what `write_quarantine` wrote; no file means no bad images."""
+    if not path_csv.exists():
+        return []
+    with open(path_csv, encoding="utf-8", errors="surrogateescape", newline="") as file:
+        return [
+            BadFile(row["path"], row["reason"], row["split"], row["label"], int(row["size_bytes"]), row["found"])
+            for row in csv.DictReader(file)
+        ]

@@ -1,0 +1,349 @@
+"""The rules that turn a listing and its examined files into a manifest: what is left out, what is wrong, and why."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from imgcls_fast.core.errors import DataError
+from imgcls_fast.core.manifest import NO_SPLIT, SPLITS, LabelSpace, Manifest, PathList
+
+from . import decode, duplicates, fetch, sources
+from .quarantine import BadFile
+from .sources import Listing, Problem
+
+if TYPE_CHECKING:
+    from .scan import Files
+
+
+@dataclass(frozen=True)
+class ScanOptions:
+    """What a scan checks and how it treats what it finds."""
+
+    exif: decode.ExifPolicy = "apply"
+    bad_images: Literal["quarantine", "error"] = "quarantine"
+    max_bad: float = 0.2  # below 1: a share of all images; from 1 on: a count
+    max_megapixels: float = 50.0
+    verify: Literal["suspect", "full"] = "suspect"  # full: decode every image to its last pixel
+    group_by: str | None = None  # regular expression on the path
+    path_col: str | None = None  # columns of a table: None finds them, "" means that there is none
+    label_col: str | None = None
+    split_col: str | None = None
+    group_col: str | None = None
+    duplicates: Literal["drop", "keep", "error"] = "drop"  # of images in several given splits
+    near_duplicates: bool = False
+    threads: int = 0  # 0: as many as this process may use
+    cache: Path | None = None  # where archives are unpacked; None: beside the archive
+    classes: tuple[str, ...] | None = None  # only these, in this order
+    purpose: Literal["train", "judge", "predict"] = "train"  # judge: no rule about training rows; predict: no labels
+
+
+@dataclass(frozen=True, eq=False)
+class ScanResult:
+    """What a scan found. With problems, `manifest` holds the rows that are good so far, for looking only."""
+
+    manifest: Manifest
+    quarantine: tuple[BadFile, ...] = ()
+    problems: tuple[Problem, ...] = ()
+    notices: tuple[str, ...] = ()
+    skipped: int = 0  # files that are no images
+    dropped: int = 0  # duplicates across splits that were removed
+
+    def summary(self) -> str:
+        """The data line: images, classes, smallest class, quarantined, duplicates removed."""
+        counts = self.manifest.counts()
+        parts = [f"{len(self.manifest):,} images", f"{self.manifest.labels.size} classes"]
+        if len(counts):
+            parts.append(f"smallest {counts.min():,}")
+        parts.append(f"{len(self.quarantine):,} quarantined")
+        if self.dropped:
+            parts.append(f"{self.dropped:,} duplicates across splits removed")
+        return ", ".join(parts)
+
+
+class DataProblems(DataError):
+    """Everything that a scan found wrong, in one error; `problems` is the full list."""
+
+    def __init__(self, problems: Sequence[Problem], source: str) -> None:
+        first = problems[0]
+        self.problems = tuple(problems)
+        if len(problems) == 1:
+            super().__init__(first.code, first.message, where=first.where or source, why=first.why, try_=first.try_)
+            return
+        counts = Counter(p.kind for p in problems)
+        kinds = ", ".join(f"{n:,} x {kind}" for kind, n in counts.items())
+        examples = [next(p for p in problems if p.kind == kind) for kind in list(counts)[:5]]
+        lines = "".join(f"\n    {p.where + ': ' if p.where else ''}{p.message}" for p in examples)
+        super().__init__(
+            first.code,
+            f"{len(problems):,} problems in {source}: {kinds}{lines}",
+            where=first.where or source,
+            try_=first.try_ or f"imgcls-fast data check {source} --json",
+        )
+
+
+class Tabulation:
+    """Turns listing and files into a manifest, dropping what must not be in it and noting why."""
+
+    def __init__(self, listing: Listing, files: Files, options: ScanOptions, source: str) -> None:
+        self.listing, self.files, self.options, self.source = listing, files, options, source
+        self.problems, self.notices = list(dict.fromkeys(listing.problems)), list(listing.notices)
+        self.dropped = 0
+        self.classes = list(listing.classes)
+        self.label = np.array(listing.labels, np.int32)
+        self.split = np.array(listing.splits, np.uint8)
+        self.group, self.group_names = _group_codes(listing.groups, len(listing.paths))
+
+    def finish(self) -> ScanResult:
+        """Apply the rules, one after the other."""
+        self._choose_classes()
+        near = self._near_units()
+        bad = self._quarantine()
+        rows = self.files.good()
+        rows = rows[self.label[rows] >= 0] if self.options.purpose != "predict" else rows
+        self._note_two_labels(rows)
+        rows = self._keep_splits_apart(rows, duplicates.same_bytes(self.files.digest[rows]), "duplicate")
+        if near is not None:
+            rows = self._keep_splits_apart(rows, near[rows], "near duplicate")
+            self._join_near(rows, near)
+        self._check_groups(rows)
+        self._remove_empty_classes(rows)
+        self._check_classes(rows)
+        skipped = int(self.files.skip.sum()) + self.listing.skipped
+        if skipped:
+            self.notices.append(f"{skipped:,} files that are not images were skipped")
+        manifest = self._manifest(rows)
+        return ScanResult(manifest, bad, tuple(self.problems), tuple(self.notices), skipped, self.dropped)
+
+    def _path(self, row: int) -> str:
+        return self.listing.paths[row]
+
+    def _choose_classes(self) -> None:
+        """Keep only the classes that were asked for, in that order; rows of others get label -1 and are left out."""
+        wanted = self.options.classes
+        if wanted is None or self.options.purpose == "predict":
+            return
+        place = {name: i for i, name in enumerate(wanted)}
+        table = np.array([place.get(name, -1) for name in self.classes] + [-1], np.int32)
+        self.label = table[self.label]
+        left_out = [name for name in self.classes if name not in place]
+        if left_out:
+            count = int((self.label < 0).sum())
+            self.notices.append(f"{count:,} files of {len(left_out)} other classes left out: {', '.join(left_out[:5])}")
+        for name in wanted:
+            if name not in self.classes and self.options.purpose == "train":
+                self.problems.append(Problem("D005", "missing class", f"class {name!r} has no images in {self.source}"))
+        self.classes = list(wanted)
+
+    def _quarantine(self) -> tuple[BadFile, ...]:
+        """The bad files, and the problem that there are too many or that there may be none."""
+        out = []
+        for row in sorted(self.files.reasons):
+            split, label = int(self.split[row]), int(self.label[row])
+            if label < 0 and self.options.classes is not None and self.options.purpose != "predict":
+                continue  # of a class that is left out
+            out.append(
+                BadFile(
+                    self._path(row),
+                    self.files.reasons[row],
+                    SPLITS[split] if split != NO_SPLIT else "",
+                    self.classes[label] if label >= 0 else "",
+                    int(self.files.head["size_bytes"][row]),
+                )
+            )
+        total = len(out) + len(self.files.good())
+        if out and self.options.bad_images == "error":
+            self.problems.append(
+                self._bad_problem("D012", "undecodable image", out, total, "quarantine is off (--bad-images error)")
+            )
+        elif out and len(out) > self._allowed(total):
+            share = " of all" if self.options.max_bad < 1 else ""
+            why = f"at most {self.options.max_bad:g}{share} may be bad (--max-bad)"
+            self.problems.append(self._bad_problem("D013", "too many bad images", out, total, why))
+        return tuple(out)
+
+    def _allowed(self, total: int) -> float:
+        limit = self.options.max_bad
+        return limit * total if limit < 1 else limit
+
+    def _bad_problem(self, code: str, kind: str, bad: list[BadFile], total: int, why: str) -> Problem:
+        first = f"{bad[0].path} ({bad[0].reason})"
+        more = f", +{len(bad) - 1:,} more" if len(bad) > 1 else ""
+        count = f"{len(bad):,} of {total:,} images cannot be decoded"
+        reasons = ", ".join(f"{n:,} x {r}" for r, n in Counter(b.reason.split(":")[0] for b in bad).most_common(4))
+        if code == "D012":
+            fix = f"imgcls-fast train {self.source} --bad-images quarantine"
+            return Problem(code, kind, count, where=first + more, why=why, try_=fix)
+        fix = f"imgcls-fast train {self.source} --max-bad {len(bad)}"
+        return Problem(code, kind, f"{count}: {reasons}", where=first + more, why=why, try_=fix)
+
+    def _note_two_labels(self, rows: np.ndarray) -> None:
+        same = duplicates.same_bytes(self.files.digest[rows])
+        for part in duplicates.two_labels(same, self.label[rows])[:20]:
+            names = [f"{self._path(int(r))} ({self.classes[self.label[r]]})" for r in rows[part]]
+            self.notices.append(
+                f"the same image has {len(set(self.label[rows[part]].tolist()))} labels: {', '.join(names)}"
+            )
+
+    def _keep_splits_apart(self, rows: np.ndarray, unit: np.ndarray, what: str) -> np.ndarray:
+        """Remove from train (or val) what is also in val or test; the test rows never change."""
+        keep = duplicates.keep_highest_split(unit, self.split[rows])
+        lost = rows[~keep]
+        if not len(lost):
+            return rows
+        if self.options.duplicates == "drop":
+            self.dropped += len(lost)
+            where = Counter(SPLITS[s] if s != NO_SPLIT else "rows without split" for s in self.split[lost].tolist())
+            parts = ", ".join(f"{n:,} from {name}" for name, n in where.items())
+            plural = "s" if len(lost) > 1 else ""
+            self.notices.append(
+                f"{len(lost):,} {what}{plural} across splits removed ({parts}), e.g. {self._path(int(lost[0]))}"
+            )
+            return rows[keep]
+        text = f"{len(lost):,} images are {what}s of images in another split, e.g. {self._path(int(lost[0]))}"
+        if self.options.duplicates == "error":
+            fix = f"imgcls-fast train {self.source} --duplicates drop"
+            self.problems.append(Problem("D006", f"{what} across splits", text, try_=fix))
+        else:
+            self.notices.append(f"{text}: kept, so the test figures flatter the model")
+        return rows
+
+    def _near_units(self) -> np.ndarray | None:
+        """(N,) int64 clusters of images that look alike, or None when not asked for."""
+        if not self.options.near_duplicates:
+            return None
+        rows = self.files.good()
+        unit = np.arange(len(self.label)) + len(self.label)
+        if len(rows):
+            unit[rows] = duplicates.near_units(self.files.perceptual(rows))
+        return np.unique(unit, return_inverse=True)[1].astype(np.int64)
+
+    def _join_near(self, rows: np.ndarray, near: np.ndarray) -> None:
+        """Images that look alike join one group, so that no split parts them."""
+        _, unit, size = np.unique(near[rows], return_inverse=True, return_counts=True)
+        alike = int((size[size > 1]).sum())
+        if not alike:
+            return
+        pairs = np.where(size[unit] > 1, unit, -1)
+        merged = duplicates.joined(self.group[rows], pairs)
+        self.notices.append(
+            f"{alike:,} images look like another one ({int((size > 1).sum()):,} clusters): kept together in any split"
+        )
+        _, first, code, count = np.unique(merged, return_index=True, return_inverse=True, return_counts=True)
+        grouped = (count[code] > 1) | (self.group[rows] >= 0)
+        names: dict[int, str] = {}
+        for unit_code in np.unique(code[grouped]).tolist():
+            member = int(rows[first[unit_code]])
+            old = int(self.group[member])
+            names[unit_code] = self.group_names[old] if old >= 0 else f"like {self._path(member)}"
+        numbers = {c: i for i, c in enumerate(names)}
+        self.group[rows] = [
+            numbers.get(c, -1) if g else -1 for c, g in zip(code.tolist(), grouped.tolist(), strict=True)
+        ]
+        self.group_names = tuple(names.values())
+
+    def _check_groups(self, rows: np.ndarray) -> None:
+        mixed = duplicates.crossing(self.group[rows], self.split[rows])
+        if not mixed:
+            return
+        total = len(np.unique(self.group[rows][self.group[rows] >= 0]))
+        images = sum(len(part) for part in mixed)
+        part = rows[mixed[0]]
+        shown = ", ".join(
+            f"{name} {int((self.split[part] == code).sum())}"
+            for code, name in enumerate(SPLITS)
+            if (self.split[part] == code).any()
+        )
+        example = f"group {self.group_names[self.group[part[0]]]!r}: {shown}"
+        text = (
+            f"{len(mixed):,} of {total:,} groups ({images:,} images) are in several of the given splits, e.g. {example}"
+        )
+        self.problems.append(
+            Problem(
+                "D006",
+                "group across splits",
+                text,
+                why="the model would be judged on groups that it has learnt from",
+                try_=f"imgcls-fast data split {self.source}",
+            )
+        )
+
+    def _remove_empty_classes(self, rows: np.ndarray) -> None:
+        if self.options.classes is not None or not self.classes:
+            return
+        counts = np.bincount(self.label[rows][self.label[rows] >= 0], minlength=len(self.classes))
+        if (counts > 0).all():
+            return
+        gone = [name for name, n in zip(self.classes, counts, strict=True) if n == 0]
+        self.notices.append(f"no usable image in {len(gone)} of the classes, left out: {', '.join(gone[:5])}")
+        renumber = np.append(np.cumsum(counts > 0) - 1, -1).astype(np.int32)
+        renumber[:-1][counts == 0] = -1
+        self.label = renumber[self.label]
+        self.classes = [name for name, n in zip(self.classes, counts, strict=True) if n]
+
+    def _check_classes(self, rows: np.ndarray) -> None:
+        told = {p.code for p in self.problems}
+        if not len(rows):
+            if "D002" not in told:
+                self.problems.append(Problem("D002", "no images", f"no usable images in {self.source}"))
+            return
+        if self.options.purpose != "train":
+            return
+        if len(self.classes) < 2:
+            name = f" ({self.classes[0]!r})" if self.classes else ""
+            text = f"{self.source} has {len(self.classes)} class{name}, and a classifier needs at least 2"
+            self.problems.append(Problem("D003", "fewer than two classes", text, try_=_elsewhere(Path(self.source))))
+        split, label = self.split[rows], self.label[rows]
+        if (split == NO_SPLIT).any():
+            return  # training rows are still to be chosen
+        counts = [np.bincount(label[split == code], minlength=len(self.classes)) for code in range(len(SPLITS))]
+        for k in np.flatnonzero((counts[0] == 0) & (counts[1] + counts[2] > 0)).tolist():
+            given = f"{counts[1][k]:,} val and {counts[2][k]:,} test images"
+            text = f"class {self.classes[k]!r} has {given} and no training images"
+            self.problems.append(Problem("D005", "class without training images", text))
+
+    def _manifest(self, rows: np.ndarray) -> Manifest:
+        head = self.files.head
+        present, group = np.unique(self.group[rows], return_inverse=True)
+        names = tuple(self.group_names[g] for g in present if g >= 0)
+        group = group - int((present < 0).any())
+        return Manifest(
+            root=Path(self.listing.root),
+            paths=PathList.of(self.listing.paths[r] for r in rows.tolist()),
+            labels=LabelSpace.single(self.classes),
+            label=self.label[rows],
+            split=self.split[rows],
+            group=group.astype(np.int32),
+            width=head["width"][rows].astype(np.int32),
+            height=head["height"][rows].astype(np.int32),
+            orientation=head["orientation"][rows].astype(np.uint8),
+            digest=self.files.digest[rows],
+            flags=self.files.flags[rows],
+            source=self.source,
+            group_names=names,
+        )
+
+
+def _elsewhere(source: Path) -> str:
+    """The command for the table or the one folder inside `source` that was probably meant."""
+    if not source.is_dir():
+        return ""
+    inside = sorted(p for p in source.iterdir() if not fetch.is_ignored(p.name))
+    tables = [p for p in inside if sources.is_table(p) and p.suffix.lower() != ".txt"]
+    folders = [p for p in inside if p.is_dir()]
+    meant = tables[0] if len(tables) == 1 else folders[0] if len(folders) == 1 else None
+    return f"imgcls-fast data check {meant}" if meant else ""
+
+
+def _group_codes(groups: list[str] | None, n: int) -> tuple[np.ndarray, tuple[str, ...]]:
+    """((N,) int32 codes, names in sorted order); "" becomes -1."""
+    if groups is None:
+        return np.full(n, -1, np.int32), ()
+    names = sorted(set(groups) - {""})
+    code = {name: i for i, name in enumerate(names)} | {"": -1}
+    return np.fromiter((code[g] for g in groups), np.int32, n), tuple(names)

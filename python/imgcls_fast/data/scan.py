@@ -1,0 +1,320 @@
+"""From a folder, table or archive to a manifest: every file is looked at once, and every problem is told at once."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from imgcls_fast.core.errors import HardwareError
+from imgcls_fast.core.manifest import FLAG_PILLOW, FLAG_SUSPECT
+
+from . import decode, duplicates, fetch, sources
+from .quarantine import Verdict, examine, examine_isolated
+from .rules import DataProblems, ScanOptions, ScanResult, Tabulation
+from .sources import IMAGE_ENDINGS, Columns, Listing, Problem
+
+__all__ = ["DataProblems", "Problem", "ScanOptions", "ScanResult", "inspect", "probe", "scan"]
+
+_JPEG, _PNG, _TIFF, _GIF = 1, 2, 5, 6  # the probe's `format`
+_ODD_JPEG, _ODD_BMP = 1, 16  # bits of the probe's `detail`
+_UNREADABLE, _EMPTY, _FOREIGN, _DAMAGED = 1, 2, 3, 4  # the probe's `status`
+_CHUNK = 20_000  # rows in flight, so that ten million rows do not become ten million futures
+_HASH_WHOLE = 64 << 20  # larger files are hashed in pieces
+
+
+def scan(source: Path | str, options: ScanOptions = ScanOptions()) -> ScanResult:  # noqa: B008 (frozen)
+    """Make the manifest of a source, or say everything that is wrong with it.
+
+    Args:
+        source: a folder of class folders, of train/val/test folders with class folders, a CSV, TSV or JSONL table, or
+            a zip or tar archive of one of these.
+        options: rules.
+
+    Returns:
+        The manifest (rows by path, classes by name in plain order, sizes as stored), bad files, and notices.
+
+    Raises:
+        DataProblems: (a DataError) all problems at once.
+        DataError: when there is nothing to look at: D001, D004, D007, D008.
+        HardwareError: H003 for a cache that cannot be written, H004 without the compiled probe.
+    """
+    result = inspect(source, options)
+    if result.problems:
+        raise DataProblems(result.problems, str(source))
+    return result
+
+
+def inspect(source: Path | str, options: ScanOptions = ScanOptions()) -> ScanResult:  # noqa: B008 (frozen)
+    """As `scan`, but with the problems in the result instead of an error."""
+    threads = options.threads or len(os.sched_getaffinity(0))
+    listing = _list(Path(source), options)
+    if options.group_by:
+        notice = sources.group_by_pattern(listing, options.group_by)
+        listing.notices += [notice] if notice else []
+    files = Files(listing, options, threads)
+    files.look()
+    return Tabulation(listing, files, options, str(source)).finish()
+
+
+def _list(source: Path, options: ScanOptions) -> Listing:
+    labelled = options.purpose != "predict"
+    columns = Columns(options.path_col, options.label_col, options.split_col, options.group_col)
+    if sources.is_table(source) and source.is_file():
+        return sources.list_table(source, columns, labelled=labelled)
+    cache = options.cache or Path(os.path.abspath(source)).parent / ".imgcls-cache"
+    root = fetch.open_source(source, cache)
+    listing = sources.list_folder(root, labelled=labelled)
+    if not source.is_dir() and labelled and len(listing.classes) < 2:  # a table inside an archive has no other way in
+        tables = [p for p in sorted(root.iterdir()) if sources.is_table(p) and p.suffix.lower() != ".txt"]
+        if len(tables) == 1:
+            listing = sources.list_table(tables[0], columns, labelled=labelled)
+            listing.notices.append(f"labels come from {tables[0].name} inside the archive")
+    return listing
+
+
+def probe(paths: list[bytes], threads: int) -> dict[str, np.ndarray]:
+    """Headers of many files, by the compiled probe.
+
+    Raises:
+        HardwareError: H004 when the package was installed without its compiled half.
+    """
+    try:
+        from imgcls_fast import _C
+    except ImportError as error:
+        raise HardwareError(
+            "H004",
+            f"imgcls_fast._C, the compiled half that reads image headers, is missing: {error}",
+            try_="pip install --force-reinstall imgcls-fast",
+        ) from error
+    return dict(_C.probe(paths, threads))  # type: ignore[arg-type]  # a TypedDict, used by column name
+
+
+# ---------------------------------------------------------------- files
+
+
+@dataclass
+class Files:
+    """What is known of each row's file, column by column."""
+
+    listing: Listing
+    options: ScanOptions
+    threads: int
+    skip: np.ndarray = field(init=False)  # (N,) bool, not an image at all
+    digest: np.ndarray = field(init=False)  # (N, 16) uint8
+    flags: np.ndarray = field(init=False)  # (N,) uint8
+    reasons: dict[int, str] = field(default_factory=dict)  # row -> why it is bad
+    head: dict[str, np.ndarray] = field(default_factory=dict)  # the probe's columns
+
+    def full(self, row: int) -> str:
+        return os.path.join(self.listing.root, self.listing.paths[row])
+
+    def look(self) -> None:
+        """Probe, judge headers, hash, and decode what is suspicious."""
+        n = len(self.listing.paths)
+        parts = [
+            probe([os.fsencode(self.full(r)) for r in range(s, min(s + _CHUNK, n))], self.threads)
+            for s in range(0, n, _CHUNK)
+        ]
+        parts = parts or [probe([], 1)]
+        self.head = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
+        self.skip = np.zeros(n, bool)
+        self.digest = np.zeros((n, 16), np.uint8)
+        self.flags = pillow_flags(self.head)
+        suspects = self._judge_headers()
+        unsound = self._hash()
+        suspects |= unsound
+        self._decode_suspects(sorted(suspects - self.reasons.keys()), unsound)
+        if self.options.verify == "full":
+            self._decode_all(suspects)
+
+    def good(self) -> np.ndarray:
+        """(n,) int64 rows that are images and not bad."""
+        good = ~self.skip
+        good[list(self.reasons)] = False
+        return np.flatnonzero(good)
+
+    def _judge_headers(self) -> set[int]:
+        """Sort out what the header alone decides; the rows returned need a full decode."""
+        head, limit = self.head, self.options.max_megapixels
+        status, kind = head["status"], head["format"]
+        area = head["width"].astype(np.float64) * head["height"]
+        for row in np.flatnonzero((status != 0) & (status != _DAMAGED)).tolist():
+            self._judge_foreign(row, int(status[row]))
+        large = (status == 0) & (area > limit * 1e6)
+        for row in np.flatnonzero(large).tolist():
+            self.reasons[row] = decode.too_large(int(head["width"][row]), int(head["height"][row]), limit)
+        # Near the limit, or far more pixels than bytes: a possible bomb. TIFF and GIF have no end marker to check.
+        heavy = (area > limit * 0.5e6) | ((area > 4e6) & (area > 1000.0 * head["size_bytes"]))
+        suspect = (status == _DAMAGED) | (head["truncated"] != 0) | heavy | (kind == _TIFF) | (kind == _GIF)
+        suspect &= ((status == 0) | (status == _DAMAGED)) & ~large
+        return set(np.flatnonzero(suspect).tolist())
+
+    def _judge_foreign(self, row: int, status: int) -> None:
+        path = self.full(row)
+        if not self.listing.explicit and os.path.splitext(path)[1].lower() not in IMAGE_ENDINGS:
+            self.skip[row] = True
+        elif status == _EMPTY:
+            self.reasons[row] = decode.why_not("empty")
+        else:
+            self.reasons[row] = _why_foreign(path)
+
+    def _hash(self) -> set[int]:
+        """Digest every row; files whose chunks or segments are out of order are suspects, too."""
+        rows = self.good().tolist()
+        kind = self.head["format"]
+        wrong: set[int] = set()
+
+        def one(row: int) -> tuple[bytes, bool]:
+            return _digest(self.full(row), int(kind[row]))
+
+        for row, answer in zip(rows, _in_threads(one, rows, self.threads), strict=True):
+            if isinstance(answer, OSError):
+                self.reasons[row] = f"cannot be read: {answer.strerror or answer}"
+                continue
+            self.digest[row] = np.frombuffer(answer[0], np.uint8)
+            if not answer[1]:
+                wrong.add(row)
+        return wrong
+
+    def _decode_suspects(self, rows: list[int], unsound: set[int]) -> None:
+        """In child processes: these are the files that make decoders crash."""
+        if not rows:
+            return
+        workers = max(1, min(self.threads, len(rows) // 16))
+        verdicts = examine_isolated(
+            [self.full(r) for r in rows], max_megapixels=self.options.max_megapixels, workers=workers
+        )
+        unusual = (self.head["truncated"] != 0) | (self.head["status"] == _DAMAGED)
+        for row, verdict in zip(rows, verdicts, strict=True):
+            if not verdict.ok:
+                self.reasons[row] = verdict.reason
+                continue
+            if unusual[row] or row in unsound:
+                self.flags[row] |= FLAG_SUSPECT | FLAG_PILLOW  # good for Pillow; other decoders may be stricter
+            if self.head["status"][row] == _DAMAGED:
+                self._take_size(row, verdict)
+
+    def _take_size(self, row: int, verdict: Verdict) -> None:
+        self.head["width"][row], self.head["height"][row] = verdict.width, verdict.height
+        self.head["orientation"][row] = verdict.orientation
+
+    def _decode_all(self, done: set[int]) -> None:
+        rows = [r for r in self.good().tolist() if r not in done]
+        limit = self.options.max_megapixels
+
+        def one(row: int) -> Verdict:
+            return examine(self.full(row), limit)
+
+        for row, verdict in zip(rows, _in_threads(one, rows, self.threads), strict=True):
+            if not verdict.ok:
+                self.reasons[row] = verdict.reason
+
+    def perceptual(self, rows: np.ndarray) -> np.ndarray:
+        """(n,) uint64 difference hashes; rows that turn out to be bad are noted and get 0."""
+        limit, exif = self.options.max_megapixels, self.options.exif
+
+        def one(row: int) -> int:
+            try:
+                return duplicates.dhash(
+                    decode.decode_pixels(self.full(row), color="gray", exif=exif, max_megapixels=limit)
+                )
+            except decode.Undecodable as fault:
+                self.reasons[row] = fault.reason
+                return 0
+
+        return np.fromiter(_in_threads(one, rows.tolist(), self.threads), np.uint64, len(rows))
+
+
+def pillow_flags(head: dict[str, np.ndarray]) -> np.ndarray:
+    """(N,) uint8 with FLAG_PILLOW where DALI's decoder does not give the pixels of `decode.decode_pixels`.
+
+    Found by comparing both over malformed and unusual files (tests/data/test_scan.py).
+    """
+    kind, detail = head["format"], head["detail"]
+    odd = (kind == _GIF) | (kind == _TIFF) | (head["bit_depth"] > 8) | (head["animated"] != 0)
+    odd |= (detail & (_ODD_JPEG | _ODD_BMP)) != 0
+    odd |= (kind != _JPEG) & (head["orientation"] > 1)  # DALI turns JPEG by its tag, WebP never, PNG only by eXIf
+    return np.where(odd, FLAG_PILLOW, 0).astype(np.uint8)
+
+
+def _in_threads(work: Callable[[int], Any], rows: Sequence[int], threads: int) -> Iterator[Any]:
+    """Results in order; an OSError becomes a result, so that one vanished file does not end the scan."""
+
+    def guarded(row: int) -> Any:
+        try:
+            return work(row)
+        except OSError as error:
+            return error
+
+    with ThreadPoolExecutor(max(1, threads)) as pool:
+        for start in range(0, len(rows), _CHUNK):
+            yield from pool.map(guarded, rows[start : start + _CHUNK])
+
+
+def _why_foreign(path: str) -> str:
+    try:
+        with open(path, "rb") as file:
+            head = file.read(1024)
+    except OSError as error:
+        broken = os.path.islink(path) and not os.path.exists(path)
+        return "broken symbolic link" if broken else f"cannot be opened: {error.strerror}"
+    return decode.why_not(decode.sniff(head))
+
+
+def _digest(path: str, kind: int) -> tuple[bytes, bool]:
+    """(first 16 bytes of the SHA-256, structure sound). All bytes pass through here anyway, so looking costs little."""
+    with open(path, "rb", buffering=0) as file:
+        if os.fstat(file.fileno()).st_size > _HASH_WHOLE:
+            return hashlib.file_digest(file, "sha256").digest()[:16], True
+        content = file.read()
+    sound = png_is_sound(content) if kind == _PNG else jpeg_is_sound(content) if kind == _JPEG else True
+    return hashlib.sha256(content).digest()[:16], sound
+
+
+def png_is_sound(content: bytes) -> bool:
+    """Whether every chunk of a PNG is whole and has the right CRC, up to IEND, and no text could be a bomb."""
+    at, view = 8, memoryview(content)
+    while at + 12 <= len(content):
+        (length,) = struct.unpack_from(">I", content, at)
+        if at + 12 + length > len(content):
+            return False
+        if zlib.crc32(view[at + 4 : at + 8 + length]) != struct.unpack_from(">I", content, at + 8 + length)[0]:
+            return False
+        kind = content[at + 4 : at + 8]
+        if kind == b"IEND":
+            return True
+        if kind == b"zTXt" and length > 1000:  # can inflate beyond Pillow's limit of 1 MiB
+            return False
+        at += 12 + length
+    return False
+
+
+def jpeg_is_sound(content: bytes) -> bool:
+    """Whether the segments of a JPEG follow each other without junk up to the scan.
+
+    libjpeg forgives junk between segments; nvJPEG's and DALI's parsers do not, and end the whole pipeline.
+    """
+    at = 2
+    while at + 4 <= len(content):
+        if content[at] != 0xFF:
+            return False
+        marker = content[at + 1]
+        if marker == 0xFF:  # fill byte
+            at += 1
+            continue
+        if marker == 0xDA:
+            return True
+        (length,) = struct.unpack_from(">H", content, at + 2)
+        if length < 2 or marker in (0x00, 0xD8, 0xD9):
+            return False
+        at += 2 + length
+    return False

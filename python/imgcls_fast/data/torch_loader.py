@@ -1,0 +1,178 @@
+"""The loader that works everywhere: Pillow in worker processes, one whole batch a task."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Sampler as KeySampler
+
+from ..core.batch import Batch
+from ..core.pixels import EXTREME_ASPECT, Pixels
+from .augment import apply_color
+from .decode import Undecodable, decode_pixels
+from .loader import OnBad, make_batch
+from .sampler import Request, Sampler
+
+_FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
+
+def resize_region(image: np.ndarray, size: tuple[int, int], pixels: Pixels) -> np.ndarray:
+    """Antialiased resize of (H, W, C) uint8 to (height, width); alpha is resized like a colour channel."""
+    channels = image.shape[2]
+    picture = Image.fromarray(image[:, :, 0] if channels == 1 else image, _MODES[channels])
+    if channels == 4:  # Pillow would premultiply RGBA; the model wants the four planes as they are
+        planes = [plane.resize(size[::-1], _FILTERS[pixels.interpolation]) for plane in picture.split()]
+        return np.stack([np.asarray(plane) for plane in planes], 2)
+    resized = np.asarray(picture.resize(size[::-1], _FILTERS[pixels.interpolation]))
+    return resized[:, :, None] if channels == 1 else resized
+
+
+def evaluation_view(image: np.ndarray, resize: np.ndarray, pixels: Pixels) -> np.ndarray:
+    """Resize the short side and take the centre: (H, W, C) uint8 -> (size, size, C) uint8, as torchvision does it.
+
+    An extreme shape (beyond 12:1) is cut to the region around the centre first, because the resized whole would be far
+    larger than the crop; edge pixels then differ by the filter's support.
+    """
+    high, wide, top, left = (int(v) for v in resize)
+    size = pixels.size
+    height, width = image.shape[:2]
+    if max(height, width) > EXTREME_ASPECT * min(height, width):
+        y0, y1 = _source_span(top, size, high, height)
+        x0, x1 = _source_span(left, size, wide, width)
+        return resize_region(np.ascontiguousarray(image[y0:y1, x0:x1]), (size, size), pixels)
+    return resize_region(image, (high, wide), pixels)[top : top + size, left : left + size]
+
+
+def _source_span(offset: int, size: int, resized: int, source: int) -> tuple[int, int]:
+    first = int(offset * source / resized)
+    return first, max(first + 1, min(source, round((offset + size) * source / resized)))
+
+
+def render(image: np.ndarray, request: Request, position: int, pixels: Pixels) -> np.ndarray:
+    """One decoded image (H, W, C) uint8 as its batch wants it: (size, size, C) uint8."""
+    if request.crop is not None:
+        top, left, high, wide = (int(v) for v in request.crop[position])
+        region = np.ascontiguousarray(image[top : top + high, left : left + wide])
+        out = resize_region(region, (pixels.size, pixels.size), pixels)
+    else:
+        assert request.resize is not None
+        out = evaluation_view(image, request.resize[position], pixels)
+    if request.flip[position]:
+        out = out[:, ::-1]
+    if request.color is not None:
+        out = apply_color(np.ascontiguousarray(out), request.color[position])
+    return out
+
+
+def decode_batch(sampler: Sampler, request: Request) -> tuple[np.ndarray, Request, dict[int, str]]:
+    """Decode a request with Pillow: pixels (B, S, S, C) uint8, the request as delivered, and row -> reason of failures."""
+    pixels, manifest = sampler.pixels, sampler.manifest
+    size = len(request.rows)
+    out = np.zeros((size, pixels.size, pixels.size, pixels.channels), np.uint8)
+    failed: dict[int, str] = {}
+    wrong = np.zeros(size, bool)
+    for k in np.flatnonzero(request.rows >= 0):
+        row = int(request.rows[k])
+        try:
+            image = decode_pixels(
+                manifest.path(row), color=pixels.color, exif=pixels.exif, max_megapixels=pixels.max_megapixels
+            )
+            _check_size(sampler, row, image)
+            out[k] = render(image, request, int(k), pixels)
+        except Undecodable as error:
+            failed[row], wrong[k] = error.reason, True
+    delivered = request.refilled(wrong)
+    return fill(out, delivered), delivered, failed
+
+
+def fill(out: Any, delivered: Request) -> Any:
+    """Copy the pixels of good positions into padded ones, in place, by the sampler's filler rule."""
+    good = np.flatnonzero(delivered.rows >= 0)
+    for k in np.flatnonzero(delivered.rows < 0) if len(good) else ():
+        out[k] = out[good[k % len(good)]]
+    return out
+
+
+def _check_size(sampler: Sampler, row: int, image: np.ndarray) -> None:
+    expected = (int(sampler.height[row]), int(sampler.width[row]))
+    if image.shape[:2] != expected:
+        raise Undecodable(str(sampler.manifest.path(row)), f"changed since the scan: {image.shape[:2]} pixels, was {expected}")
+
+
+class _Batches(Dataset):  # type: ignore[type-arg]
+    """Key (epoch, index) -> a finished batch; lives in the workers."""
+
+    def __init__(self, sampler: Sampler, bad: frozenset[int]) -> None:
+        self.sampler, self.bad = sampler, bad
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Batch, dict[int, str]]:
+        request = self.sampler.request(*key, self.bad)
+        pixels, delivered, failed = decode_batch(self.sampler, request)
+        return make_batch(self.sampler.manifest, delivered, pixels), failed
+
+
+class _Keys(KeySampler):  # type: ignore[type-arg]
+    """The keys of the epoch that was asked for; asked anew by the DataLoader at each epoch."""
+
+    def __init__(self) -> None:
+        self.keys: list[tuple[int, int]] = []
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.keys)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+class TorchLoader:
+    """Pillow decoding in `workers` processes that live as long as the loader. See `loader.Loader`."""
+
+    def __init__(self, sampler: Sampler, workers: int, bad: dict[int, str], on_bad: OnBad | None, *, pin: bool = False) -> None:
+        self.sampler, self.bad, self._on_bad = sampler, bad, on_bad
+        self._keys = _Keys()
+        self._loader: Any = DataLoader(
+            _Batches(sampler, frozenset(bad)),
+            batch_size=None,
+            sampler=self._keys,
+            num_workers=workers,
+            collate_fn=_as_it_is,
+            persistent_workers=workers > 0,
+            prefetch_factor=2 if workers else None,
+            pin_memory=pin,
+            worker_init_fn=_start_worker,
+            generator=torch.Generator().manual_seed(0),  # else the global generator would be drawn from each epoch
+        )
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        self._keys.keys = [(epoch, index) for index in range(start, self.sampler.steps)]
+        for batch, failed in self._loader:
+            for row, reason in failed.items():
+                if row not in self.bad:
+                    self.bad[row] = reason
+                    if self._on_bad:
+                        self._on_bad(row, reason, epoch)
+            yield batch
+
+    def close(self) -> None:
+        iterator = getattr(self._loader, "_iterator", None)
+        if iterator is not None:
+            iterator._shutdown_workers()
+        self._loader = None
+
+
+def _start_worker(worker: int) -> None:
+    """A worker decodes on one thread, leaves Ctrl-C to the main process, and dies of SIGTERM whatever that one does."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _as_it_is(item: Any) -> Any:
+    return item

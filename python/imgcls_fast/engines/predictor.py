@@ -1,0 +1,169 @@
+"""Ask a model about images in whatever form they come: paths, bytes, Pillow images, arrays, folders."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..core.errors import ConfigError, DataError
+from ..core.pixels import evaluation_geometry
+from ..data.decode import Undecodable, decode_pixels
+from ..data.scan import IMAGE_ENDINGS
+from ..data.sources import list_folder
+from ..data.torch_loader import evaluation_view
+from .base import Engine
+
+Image = Any  # Path | str | bytes | PIL.Image.Image | np.ndarray (H, W[, C])
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The answer for one image.
+
+    Args:
+        path: of the file, or what stands for it.
+        label: the most probable class; empty when there is an error.
+        confidence: its probability.
+        top: (class, probability), the most probable first.
+        error: why the image could not be read; empty when it could.
+    """
+
+    path: str
+    label: str = ""
+    confidence: float = 0.0
+    top: tuple[tuple[str, float], ...] = ()
+    error: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        if self.error:
+            return {"path": self.path, "error": self.error}
+        return {"path": self.path, "label": self.label, "confidence": self.confidence, "top": [list(pair) for pair in self.top]}
+
+
+class Predictor:
+    """A model that answers about images. One image in, one `Prediction` out; many in, a list out, in their order.
+
+    Args:
+        engine: what scores.
+        batch: images per forward pass.
+        top_k: classes in `Prediction.top`.
+        threads: of decoding.
+    """
+
+    def __init__(self, engine: Engine, *, batch: int = 32, top_k: int = 1, threads: int = 2) -> None:
+        if batch < 1 or top_k < 1:
+            raise ConfigError("C003", f"batch and top_k must be at least 1, got {batch} and {top_k}")
+        self.engine, self.batch, self.top_k, self._threads = engine, min(batch, engine.max_batch), top_k, threads
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names in column order."""
+        return self.engine.labels.classes
+
+    def __call__(self, image: Image | Sequence[Image]) -> Any:
+        """One `Prediction` for one image; a list for a list, or for a folder.
+
+        Raises:
+            DataError: D012 when a single image cannot be read (in a list, its `error` says so).
+        """
+        if isinstance(image, str | Path) and Path(image).is_dir():
+            return list(self.stream(image))
+        if isinstance(image, list | tuple):
+            return list(self.stream(image))
+        (answer,) = self.stream([image])
+        if answer.error:
+            raise DataError("D012", f"{answer.path} cannot be decoded: {answer.error}", try_="imgcls-fast data check DATA")
+        return answer
+
+    def stream(self, images: Iterable[Image] | str | Path) -> Iterator[Prediction]:
+        """Answers in the order of `images` (a folder: its images, by name), batch by batch; never holds all of them."""
+        if isinstance(images, str | Path):
+            images = images_in(Path(images))
+        source = iter(images)
+        with ThreadPoolExecutor(self._threads) as pool:
+            ahead = [pool.submit(self._try, image) for image in islice(source, self.batch)]
+            while ahead:
+                following = [pool.submit(self._try, image) for image in islice(source, self.batch)]
+                yield from self._answers([job.result() for job in ahead])
+                ahead = following
+
+    def predict(self, images: Sequence[Image]) -> np.ndarray:
+        """(n, K) float32 probabilities.
+
+        Raises:
+            DataError: D012 naming the first image that cannot be read.
+        """
+        return np.concatenate([self.engine.scores(pixels) for pixels in self._batches(images)])
+
+    def embed(self, images: Sequence[Image]) -> np.ndarray:
+        """(n, F) float32: what the last layer sees; torch models only.
+
+        Raises:
+            ConfigError: C004 for another runtime.
+        """
+        import torch
+
+        model = getattr(self.engine, "model", None)
+        if model is None or not hasattr(model, "features"):
+            raise ConfigError("C004", f"embed needs the runtime torch, this is {self.engine.runtime}")
+        with torch.inference_mode():
+            parts = [model.eval().features(torch.from_numpy(p).to(self.engine.device)) for p in self._batches(images)]  # type: ignore[attr-defined]
+        return torch.cat(parts).float().cpu().numpy()
+
+    def preprocess(self, image: Image) -> np.ndarray:
+        """(size, size, C) uint8: exactly the pixels that evaluation feeds to the model.
+
+        Raises:
+            DataError: D012 when the image cannot be read.
+        """
+        try:
+            return self._pixels(image)
+        except Undecodable as error:
+            raise DataError("D012", f"{error.path} cannot be decoded: {error.reason}", try_="imgcls-fast data check DATA") from error
+
+    def close(self) -> None:
+        """Free the engine."""
+        self.engine.close()
+
+    def _batches(self, images: Sequence[Image]) -> Iterator[np.ndarray]:
+        source = iter(images)
+        while part := list(islice(source, self.batch)):
+            yield np.stack([self.preprocess(image) for image in part])
+
+    def _pixels(self, image: Image) -> np.ndarray:
+        pixels = self.engine.pixels
+        source = Path(image) if isinstance(image, str) else image
+        decoded = decode_pixels(source, color=pixels.color, exif=pixels.exif, max_megapixels=pixels.max_megapixels)
+        height, width = decoded.shape[:2]
+        (place,) = evaluation_geometry(np.array([width]), np.array([height]), pixels.resize_to, pixels.size)
+        return np.ascontiguousarray(evaluation_view(decoded, place, pixels))
+
+    def _try(self, image: Image) -> tuple[str, np.ndarray | None, str]:
+        name = str(image) if isinstance(image, str | Path) else f"<{type(image).__name__}>"
+        try:
+            return name, self._pixels(image), ""
+        except Undecodable as error:
+            return name, None, error.reason
+
+    def _answers(self, decoded: list[tuple[str, np.ndarray | None, str]]) -> Iterator[Prediction]:
+        good = [pixels for _, pixels, _ in decoded if pixels is not None]
+        scores = iter(self.engine.scores(np.stack(good)) if good else ())
+        for name, pixels, error in decoded:
+            yield Prediction(name, error=error) if pixels is None else self._answer(name, next(scores))
+
+    def _answer(self, name: str, scores: np.ndarray) -> Prediction:
+        order = np.argsort(-scores, kind="stable")[: self.top_k]
+        top = tuple((self.classes[k], float(scores[k])) for k in order)
+        return Prediction(name, top[0][0], top[0][1], top)
+
+
+def images_in(folder: Path) -> list[Path]:
+    """The images of a folder and its sub-folders, by name; hidden files and other files are passed over."""
+    listing = list_folder(folder, labelled=False)
+    return [folder / path for path in listing.paths if Path(path).suffix.lower() in IMAGE_ENDINGS]

@@ -1,0 +1,259 @@
+"""Pictures of a run and of its predictions, each a function from plain arrays to the bytes of a PNG.
+
+matplotlib is imported inside the functions, and only its object API is used: no pyplot, so no global figure, no display
+and no state shared between threads.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..core.predictions import Predictions
+from .metrics import Metrics
+from .text import printable, shorten
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK, MUTED, GRID, ACCENT, SECOND = "#1c2733", "#64717f", "#e6eaee", "#1f6feb", "#e8710a"
+# Okabe and Ito's colours (distinguishable with colour blindness), reordered, two added
+COLORS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#8c6d1f", "#7b5ea7", "#4d4d4d", "#b5bd00")
+MAX_CURVES = 10
+MAX_NAMED = 50  # classes with readable tick labels
+MAX_COUNTED = 30  # classes with readable counts in the cells
+DPI = 130
+
+
+def training_curves(epochs: Sequence[Mapping[str, Any]]) -> bytes:
+    """Loss, validation figures and learning rate over the epochs; panels without any value are left out.
+
+    Args:
+        epochs: one mapping per epoch with keys like epoch, train_loss, val_loss, val_accuracy, val_macro_f1, lr.
+            Missing keys and None are gaps; other keys are ignored.
+    """
+    step = np.array([float(e.get("epoch", i + 1)) for i, e in enumerate(epochs)])
+    losses = {"training": "train_loss", "validation": "val_loss"}
+    keys = sorted({key for e in epochs for key in e if key.startswith("val_") and key != "val_loss"})
+    shares = {key[4:].replace("_", " "): key for key in keys if _bounded(_column(epochs, key))}
+    panels = [("loss", losses), ("validation", shares), ("learning rate", {"learning rate": "lr"})]
+    panels = [(t, {n: k for n, k in s.items() if np.isfinite(_column(epochs, k)).any()}) for t, s in panels]
+    panels = [(t, s) for t, s in panels if s] or [("loss", {})]
+    figure = _figure(4.2 * len(panels), 3.3)
+    for axes, (title, series) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True):
+        for color, (name, key) in zip(COLORS * 9, series.items(), strict=False):
+            values = _column(epochs, key)
+            known = np.isfinite(values)
+            dot = "o" if known.sum() < 25 else ""
+            axes.plot(step[known], values[known], color=color, lw=1.8, marker=dot, ms=3.5, label=name)
+        if title == "loss":
+            _mark_lowest(axes, step, _column(epochs, "val_loss"))
+        _style(axes, title.capitalize(), "epoch", "")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        if len(series) > 1:
+            _legend(axes)
+    return _png(figure)
+
+
+def confusion(counts: np.ndarray, classes: Sequence[str]) -> bytes:
+    """Heat map of a (K, K) confusion, row = truth: colour is the share of the row, the number is the count."""
+    from matplotlib.colors import PowerNorm
+
+    size = len(classes)
+    share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    side = float(np.clip(0.36 * size, 3.6, 15.0))
+    figure = _figure(side + 2.4, side + 1.4)
+    axes = figure.subplots()
+    # the square root keeps rare confusions visible beside the diagonal
+    picture = axes.imshow(share, cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=1), interpolation="nearest")
+    if size <= MAX_COUNTED:
+        font = 11 if size <= 12 else 8 if size <= 20 else 7
+        for row, column in zip(*np.nonzero(counts), strict=True):
+            color = "white" if share[row, column] > 0.35 else INK
+            axes.text(column, row, f"{counts[row, column]:,}", ha="center", va="center", fontsize=font, color=color)
+    _style(axes, "", "predicted class", "true class")
+    axes.grid(False)
+    if size <= MAX_NAMED:
+        font = 10 if size <= 12 else 8
+        names = _labels(classes)
+        level = size <= 6 and max(map(len, names)) <= 10
+        axes.set_xticks(range(size), names, rotation=0 if level else 90, fontsize=font)
+        axes.set_yticks(range(size), names, fontsize=font)
+    axes.tick_params(length=0)
+    bar = figure.colorbar(picture, ax=axes, fraction=0.035, pad=0.02, aspect=30)
+    bar.set_label("share of the true class", color=MUTED, fontsize=10)
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(labelsize=9, colors=MUTED, length=0)
+    return _png(figure)
+
+
+def roc(predictions: Predictions, metrics: Metrics) -> bytes:
+    """ROC curve of each class against the rest (the ten worst when there are more) and their macro average."""
+    from sklearn.metrics import roc_curve
+
+    figure = _figure(5.6, 4.9)
+    axes = figure.subplots()
+    grid = np.linspace(0, 1, 201)
+    defined = [k for k, c in enumerate(metrics.per_class) if np.isfinite(c.roc_auc)]
+    shown = _worst(defined, [c.roc_auc for c in metrics.per_class])
+    names, total = _labels(metrics.classes), np.zeros_like(grid)
+    axes.plot([0, 1], [0, 1], color=MUTED, lw=1, ls=":")
+    for k in defined:
+        false, true, _ = roc_curve(predictions.truth == k, predictions.scores[:, k])
+        total += np.interp(grid, false, true)
+        if k in shown:
+            label = f"{names[k]}  {metrics.per_class[k].roc_auc:.3f}"
+            axes.plot(false, true, lw=1.5, color=COLORS[shown.index(k)], label=label)
+    if len(defined) > 1:
+        axes.plot(grid, total / len(defined), color=INK, lw=2, ls="--", label=f"macro  {metrics.roc_auc:.3f}")
+    _style(axes, _which("ROC, one class against the rest", shown, defined), "false positive rate", "true positive rate")
+    _square(axes)
+    _legend(axes, loc="lower right", title="area")
+    return _png(figure)
+
+
+def precision_recall(predictions: Predictions, metrics: Metrics) -> bytes:
+    """Precision against recall of each class (the ten worst when there are more)."""
+    from sklearn.metrics import precision_recall_curve
+
+    figure = _figure(5.6, 4.9)
+    axes = figure.subplots()
+    defined = [k for k, c in enumerate(metrics.per_class) if np.isfinite(c.average_precision)]
+    shown = _worst(defined, [c.average_precision for c in metrics.per_class])
+    names = _labels(metrics.classes)
+    for k in shown:
+        precision, recall, _ = precision_recall_curve(predictions.truth == k, predictions.scores[:, k])
+        label = f"{names[k]}  {metrics.per_class[k].average_precision:.3f}"
+        axes.step(recall, precision, where="post", lw=1.5, color=COLORS[shown.index(k)], label=label)
+    _style(axes, _which("Precision and recall", shown, defined), "recall", "precision")
+    _square(axes)
+    _legend(axes, loc="lower left", title="average precision")
+    return _png(figure)
+
+
+def reliability(metrics: Metrics) -> bytes:
+    """Accuracy in bins of confidence, the gap to honest confidence, and how many rows each bin holds."""
+    bins = metrics.reliability
+    figure = _figure(5.6, 5.4)
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3.2, 1])
+    used = bins.count > 0
+    left, width = bins.edges[:-1][used], np.diff(bins.edges)[used]
+    accuracy, confidence = bins.accuracy[used], bins.confidence[used]
+    bar = {"align": "edge", "edgecolor": "white", "linewidth": 0.8}
+    top.bar(left, accuracy, width, color=ACCENT, label="accuracy", **bar)
+    top.bar(left, confidence - accuracy, width, accuracy, color=SECOND, alpha=0.35, label="gap to confidence", **bar)
+    top.plot([0, 1], [0, 1], color=MUTED, lw=1, ls=":", label="honest")
+    _style(top, f"Reliability: expected calibration error {metrics.ece:.3f}", "", "accuracy")
+    top.set_xlim(0, 1)
+    top.set_ylim(0, 1.02)
+    _legend(top, loc="upper left")
+    bottom.bar(left, bins.count[used] / metrics.n, width, color=MUTED, **bar)
+    _style(bottom, "", "confidence (highest score)", "share of rows")
+    return _png(figure)
+
+
+def coverage(metrics: Metrics) -> bytes:
+    """Accuracy of the most confident share of the rows."""
+    curve = metrics.coverage
+    figure = _figure(5.6, 4.0)
+    axes = figure.subplots()
+    axes.plot(curve.fraction, curve.accuracy, color=ACCENT, lw=2, marker="o" if len(curve.fraction) < 8 else "", ms=4)
+    axes.axhline(metrics.accuracy, color=MUTED, lw=1, ls=":")
+    axes.annotate(f"all answered: {metrics.accuracy:.3f}", (0.01, metrics.accuracy), xytext=(0, -5), va="top",
+                  textcoords="offset points", fontsize=10, color=MUTED)  # fmt: skip
+    _style(axes, "Accuracy when only the most confident are answered", "share of rows answered", "accuracy")
+    low = float(min(curve.accuracy.min(), metrics.accuracy))
+    axes.set_xlim(0, 1)
+    axes.set_ylim(max(0.0, low - 0.12 * (1.01 - low) - 0.01), 1.01)
+    return _png(figure)
+
+
+def judgement_plots(predictions: Predictions, metrics: Metrics) -> dict[str, bytes]:
+    """Every picture of one judged split, by name."""
+    return {
+        "confusion": confusion(metrics.confusion, metrics.classes),
+        "roc": roc(predictions, metrics),
+        "precision_recall": precision_recall(predictions, metrics),
+        "reliability": reliability(metrics),
+        "coverage": coverage(metrics),
+    }
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
+
+
+def _png(figure: Figure) -> bytes:
+    out = io.BytesIO()
+    figure.savefig(out, format="png", bbox_inches="tight", pad_inches=0.1, metadata={"Software": None})
+    return out.getvalue()
+
+
+def _style(axes: Axes, title: str, x: str, y: str) -> None:
+    axes.set_title(title, loc="left", fontsize=12, color=INK, pad=10)
+    axes.set_xlabel(x, fontsize=10.5, color=MUTED)
+    axes.set_ylabel(y, fontsize=10.5, color=MUTED)
+    axes.tick_params(labelsize=10, colors=INK, length=0, pad=5)
+    axes.grid(True, color=GRID, lw=0.8)
+    axes.set_axisbelow(True)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color("#c4ccd4")
+
+
+def _square(axes: Axes) -> None:
+    axes.set_xlim(-0.01, 1.01)
+    axes.set_ylim(-0.01, 1.02)
+    axes.set_aspect("equal")
+
+
+def _legend(axes: Axes, loc: str = "best", title: str | None = None) -> None:
+    if axes.get_legend_handles_labels()[0]:
+        legend = axes.legend(loc=loc, fontsize=9, title=title, title_fontsize=9, framealpha=0.9, edgecolor="none")  # type: ignore[call-overload]
+        legend.get_title().set_color(MUTED)
+
+
+def _labels(classes: Sequence[str]) -> list[str]:
+    """Class names that matplotlib can draw: no mathematics between dollars, no characters that the font lacks."""
+    from matplotlib.font_manager import findfont, get_font
+
+    font = get_font(findfont("DejaVu Sans"))
+    out = []
+    for k, name in enumerate(classes):
+        text = shorten(printable(name).replace("\n", " "), 24)
+        drawable = all(font.get_char_index(ord(c)) for c in text)
+        text = text.replace("$", r"\$") if drawable else f"class {k}"
+        out.append(f" {text}" if text.startswith("_") else text)  # a leading _ hides an entry from the legend
+    return out
+
+
+def _worst(defined: Sequence[int], figures: Sequence[float]) -> list[int]:
+    return sorted(sorted(defined, key=lambda k: figures[k])[:MAX_CURVES])
+
+
+def _which(title: str, shown: Sequence[int], defined: Sequence[int]) -> str:
+    return title if len(shown) == len(defined) else f"{title}\n(the {len(shown)} lowest of {len(defined)} classes)"
+
+
+def _column(epochs: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
+    values = [e.get(key) for e in epochs]
+    return np.array([float(v) if isinstance(v, int | float) else np.nan for v in values])
+
+
+def _bounded(values: np.ndarray) -> bool:
+    known = values[np.isfinite(values)]
+    return bool(len(known) and known.min() >= 0 and known.max() <= 1)
+
+
+def _mark_lowest(axes: Axes, step: np.ndarray, values: np.ndarray) -> None:
+    if np.isfinite(values).any():
+        best = int(np.nanargmin(values))
+        axes.plot(step[best], values[best], marker="o", ms=9, mfc="none", mec=INK, mew=1.2)
+        point = step[best], values[best]
+        axes.annotate("lowest", point, (0, 9), textcoords="offset points", ha="center", fontsize=9, color=MUTED)

@@ -1,0 +1,241 @@
+"""The report of a run: one HTML file that needs nothing else, and the evaluation folder of a split."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..core.files import write_json, write_text, write_whole
+from ..core.predictions import Predictions
+from . import plots as draw
+from .metrics import Metrics
+from .text import printable, shorten
+from .thumbnails import thumbnail
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+MAX_TILES = 24
+MAX_ROWS = 500  # of a table that could be as long as the data
+CONFUSED_PAIRS = 10
+PLOTS = {
+    "confusion": "Confusion matrix: rows are true classes, columns are predictions",
+    "roc": "ROC curves of each class against the rest",
+    "precision_recall": "Precision against recall for each class",
+    "reliability": "Reliability diagram: accuracy in bins of confidence",
+    "coverage": "Accuracy against the share of rows that are answered",
+    "curves": "Loss, validation figures and learning rate over the epochs",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class ReportFacts:
+    """Plain facts about one run; what is empty leaves its section out.
+
+    Args:
+        name: of the run.
+        splits: split name -> (its predictions, what `judge` said). The headline comes from "test", else "val", else the
+            first.
+        root: folder that relative file names belong to, for thumbnails.
+        summary: short facts for the head: model, date, duration, ...
+        counts: split name -> (K,) images of each class.
+        images, bad, duplicates: how many files were found, put aside, and repeated.
+        epochs: one mapping per epoch (see `plots.training_curves`).
+        config: (setting, value, reason) of every resolved setting.
+        quarantine: (file name, reason) of every file put aside.
+        baseline: {"name": str, "accuracy": share on the headline split, optionally "seconds": float}, or None.
+        temperature: by which the scores were calibrated, or None.
+        env: versions, device, commit, ...
+        reproduce: the command that makes this run again.
+        commands: what to do next, one command line each.
+        warnings: of the run, beside those of the metrics.
+    """
+
+    name: str
+    splits: Mapping[str, tuple[Predictions, Metrics]]
+    root: Path
+    summary: Mapping[str, Any] = field(default_factory=dict)
+    counts: Mapping[str, Sequence[int] | np.ndarray] = field(default_factory=dict)
+    images: int = 0
+    bad: int = 0
+    duplicates: int = 0
+    epochs: Sequence[Mapping[str, Any]] = ()
+    config: Sequence[tuple[str, Any, str]] = ()
+    quarantine: Sequence[tuple[str, str]] = ()
+    baseline: Mapping[str, Any] | None = None
+    temperature: float | None = None
+    env: Mapping[str, Any] = field(default_factory=dict)
+    reproduce: str = ""
+    commands: Sequence[str] = ()
+    warnings: Sequence[str] = ()
+
+    @property
+    def headline(self) -> str:
+        """The split that the headline speaks of; empty when nothing was judged."""
+        return next((name for name in ("test", "val") if name in self.splits), next(iter(self.splits), ""))
+
+
+def write_report(path: Path, facts: ReportFacts) -> Path:
+    """Write one self-contained HTML file (pictures inside, no script, nothing from outside) and return its path.
+
+    Raises:
+        HardwareError: H003 when it cannot be written.
+    """
+    source = resources.files("imgcls_fast.evaluation").joinpath("templates/report.html.j2").read_text("utf-8")
+    html = _environment().from_string(source).render(_context(facts))
+    write_text(path, html)
+    return path
+
+
+def write_evaluation(directory: Path, predictions: Predictions, metrics: Metrics, plots: Path | None = None) -> None:
+    """Fill the evaluation folder of one split, named after the split.
+
+    Writes metrics.json (without the confusion), per_class.csv, confusion.csv (first column: true class), and the files
+    of `Predictions.save`. With `plots`, also `<plot>_<split>.png` there.
+
+    Raises:
+        HardwareError: H003 when a file cannot be written.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    facts = metrics.to_dict()
+    del facts["confusion"]  # K x K numbers have a file of their own
+    write_json(directory / "metrics.json", facts)
+    columns = list(facts["per_class"][0])
+    lines = [[c[name] for name in columns] for c in facts["per_class"]]
+    write_text(directory / "per_class.csv", _csv([columns, *lines]))
+    table = [["truth", *metrics.classes]]
+    table += [[name, *row] for name, row in zip(metrics.classes, metrics.confusion.tolist(), strict=True)]
+    write_text(directory / "confusion.csv", _csv(table))
+    predictions.save(directory)
+    if plots is not None:
+        pictures = draw.judgement_plots(predictions, metrics)
+        write_plots(plots, {f"{name}_{directory.name}": picture for name, picture in pictures.items()})
+
+
+def write_plots(directory: Path, pictures: Mapping[str, bytes]) -> None:
+    """Write each picture as `<name>.png`."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, picture in pictures.items():
+        write_whole(directory / f"{name}.png", lambda file, picture=picture: file.write(picture) and None)
+
+
+def _csv(rows: Sequence[Sequence[Any]]) -> str:
+    out = io.StringIO()
+    csv.writer(out, lineterminator="\n").writerows(rows)
+    return out.getvalue()
+
+
+def _environment() -> Environment:
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: printable(value) if type(value) is str else value,  # not Markup: that is escaped already
+    )
+    environment.filters |= {
+        "percent": _percent,
+        "number": _number,
+        "shorten": lambda name: shorten(printable(name), 40),
+    }
+    return environment
+
+
+def _percent(share: float, digits: int = 1) -> str:
+    return f"{100 * share:.{digits}f}%" if share == share else "–"
+
+
+def _number(value: float, digits: int = 3) -> str:
+    return f"{value:.{digits}f}" if value == value else "–"
+
+
+def _context(facts: ReportFacts) -> dict[str, Any]:
+    context: dict[str, Any] = {"facts": facts, "split": facts.headline, "metrics": None, "pictures": {}, "alt": PLOTS}
+    context |= {"rows": [], "pairs": [], "mistakes": [], "wrong": 0, "verdict": None, "notes": list(facts.warnings)}
+    pictures: dict[str, bytes] = {}
+    if facts.headline:
+        predictions, metrics = facts.splits[facts.headline]
+        pictures |= draw.judgement_plots(predictions, metrics)
+        context |= {
+            "metrics": metrics,
+            "rows": sorted(metrics.per_class, key=lambda c: (c.support == 0, c.f1)),
+            "pairs": _confused_pairs(metrics),
+            "mistakes": _mistakes(predictions, facts.root),
+            "wrong": int((predictions.truth != predictions.predicted).sum()),
+            "verdict": _verdict(metrics, facts.baseline),
+        }
+        context["notes"] += [f"{name}: {text}" for name, (_, m) in facts.splits.items() for text in m.warnings]
+    if facts.epochs:
+        pictures["curves"] = draw.training_curves(facts.epochs)
+    context["pictures"] = {name: _data_address(picture) for name, picture in pictures.items()}
+    context |= {"tiles": _quarantine(facts), "classes": _classes(facts), "max_rows": MAX_ROWS}
+    return context
+
+
+def _data_address(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
+
+
+def _classes(facts: ReportFacts) -> tuple[str, ...]:
+    return facts.splits[facts.headline][0].labels.classes if facts.headline else ()
+
+
+def _verdict(metrics: Metrics, baseline: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Is the baseline outside the interval of the model's accuracy? Said in words, with a colour that is not alone."""
+    if baseline is None:
+        return None
+    low, high = metrics.accuracy_ci
+    accuracy, points = float(baseline["accuracy"]), 100 * (metrics.accuracy - float(baseline["accuracy"]))
+    if accuracy < low:
+        kind, text = "good", f"beats the baseline by {points:.1f} points"
+    elif accuracy > high:
+        kind, text = "bad", f"is {-points:.1f} points below the baseline: check settings and data before anything else"
+    else:
+        kind, text = "even", f"cannot be told from the baseline ({points:+.1f} points, inside the interval)"
+    return {"kind": kind, "text": text, "accuracy": accuracy}
+
+
+def _confused_pairs(metrics: Metrics) -> list[dict[str, Any]]:
+    errors = metrics.confusion - np.diag(np.diag(metrics.confusion))
+    order = np.argsort(-errors, axis=None, kind="stable")[:CONFUSED_PAIRS]
+    names = metrics.classes
+    return [
+        {"truth": names[t], "predicted": names[p], "count": int(errors[t, p]), "share": errors[t, p] / errors[t].sum()}
+        for t, p in zip(*np.unravel_index(order, errors.shape), strict=True)
+        if errors[t, p]
+    ]
+
+
+def _mistakes(predictions: Predictions, root: Path) -> list[dict[str, Any]]:
+    """The most confident wrong predictions, the most confident first."""
+    wrong = np.flatnonzero(predictions.truth != predictions.predicted)
+    order = wrong[np.argsort(-predictions.confidence[wrong], kind="stable")][:MAX_TILES]
+    classes = predictions.labels.classes
+    return [
+        {
+            "path": predictions.paths[i],
+            "truth": classes[predictions.truth[i]],
+            "predicted": classes[predictions.predicted[i]],
+            "confidence": float(predictions.confidence[i]),
+            "own": float(predictions.scores[i, predictions.truth[i]]),
+            "picture": thumbnail(root / predictions.paths[i]),
+        }
+        for i in order
+    ]
+
+
+def _quarantine(facts: ReportFacts) -> list[dict[str, Any]]:
+    return [
+        {"path": name, "reason": reason, "picture": thumbnail(facts.root / name, partial=True)}
+        for name, reason in facts.quarantine[:MAX_TILES]
+    ]

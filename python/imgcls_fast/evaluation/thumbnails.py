@@ -1,0 +1,102 @@
+"""Small pictures for the report, from files that may be broken, huge or not images at all."""
+
+from __future__ import annotations
+
+import base64
+import io
+import struct
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+SIDE = 160  # pixels, the longer side
+MAX_PIXELS = 64_000_000  # a larger image is not opened for a picture of 160 pixels
+MAX_BYTES = 64_000_000
+JPEG_START, JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # not PostScript, which is a program
+# What Pillow raises on damaged files. The first line was met in 288 odd files; the second is what arithmetic on hostile
+# headers can raise. A test holds that sound files of every format do get a picture, so that no bug hides in here.
+_BROKEN = (
+    *(OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError),
+    *(EOFError, LookupError, ArithmeticError, TypeError, MemoryError, zlib.error),
+)
+
+
+def thumbnail(path: Path, *, partial: bool = False) -> str | None:
+    """A JPEG of at most 160 x 160 pixels as a `data:` address, turned upright; None where nothing can be decoded.
+
+    Args:
+        path: any file.
+        partial: of a truncated JPEG, show the part that can be decoded.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the scan has reported what is odd about this file
+        try:
+            if not path.is_file() or path.stat().st_size > MAX_BYTES:
+                return None
+            return _encode(_open(path))
+        except _BROKEN:
+            pass
+        try:
+            return _encode(_open_part(path)) if partial else None
+        except _BROKEN:
+            return None
+
+
+def _open(source: Path | io.BytesIO) -> Image.Image:
+    with Image.open(source, formats=FORMATS) as image:
+        _check_size(image)
+        image.draft("RGB", (2 * SIDE, 2 * SIDE))  # lets a JPEG decode at 1/8 of its size
+        image.load()
+        return image.copy()
+
+
+def _open_part(path: Path) -> Image.Image:
+    """What a JPEG holds up to its break: with an end marker behind it the decoder fills the rest with gray.
+
+    Pillow's LOAD_TRUNCATED_IMAGES does the same, but for the whole process.
+    """
+    content = path.read_bytes()
+    if not content.startswith(JPEG_START):
+        raise ValueError("only of a JPEG can a part be shown")
+    image = _open(io.BytesIO(content + JPEG_END))
+    values = np.asarray(image)
+    if (values == values[0, 0]).all():
+        raise ValueError("the file breaks before the first pixel")
+    return image
+
+
+def _check_size(image: Image.Image) -> None:
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"{image.width} x {image.height} pixels are too many for a thumbnail")
+
+
+def _encode(image: Image.Image) -> str:
+    image = _to_rgb(_upright(image))
+    image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS, reducing_gap=2.0)
+    out = io.BytesIO()
+    image.save(out, "JPEG", quality=78, optimize=True)
+    return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode("ascii")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except _BROKEN:  # damaged EXIF in front of sound pixels
+        return image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith(("I", "F")):  # 16 and 32 bit: stretch what is there to 8 bits
+        values = np.asarray(image, np.float64)
+        low, high = values.min(), values.max()
+        scaled = (values - low) * (255 / (high - low) if high > low else 0)
+        return Image.fromarray(scaled.astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")

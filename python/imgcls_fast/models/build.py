@@ -1,0 +1,200 @@
+"""From a `ModelSpec` to a `Classifier`, with fresh, local or pretrained weights. No network unless asked."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+from imgcls_fast.core.errors import ConfigError, ModelError
+from imgcls_fast.models.backbones import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    ModelSpec,
+    check_image_size,
+    head_keys,
+    make_backbone,
+)
+from imgcls_fast.models.classifier import Classifier
+from imgcls_fast.models.names import SMALL_CNN, list_models, resolve_arch
+from imgcls_fast.models.weights import LoadReport, load_weights, read_state
+
+__all__ = [
+    "Classifier",
+    "LoadReport",
+    "ModelSpec",
+    "build_model",
+    "list_models",
+    "load_weights",
+    "pretrained_available",
+    "pretrained_pixels",
+    "read_state",
+    "resolve_arch",
+]
+
+# torchvision's files of these were trained on inputs scaled to -1..1; its `transform_input` converts from
+# ImageNet's mean and deviation to that. We leave the conversion off and normalise that way directly.
+_MINUS_ONE_TO_ONE = ("torchvision/googlenet", "torchvision/inception_v3")
+
+_HASH = re.compile(r"-([a-f0-9]{8,})\.")  # in a published file's name: the start of its SHA-256
+
+
+def build_model(
+    spec: ModelSpec, *, weights: Path | None = None, pretrained: bool = False, allow_download: bool = False
+) -> Classifier:
+    """Build a model. Nothing is frozen; it is in training mode, on the CPU.
+
+    Args:
+        spec: `spec.arch` must be a name that `resolve_arch` returns.
+        weights: a local file (`load_weights`).
+        pretrained: take the weights that the library publishes for `spec.arch`, from the local caches.
+        allow_download: with `pretrained`, fetch them when they are not in a cache.
+
+    Returns:
+        The model; `model.report` says which tensors were loaded (None: all are fresh).
+
+    Raises:
+        ModelError: M001 unknown architecture, M002 and M003 see `load_weights`, M007 pretrained weights are
+            not on this machine (or do not exist, or cannot be downloaded).
+        ConfigError: C004, the architecture refuses the image size or an argument, or both kinds of weights
+            were asked for.
+    """
+    if weights is not None and pretrained:
+        raise ConfigError("C004", f"weights={weights} and pretrained=True were both asked for")
+    if resolve_arch(spec.arch) != spec.arch:
+        raise ModelError("M001", f"{spec.arch!r} is not a full name", try_=f"--model {resolve_arch(spec.arch)}")
+    check_image_size(spec)
+    path = _pretrained(spec.arch, allow_download) if pretrained else weights
+    backbone = make_backbone(spec)
+    model = Classifier(spec, backbone, head_keys(spec, backbone))
+    if path is not None:
+        model.report = load_weights(model, path, ignore_extra=pretrained)
+    return model
+
+
+def pretrained_available(arch: str) -> Path | None:
+    """The published weights of a resolved name where they lie in torch's or Hugging Face's cache; None if nowhere.
+
+    Looks at the disk only.
+    """
+    hub_id, names, url = _source(arch)
+    if hub_id:
+        from huggingface_hub import try_to_load_from_cache
+
+        repo, _, revision = hub_id.partition("@")
+        for name in names:
+            found = try_to_load_from_cache(repo, name, revision=revision or None)
+            if isinstance(found, str):
+                return Path(found)
+    cached = _cached(url)
+    return cached if cached is not None and cached.is_file() else None
+
+
+def pretrained_pixels(arch: str) -> dict[str, Any]:
+    """How the published weights of a resolved name want their pixels; from the libraries' tables, no network.
+
+    Returns:
+        mean, std: per channel, of pixels in 0..1; size: side in pixels; interpolation: "bilinear" or "bicubic"
+        (the library's word); crop_pct: side of the centre crop as a share of the resized image's short side.
+        An architecture without published weights gives ImageNet's numbers at 224.
+    """
+    library, _, name = arch.rpartition("/")
+    if library == "torchvision":
+        return _torchvision_pixels(arch, name)
+    pixels: dict[str, Any] = {
+        "mean": IMAGENET_MEAN,
+        "std": IMAGENET_STD,
+        "size": 224,
+        "interpolation": "bilinear",
+        "crop_pct": 0.875,
+    }
+    if library == "timm":
+        import timm
+
+        cfg = timm.models.get_pretrained_cfg(name)
+        if cfg is not None:
+            pixels = {key: getattr(cfg, key) for key in ("mean", "std", "interpolation", "crop_pct")}
+            pixels = {**pixels, "size": cfg.input_size[-1]}
+    return pixels
+
+
+def _torchvision_pixels(arch: str, name: str) -> dict[str, Any]:
+    from torchvision.models import get_model_weights
+
+    recipe: Any = get_model_weights(name).DEFAULT.transforms()
+    scaled = arch in _MINUS_ONE_TO_ONE
+    return {
+        "mean": (0.5, 0.5, 0.5) if scaled else tuple(recipe.mean),
+        "std": (0.5, 0.5, 0.5) if scaled else tuple(recipe.std),
+        "size": recipe.crop_size[0],
+        "interpolation": recipe.interpolation.value,
+        "crop_pct": recipe.crop_size[0] / recipe.resize_size[0],
+    }
+
+
+def _source(arch: str) -> tuple[str, tuple[str, ...], str]:
+    """(Hugging Face repository or "", file names to try in it, URL or "") of the published weights."""
+    library, _, name = arch.rpartition("/")
+    if library == "torchvision":
+        from torchvision.models import get_model_weights
+
+        return "", (), get_model_weights(name).DEFAULT.url
+    if library == "timm":
+        import timm
+
+        cfg = timm.models.get_pretrained_cfg(name)
+        if cfg is not None:
+            files = (cfg.hf_hub_filename,) if cfg.hf_hub_filename else ("model.safetensors", "pytorch_model.bin")
+            # NumPy archives and other forms that only timm's own code reads are not taken.
+            url = "" if cfg.custom_load or not isinstance(cfg.url, str) else cfg.url
+            return cfg.hf_hub_id or "", files, url
+    return "", (), ""
+
+
+def _cached(url: str) -> Path | None:
+    from torch.hub import get_dir
+
+    return Path(get_dir()) / "checkpoints" / Path(urlparse(url).path).name if url else None
+
+
+def _pretrained(arch: str, allow_download: bool) -> Path:
+    path = pretrained_available(arch)
+    if path is not None:
+        return path
+    hub_id, names, url = _source(arch)
+    if not hub_id and not url:
+        own = " (it is made for training from scratch)" if arch == SMALL_CNN else ""
+        raise ModelError("M007", f"there are no published weights for {arch}{own}")
+    cached = _cached(url)
+    if not allow_download:
+        place = f"the file at {cached}" if cached else f"{hub_id} in the Hugging Face cache"
+        raise ModelError(
+            "M007",
+            f"the pretrained weights of {arch} are not on this machine, and downloading was not allowed",
+            try_=f"allow the download, or put {place}",
+        )
+    return _download(arch, hub_id, names, url)
+
+
+def _download(arch: str, hub_id: str, names: tuple[str, ...], url: str) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+    from torch.hub import download_url_to_file
+
+    repo, _, revision = hub_id.partition("@")
+    try:
+        for name in names if hub_id else ():
+            try:
+                return Path(hf_hub_download(repo, name, revision=revision or None))
+            except EntryNotFoundError:
+                continue  # Older repositories have only the second name.
+        target = _cached(url)
+        if target is None:
+            raise ModelError("M007", f"{hub_id} holds none of {', '.join(names)}")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        digest = _HASH.search(target.name)
+        download_url_to_file(url, str(target), digest.group(1) if digest else None, progress=False)
+        return target
+    except (OSError, RuntimeError, HfHubHTTPError) as exc:
+        raise ModelError("M007", f"cannot download the pretrained weights of {arch}: {exc}") from exc

@@ -1,0 +1,243 @@
+"""Reading weights from files that others made, and putting them into a `Classifier`. Nothing is unpickled."""
+
+from __future__ import annotations
+
+import pickle
+import re
+import sys
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from imgcls_fast.core.errors import ModelError
+from imgcls_fast.models.backbones import input_keys, is_auxiliary
+from imgcls_fast.models.classifier import Classifier
+
+State = dict[str, Tensor]
+
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+
+# Names that torchvision has changed since it published some of its files.
+_RENAMED = (
+    (re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\..*)$"), r"\1\2"),  # DenseNet before 0.3
+    (re.compile(r"^(.*\.mlp)\.linear_1\.(weight|bias)$"), r"\1.0.\2"),  # ViT before pytorch/vision#6053
+    (re.compile(r"^(.*\.mlp)\.linear_2\.(weight|bias)$"), r"\1.3.\2"),
+)
+
+# Wrappers (data parallel, torch.compile, ours) put these before every name.
+_PREFIXES = ("module.", "_orig_mod.", "backbone.")
+
+# Counters, not weights: torch before 0.4.1 did not save the first, averaged models add the second.
+_COUNTERS = ("num_batches_tracked", "n_averaged")
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of each tensor, by its name within the backbone.
+
+    loaded: copied, adapted ones included. fresh: of the model, left as initialised. ignored: of the file,
+    unused. adapted: changed in shape on the way (input channels, position embeddings).
+    """
+
+    loaded: tuple[str, ...]
+    fresh: tuple[str, ...]
+    ignored: tuple[str, ...]
+    adapted: tuple[str, ...]
+
+
+def read_state(path: Path) -> State:
+    """The tensors of a weights file, by name.
+
+    Args:
+        path: a .safetensors file, or a .pt, .pth, .bin or .ckpt that `torch.load(weights_only=True)` takes:
+            a bare state dict, or one under the key "state_dict" or "model".
+
+    Raises:
+        ModelError: M003, no such file, unknown suffix, damaged, or it holds more than tensors.
+    """
+    if not path.is_file():
+        raise ModelError("M003", f"no such weights file: {path}")
+    if path.suffix not in SUFFIXES:
+        raise ModelError("M003", f"{path.name} is not a weights file; expected one of {', '.join(SUFFIXES)}")
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
+    return _tensors(content, str(path))
+
+
+def _read_safetensors(path: Path) -> Any:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as exc:
+        raise ModelError("M003", f"{path} is damaged or not a safetensors file: {exc}") from exc
+
+
+def _read_torch(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as exc:
+        raise ModelError(
+            "M003",
+            f"{path} holds more than tensors and was not opened",
+            why=f"a pickle can run any program when it is opened ({_sentence(exc)})",
+            try_="where the file is trusted: safetensors.torch.save_file(model.state_dict(), 'model.safetensors')",
+        ) from exc
+    except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as exc:
+        raise ModelError("M003", f"{path} is damaged or not a weights file: {_sentence(exc)}") from exc
+
+
+def _sentence(exc: Exception) -> str:
+    """The line of torch's long advice that names the refused object, or else the first."""
+    lines = str(exc).splitlines() or [type(exc).__name__]
+    return next((line.strip() for line in lines if "GLOBAL" in line), lines[0].strip())
+
+
+def _tensors(content: Any, source: str) -> State:
+    for key in ("state_dict", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, Mapping) or not content:
+        raise ModelError("M003", f"{source} holds no tensors by name, but a {type(content).__name__}")
+    strangers = [str(key) for key, value in content.items() if not isinstance(value, Tensor)]
+    if strangers:
+        raise ModelError("M003", f"{source} holds entries that are not tensors: {_some(strangers)}")
+    return {str(key): value for key, value in content.items()}
+
+
+def load_weights(
+    model: Classifier, source: Path | str | Mapping[str, Tensor], *, ignore_extra: bool = False
+) -> LoadReport:
+    """Copy weights into a model, all or none.
+
+    Names may carry "module.", "_orig_mod." and "backbone." in front. Tensors of the head may have another
+    shape (another number of classes) or be absent: they are left as they are. The first convolution is
+    adapted when the file was made for another number of channels (summed for 1, repeated for 4); position
+    embeddings are resampled for another image size. Tensors of auxiliary heads may be absent on either side.
+
+    Args:
+        model: receives the weights.
+        source: a file (`read_state`) or tensors by name.
+        ignore_extra: ignore tensors that the model does not have, instead of refusing.
+
+    Raises:
+        ModelError: M002, the tensors do not fit the architecture; M003, see `read_state`.
+    """
+    name = str(source) if isinstance(source, Path | str) else "a dictionary of tensors"
+    state = read_state(Path(source)) if isinstance(source, Path | str) else _tensors(source, name)
+    own = model.backbone.state_dict()
+    state = _own_names(state, own)
+    shapes = {key: value.shape for key, value in state.items()}
+    state = _fitted(model, state, own)
+    fresh, ignored = _check(model, state, own, name, ignore_extra)
+    with torch.no_grad():
+        for key in own.keys() - set(fresh):
+            own[key].copy_(state[key])
+    loaded = tuple(key for key in own if key not in fresh)
+    adapted = tuple(key for key in loaded if key in shapes and shapes[key] != state[key].shape)
+    return LoadReport(loaded=loaded, fresh=fresh, ignored=ignored, adapted=adapted)
+
+
+def _own_names(state: State, own: State) -> State:
+    result = {}
+    for key, value in state.items():
+        stripped = True
+        while key not in own and stripped:
+            stripped = False
+            for prefix in _PREFIXES:
+                if key.startswith(prefix):
+                    key, stripped = key.removeprefix(prefix), True
+        for pattern, replacement in _RENAMED:
+            key = key if key in own else pattern.sub(replacement, key)
+        result[key] = value
+    return result
+
+
+def _misfits(model: Classifier, state: State, own: State) -> list[str]:
+    """Keys, outside of the head, that are only on one side or have two shapes."""
+    one_sided = state.keys() ^ own.keys()
+    unequal = {key for key in state.keys() & own.keys() if state[key].shape != own[key].shape}
+    return sorted(key for key in (one_sided | unequal) - model.head_keys if not key.endswith(_COUNTERS))
+
+
+def _fitted(model: Classifier, state: State, own: State) -> State:
+    """Bring position embeddings and the first convolution into the model's shape, where that is defined."""
+    if _misfits(model, state, own):
+        state = _library_fit(model, state)
+    unequal = [k for k in _misfits(model, state, own) if k in own and k in state]
+    if any(own[k].dim() == 4 and own[k].shape[1] != state[k].shape[1] for k in unequal):
+        for key in set(unequal) & input_keys(model.spec, model.backbone):
+            state = {**state, key: _adapt_input(state[key], own[key])}
+    return state
+
+
+def _adapt_input(weight: Tensor, own: Tensor) -> Tensor:
+    from timm.models import adapt_input_conv
+
+    have, want = weight.shape[1], own.shape[1]
+    if weight.dim() != 4 or {have, want} - {1, 3, 4}:
+        return weight
+    return adapt_input_conv(want, weight, base_chans=have)
+
+
+def _library_fit(model: Classifier, state: State) -> State:
+    """The conversion that the library itself applies to its published files (position embeddings, old names)."""
+    if model.spec.arch.startswith("torchvision/vit_"):
+        return _resample_vit(model, state)
+    if not model.spec.arch.startswith("timm/"):
+        return state
+    module = sys.modules[type(model.backbone).__module__]
+    convert = getattr(module, "checkpoint_filter_fn", None) or getattr(module, "_filter_fn", None)
+    if convert is None:
+        return state
+    try:
+        return dict(convert(dict(state), model.backbone))
+    except (KeyError, AttributeError, IndexError, RuntimeError, TypeError, ValueError, AssertionError):
+        return state  # A file of another architecture: the comparison that follows says what differs.
+
+
+def _resample_vit(model: Classifier, state: State) -> State:
+    from torchvision.models.vision_transformer import interpolate_embeddings
+
+    key = "encoder.pos_embedding"
+    own = model.backbone.state_dict()[key]
+    if key not in state or state[key].dim() != 3 or state[key].shape[2] != own.shape[2]:
+        return state
+    vit: Any = model.backbone
+    try:
+        return dict(interpolate_embeddings(vit.image_size, vit.patch_size, dict(state)))
+    except ValueError:
+        return state
+
+
+def _check(
+    model: Classifier, state: State, own: State, name: str, ignore_extra: bool
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(fresh, ignored), or M002."""
+    unequal = [k for k in own if k in state and own[k].shape != state[k].shape]
+    absent = [k for k in own if k not in state]
+    extra = [k for k in state if k not in own]
+    fresh = [k for k in unequal if k in model.head_keys]
+    fresh += [k for k in absent if k in model.head_keys or is_auxiliary(k) or k.endswith(_COUNTERS)]
+    ignored = [k for k in extra if ignore_extra or is_auxiliary(k) or k.endswith(_COUNTERS)]
+    shapes = [f"{k} {tuple(state[k].shape)} instead of {tuple(own[k].shape)}" for k in unequal if k not in fresh]
+    problems = (
+        ("missing", [k for k in absent if k not in fresh]),
+        ("unexpected", [k for k in extra if k not in ignored]),
+        ("of another shape", shapes),
+    )
+    if any(keys for _, keys in problems):
+        told = "; ".join(f"{len(keys)} {kind}: {_some(keys)}" for kind, keys in problems if keys)
+        raise ModelError(
+            "M002", f"{name} does not fit {model.spec.arch} ({len(own)} tensors, {len(state)} in the file): {told}"
+        )
+    return tuple(fresh), tuple(ignored)
+
+
+def _some(keys: list[str]) -> str:
+    return ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")

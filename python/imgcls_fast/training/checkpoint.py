@@ -1,0 +1,197 @@
+"""Checkpoints that survive kill -9, a full disk and bit rot.
+
+A checkpoint is a directory: tensors.safetensors, state.json and manifest.json with the SHA-256 of both. It is written
+under another name, synced, and renamed; the one before it stays as `previous` until the next is complete. Formats load
+without complaint after a flipped bit (measured: 200 of 200), so only the digests say whether a checkpoint is intact.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from ..core.errors import ModelError
+from ..core.files import explained_write, sha256_file, sync_directory, write_json, write_whole
+
+SCHEMA = 1
+TENSORS, STATE, DIGESTS = "tensors.safetensors", "state.json", "manifest.json"
+
+
+@dataclass
+class Progress:
+    """Everything of a run's state that is not a tensor."""
+
+    epoch: int = 0  # the epoch that is being trained
+    index: int = 0  # next batch of it that was not yet trained on
+    step: int = 0  # optimizer steps done
+    micro_batch: int = 0  # images per forward pass; halved when memory runs out
+    best: float | None = None  # monitored value of the best epoch
+    best_loss: float | None = None  # its validation loss, which breaks ties
+    best_epoch: int = -1
+    wait: int = 0  # epochs since the best one
+    seconds: float = 0.0  # training time so far
+    images: int = 0  # images of this epoch that counted
+    schedule: dict[str, Any] = field(default_factory=dict)
+    scaler: dict[str, Any] = field(default_factory=dict)
+    quarantined: dict[str, str] = field(default_factory=dict)  # row -> reason, found while training
+    history: list[dict[str, Any]] = field(default_factory=list)  # one dict an epoch
+
+
+def save_checkpoint(folder: Path, tensors: dict[str, Tensor], progress: Progress, environment: dict[str, Any], *, best: bool) -> Path:
+    """Write `folder`/last, keeping the former one as `folder`/previous; with `best`, also as `folder`/best.
+
+    Raises:
+        HardwareError: H003; the former checkpoint is intact.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".new.{os.getpid()}"
+    state = {"schema": SCHEMA, "progress": asdict(progress), "environment": environment}
+    with explained_write(folder):
+        _sweep(folder)
+        temporary.mkdir()
+        try:
+            # dense copies: the file knows no strides, and a shared or permuted tensor would be refused
+            blob = save({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
+            write_whole(temporary / TENSORS, lambda file: file.write(blob) and None)
+            write_json(temporary / STATE, state)
+            write_json(temporary / DIGESTS, {name: sha256_file(temporary / name) for name in (TENSORS, STATE)})
+            sync_directory(temporary)
+            if best:
+                _put(_linked(temporary, folder), folder / "best", folder)
+            _rotate(temporary, folder)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+    return folder / "last"
+
+
+def _sweep(folder: Path) -> None:
+    """Clear what a process that was killed while it saved has left; a directory that it had set aside goes back."""
+    for name in ("last", "previous", "best"):
+        for aside in folder.glob(f".old.{name}.*"):
+            if not (folder / name).exists():
+                os.rename(aside, folder / name)
+    for left in folder.glob(".*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _linked(temporary: Path, folder: Path) -> Path:
+    """A second directory with the same files: hard links where possible, else copies."""
+    twin = folder / f".best.{os.getpid()}"
+    twin.mkdir()
+    for name in (TENSORS, STATE, DIGESTS):
+        try:
+            os.link(temporary / name, twin / name)
+        except OSError:
+            shutil.copy2(temporary / name, twin / name)
+    sync_directory(twin)
+    return twin
+
+
+def _rotate(temporary: Path, folder: Path) -> None:
+    last, previous = folder / "last", folder / "previous"
+    if last.exists():
+        _put(last, previous, folder)
+    os.rename(temporary, last)
+    sync_directory(folder)
+
+
+def _put(source: Path, target: Path, folder: Path) -> None:
+    """Rename a directory over another one. Between the two renames `target` is absent, never half."""
+    old = folder / f".old.{target.name}.{os.getpid()}"
+    if target.exists():
+        os.rename(target, old)
+    os.rename(source, target)
+    sync_directory(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], Progress, dict[str, Any]]:
+    """Tensors, progress and environment of one checkpoint, after its digests have been checked.
+
+    Raises:
+        ModelError: M005 when it is missing, damaged, or of another schema.
+    """
+    try:
+        digests = json.loads((path / DIGESTS).read_text("utf-8"))
+        for name in (TENSORS, STATE):
+            if sha256_file(path / name) != digests[name]:
+                raise ModelError("M005", f"{path / name} is damaged: its SHA-256 is not the one that was written")
+        state = json.loads((path / STATE).read_text("utf-8"))
+        if state["schema"] != SCHEMA:
+            raise ModelError("M005", f"{path} has checkpoint schema {state['schema']}, this version reads {SCHEMA}")
+        tensors = load((path / TENSORS).read_bytes())
+        return tensors, Progress(**state["progress"]), state["environment"]
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise ModelError("M005", f"{path} is not a readable checkpoint: {error}") from error
+
+
+def find_checkpoint(folder: Path) -> tuple[Path, tuple[dict[str, Tensor], Progress, dict[str, Any]], list[str]] | None:
+    """The newest intact checkpoint for resuming, with what was wrong with newer ones; None where none was written.
+
+    Raises:
+        ModelError: M005 when checkpoints exist and none of them is intact.
+    """
+    wrong = []
+    if folder.is_dir():
+        _sweep(folder)
+    for name in ("last", "previous", "best"):
+        if (folder / name).exists():
+            try:
+                return folder / name, read_checkpoint(folder / name), wrong
+            except ModelError as error:
+                wrong.append(error.message)
+    if wrong:
+        raise ModelError("M005", f"no intact checkpoint in {folder}: " + "; ".join(wrong), try_="imgcls-fast train DATA   (start again)")
+    return None
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[Tensor, str]) -> dict[str, Tensor]:
+    """The optimizer's state as named tensors: "optim.<parameter>.<what>"."""
+    return {
+        f"optim.{names[parameter]}.{key}": value
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, names: dict[Tensor, str], tensors: dict[str, Tensor]) -> None:
+    """Put back what `optimizer_tensors` took, with the memory format of each parameter."""
+    parameters = {name: parameter for parameter, name in names.items()}
+    for full, value in tensors.items():
+        if not full.startswith("optim."):
+            continue
+        name, _, key = full.removeprefix("optim.").rpartition(".")
+        parameter = parameters[name]
+        if value.shape == parameter.shape:
+            restored = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+        else:  # AdamW's step counter: on the device only when the optimizer is fused
+            fused = optimizer.defaults.get("fused")
+            restored = value.to(parameter.device) if fused else value.clone()
+        optimizer.state[parameter][key] = restored
+
+
+def random_states() -> dict[str, Tensor]:
+    """The state of torch's generators as tensors."""
+    states = {"rng.cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states |= {f"rng.cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+    return states
+
+
+def restore_random_states(tensors: dict[str, Tensor]) -> None:
+    """Put back what `random_states` took; GPUs that are gone are ignored."""
+    torch.set_rng_state(tensors["rng.cpu"])
+    for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        if f"rng.cuda.{i}" in tensors:
+            torch.cuda.set_rng_state(tensors[f"rng.cuda.{i}"], i)

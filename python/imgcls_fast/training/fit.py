@@ -1,0 +1,409 @@
+"""The training loop, in the order in which things happen."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..core import env
+from ..core.batch import Batch
+from ..core.errors import Interrupted, ModelError
+from ..core.manifest import Manifest
+from ..core.run import Run
+from ..data.loader import Loader, open_loader
+from ..data.sampler import Sampler
+from ..engines.base import predict
+from ..engines.runtimes import AUTOCAST, TorchEngine
+from ..evaluation.metrics import Metrics, judge
+from ..models.build import Classifier, ModelSpec, build_model
+from . import checkpoint
+from .checkpoint import Progress
+from .objectives import CrossEntropy, class_weights
+from .optim import Averaged, Schedule, build_optimizer, set_rates
+from .plan import Plan
+from .signals import StopRequest
+
+Emit = Callable[[dict[str, Any]], None]
+
+
+def environment_key(threads: int) -> dict[str, Any]:
+    """What must be equal for a resumed run to be bitwise equal."""
+    return {"cpu": env.cpu_name(), "threads": threads, "versions": env.versions(env.NUMERIC_LIBRARIES)}
+
+
+class Fit:
+    """One training run: build, restore, loop. Nothing of it survives `run`; what counts is in the checkpoints.
+
+    Args:
+        plan: resolved.
+        manifest: images and splits.
+        run: the directory, locked by this process.
+        emit: receives events.
+    """
+
+    def __init__(self, plan: Plan, manifest: Manifest, run: Run, emit: Emit) -> None:
+        self.plan, self.manifest, self.run_directory, self.emit = plan, manifest, run, emit
+        self.config = plan.config
+        train = self.config.train
+        self.device = torch.device(train.device)
+        if self.device.type == "cpu":
+            torch.set_num_threads(int(train.threads))
+        torch.use_deterministic_algorithms(train.deterministic)
+        torch.manual_seed(train.seed)
+        self.model = self._build_model()
+        torch.manual_seed(train.seed + 1)  # dropout does not depend on how many numbers initialisation took
+        self.progress = Progress(micro_batch=int(train.micro_batch))
+        self.train_loader = self._loader("train")
+        self.steps = self.train_loader.sampler.steps
+        self.val_loader = self._loader("val")
+        self.schedule = Schedule(self.config.optim, self.steps, int(train.epochs))
+        self.optimizer = build_optimizer(self.model, self.config.optim, self.device)
+        weights = class_weights(self.config.loss, manifest.labels.classes, manifest.counts("train"))
+        self.objective = CrossEntropy(float(self.config.loss.label_smoothing), weights, self.device)
+        self.averaged = Averaged(self.model, float(self.config.optim.ema)) if self.config.optim.ema else None
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=train.precision == "fp16")
+        self.forward: Any = torch.compile(self.model) if train.compile else self.model
+        judged = self.averaged.model if self.averaged else self.model
+        self.engine = TorchEngine(
+            torch.compile(judged) if train.compile else judged,  # type: ignore[arg-type]
+            manifest.labels, plan.pixels, device=self.device, precision=train.precision,
+        )  # fmt: skip
+        self.names = {parameter: name for name, parameter in self.model.named_parameters()}
+        self.loss_sum = torch.zeros((), dtype=torch.float32, device=self.device)
+        self.loss_weight = 0.0
+        self._saved_at = self._shown_at = time.monotonic()
+        self._waited = self._busy = 0.0
+        self._seen = 0
+
+    def _build_model(self) -> Classifier:
+        start = self.plan.start
+        model = build_model(
+            ModelSpec.from_dict(self.plan.spec),
+            weights=start.path if start.kind == "file" else None,
+            pretrained=start.kind == "pretrained",
+            allow_download=start.download,
+        )
+        freeze = self.config.model.freeze
+        if freeze != "none":
+            model.freeze(freeze)
+        return model.to(self.device, memory_format=torch.channels_last)
+
+    def _loader(self, split: str) -> Loader:
+        train = self.config.train
+        training = split == "train"
+        sampler = Sampler(
+            self.manifest,
+            self.manifest.rows(split),
+            self.plan.pixels,
+            int(train.batch_size if training else self.config.evaluate.batch_size),
+            seed=train.seed,
+            augment=self.plan.augment if training else None,
+        )
+        bad = {int(row): reason for row, reason in self.progress.quarantined.items()}
+        return open_loader(
+            sampler, train.loader, workers=int(train.workers), bad=bad, on_bad=self._on_bad, device=str(self.device)  # type: ignore[arg-type]
+        )
+
+    def _on_bad(self, row: int, reason: str, epoch: int) -> None:
+        self.progress.quarantined[str(row)] = reason
+        self.emit({"event": "quarantine", "path": self.manifest.paths[row], "reason": reason, "epoch": epoch + 1, "row": row})
+
+    # state
+    def restore(self) -> list[str]:
+        """Continue from the newest intact checkpoint, if there is one; returns what the user should know."""
+        found = checkpoint.find_checkpoint(self.run_directory.checkpoints)
+        if found is None:
+            return ["no checkpoint was written yet: starting at the beginning"]
+        path, (tensors, progress, environment), wrong = found
+        notes = [f"{text}; using {path.name}" for text in wrong]
+        now = environment_key(int(self.config.train.threads))
+        notes += [
+            f"{name} was {environment[name]}, is {now[name]}: the result will not be bitwise equal to an uninterrupted run"
+            for name in now
+            if environment.get(name) != now[name]
+        ]
+        self.progress = progress
+        for loader in (self.train_loader, self.val_loader):
+            loader.close()
+        self.train_loader, self.val_loader = self._loader("train"), self._loader("val")
+        _copy_into(self.model, tensors, "model.")
+        if self.averaged:
+            _copy_into(self.averaged.model, tensors, "ema.")
+        checkpoint.restore_optimizer(self.optimizer, self.names, tensors)
+        self.schedule.state.update(progress.schedule)
+        self.scaler.load_state_dict(progress.scaler)
+        self.loss_sum.copy_(tensors["sum.loss"])
+        self.loss_weight = float(tensors["sum.weight"])
+        checkpoint.restore_random_states(tensors)
+        return notes
+
+    def save(self, *, best: bool = False) -> None:
+        """Write a checkpoint of this step boundary."""
+        if not math.isfinite(float(self.loss_sum)):
+            self._diverged()
+        self.progress.schedule = dict(self.schedule.state)
+        self.progress.scaler = self.scaler.state_dict()
+        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        if self.averaged:
+            tensors |= {f"ema.{name}": value for name, value in self.averaged.model.state_dict().items()}
+        tensors |= checkpoint.optimizer_tensors(self.optimizer, self.names) | checkpoint.random_states()
+        tensors |= {"sum.loss": self.loss_sum, "sum.weight": torch.tensor(self.loss_weight, dtype=torch.float64)}
+        key = environment_key(int(self.config.train.threads))
+        path = checkpoint.save_checkpoint(self.run_directory.checkpoints, tensors, self.progress, key, best=best)
+        self._saved_at = time.monotonic()
+        self.emit({"event": "checkpoint", "path": str(path), "epoch": self.progress.epoch, "step": self.progress.step})
+
+    # the loop
+    def run(self) -> None:
+        """Train until the last epoch, early stopping, or a signal.
+
+        Raises:
+            Interrupted: X130, after a checkpoint was written.
+            ModelError: M008 when the loss is not finite.
+        """
+        epochs = int(self.config.train.epochs)
+        progress = self.progress
+        self.emit({
+            "event": "start", "epoch": progress.epoch + 1, "epochs": epochs, "steps_per_epoch": self.steps,
+            "resumed": progress.step > 0, "step": progress.step,
+        })  # fmt: skip
+        try:
+            with StopRequest() as stop:
+                while progress.epoch < epochs and not self._patience_is_over():
+                    self._epoch(stop)
+        finally:
+            self.train_loader.close()
+            self.val_loader.close()
+
+    def _patience_is_over(self) -> bool:
+        patience = self.config.train.patience
+        return patience is not None and self.progress.wait >= patience and self.progress.index == 0
+
+    def _epoch(self, stop: StopRequest) -> None:
+        progress, began = self.progress, time.monotonic()
+        self._waited = self._busy = 0.0
+        self._seen = 0
+        self.model.train()
+        for batch in self._waiting(self.train_loader.epoch(progress.epoch, progress.index)):
+            lr = self._step(batch)
+            progress.index += 1
+            progress.step += 1
+            if stop.requested:
+                self._interrupt()
+            if time.monotonic() - self._saved_at > self.config.train.save_every:
+                self.save()
+            self._show(lr)
+        metrics = self._validate(stop)
+        progress.seconds += time.monotonic() - began
+        self._finish_epoch(metrics, time.monotonic() - began)
+
+    def _waiting(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The same batches; the time spent waiting for them is counted."""
+        while True:
+            begin = time.monotonic()
+            batch = next(batches, None)
+            now = time.monotonic()
+            self._waited += now - begin
+            if batch is None:
+                return
+            yield batch
+            self._busy += time.monotonic() - now
+
+    def _step(self, batch: Batch) -> float:
+        """One optimizer step on one batch; returns the learning rate. No host sync."""
+        lr = set_rates(self.optimizer, self.schedule, self.progress.step)
+        total = self.objective.total(batch.targets, batch.weight)
+        good = int((batch.weight > 0).sum())
+        self._seen += good
+        self.progress.images += good
+        if total == 0:  # every image of the batch is bad: nothing to learn from
+            return lr
+        self.loss_sum += self._gradients(batch, total)
+        self.loss_weight += total
+        if self.config.optim.clip is not None:
+            self.scaler.unscale_(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.averaged:
+            self.averaged.update(self.progress.step)
+        return lr
+
+    def _gradients(self, batch: Batch, total: float) -> Tensor:
+        """Accumulate the gradient of the batch's mean loss; returns the sum of its row losses. Halves the micro-batch when memory runs out."""
+        while True:
+            try:
+                return self._accumulate(batch, total)
+            except torch.OutOfMemoryError as error:
+                if self.progress.micro_batch <= 1:
+                    raise ModelError("H002", f"one image at a time does not fit into memory: {error}", try_="--img-size 160   (or a smaller --model)") from error
+            self.optimizer.zero_grad(set_to_none=True)
+            self.progress.micro_batch = (self.progress.micro_batch + 1) // 2
+            torch.cuda.empty_cache()
+            self.emit({"event": "warning", "text": f"out of memory: from here on {self.progress.micro_batch} images per forward pass; the batch size stays"})
+
+    def _accumulate(self, batch: Batch, total: float) -> Tensor:
+        size = self.progress.micro_batch
+        summed = torch.zeros_like(self.loss_sum)
+        for first in range(0, len(batch), size):
+            part = slice(first, first + size)
+            pixels, targets, weight = (x[part].to(self.device, non_blocking=True) for x in (batch.pixels, batch.targets, batch.weight))
+            with self._autocast():
+                outputs = self.forward(pixels)
+            logits, *aux = outputs if isinstance(outputs, tuple) else (outputs,)
+            loss = self.objective.sum(logits, targets, weight)
+            summed += loss.detach()
+            for share, extra in zip(self.model.aux_weights, aux, strict=False):
+                loss = loss + share * self.objective.sum(extra, targets, weight)
+            self.scaler.scale(loss / total).backward()
+        return summed
+
+    def _autocast(self) -> torch.autocast:
+        precision = self.config.train.precision
+        return torch.autocast(self.device.type, AUTOCAST.get(precision, torch.bfloat16), enabled=precision in AUTOCAST)
+
+    def _validate(self, stop: StopRequest) -> Metrics:
+        total = len(self.val_loader.sampler.rows)
+
+        def progress(done: int) -> None:
+            if stop.requested:
+                self._interrupt()
+            self.emit({"event": "validate", "epoch": self.progress.epoch + 1, "done": done, "total": total})
+
+        batches = self.val_loader.epoch(self.progress.epoch)
+        predictions = predict(self.engine, batches, paths=self.manifest.paths, progress=progress)
+        if not np.isfinite(predictions.scores).all():
+            self._diverged()
+        return judge(predictions, top_k=(1,), bootstrap=0)
+
+    def _finish_epoch(self, metrics: Metrics, seconds: float) -> None:
+        progress = self.progress
+        value = _monitored(self.config.train.monitor, metrics)
+        best = _is_better(value, metrics.log_loss, progress)
+        record = {
+            "epoch": progress.epoch + 1,
+            "train_loss": float(self.loss_sum) / max(self.loss_weight, 1e-12),
+            "val_loss": metrics.log_loss,
+            "val_accuracy": metrics.accuracy,
+            "val_macro_f1": metrics.macro_f1,
+            "val_balanced_accuracy": metrics.balanced_accuracy,
+            "lr": self.schedule.lr(max(0, progress.step - 1)),
+            "images": progress.images,
+            "images_per_s": round(self._seen / max(self._waited + self._busy, 1e-9), 1),
+            "data_share": round(self._waited / max(self._waited + self._busy, 1e-9), 4),
+            "memory_mb": _memory_mb(self.device),
+            "seconds": round(seconds, 3),
+            "best": int(best),
+        }
+        former = max((e["val_accuracy"] for e in progress.history), default=None)
+        progress.history.append(record)
+        if best:
+            progress.best, progress.best_loss, progress.best_epoch, progress.wait = value, metrics.log_loss, progress.epoch, 0
+        else:
+            progress.wait += 1
+        self.schedule.after_epoch(value)
+        progress.epoch, progress.index, progress.images = progress.epoch + 1, 0, 0
+        self.loss_sum.zero_()
+        self.loss_weight = 0.0
+        self.save(best=best)
+        self.run_directory.write_epochs(progress.history)
+        left = int(self.config.train.epochs) - progress.epoch
+        self.emit({
+            **record, "event": "epoch", "epochs": int(self.config.train.epochs), "best": best,
+            "eta_s": left * progress.seconds / max(progress.epoch, 1), "delta": None if former is None else metrics.accuracy - former,
+        })  # fmt: skip
+
+    def _show(self, lr: float) -> None:
+        """A look at the loss, at most every `log_every` seconds: the only point where the host waits for the device."""
+        now = time.monotonic()
+        if now - self._shown_at < self.config.train.log_every:
+            return
+        self._shown_at = now
+        loss = float(self.loss_sum) / max(self.loss_weight, 1e-12)
+        if not math.isfinite(loss):
+            self._diverged()
+        progress, busy = self.progress, max(self._waited + self._busy, 1e-9)
+        rate = self._seen / busy
+        left = self.steps - progress.index + self.steps * (int(self.config.train.epochs) - progress.epoch - 1)
+        self.emit({
+            "event": "progress", "epoch": progress.epoch + 1, "epochs": int(self.config.train.epochs), "step": progress.index,
+            "steps": self.steps, "loss": loss, "lr": lr, "images_per_s": rate, "data_share": self._waited / busy,
+            "eta_s": left * int(self.config.train.batch_size) / max(rate, 1e-9),
+        })  # fmt: skip
+
+    def _interrupt(self) -> None:
+        self.save()
+        command = f"imgcls-fast train {self.run_directory.directory} --resume"
+        self.emit({"event": "interrupted", "command": command, "path": str(self.run_directory.checkpoints / "last")})
+        raise Interrupted(
+            "X130",
+            f"stopped at epoch {self.progress.epoch + 1}, batch {self.progress.index} of {self.steps}; the work is saved",
+            where=str(self.run_directory.checkpoints / "last"),
+            try_=command,
+        )
+
+    def _diverged(self) -> None:
+        raise ModelError(
+            "M008",
+            f"training diverged in epoch {self.progress.epoch + 1}: the loss is not finite",
+            why=f"learning rate {self.schedule.lr(self.progress.step):g}, precision {self.config.train.precision}",
+            where=f"the last good checkpoint is {self.run_directory.checkpoints / 'last'}",
+            try_=f"--lr {float(self.config.optim.lr) / 5:g}   (or --clip 1.0, or --precision fp32)",
+        )
+
+
+def _copy_into(module: nn.Module, tensors: dict[str, Tensor], prefix: str) -> None:
+    """Load in place, so that parameters keep their identity and memory format."""
+    state = module.state_dict()
+    with torch.no_grad():
+        for name, value in state.items():
+            value.copy_(tensors[prefix + name])
+
+
+def _monitored(name: str, metrics: Metrics) -> float:
+    """The value that picks the best checkpoint; higher is better."""
+    return {
+        "val/accuracy": metrics.accuracy,
+        "val/macro_f1": metrics.macro_f1,
+        "val/balanced_accuracy": metrics.balanced_accuracy,
+        "val/loss": -metrics.log_loss,
+    }[name]
+
+
+def _is_better(value: float, loss: float, progress: Progress) -> bool:
+    """Higher value; between equal values (common with few validation rows) the lower loss."""
+    if progress.best is None or value > progress.best:
+        return True
+    return value == progress.best and progress.best_loss is not None and loss < progress.best_loss
+
+
+def _memory_mb(device: torch.device) -> float:
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 1e6, 1)
+    import resource
+
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3, 1)
+
+
+def final_state(run: Run) -> tuple[dict[str, Tensor], Progress]:
+    """The weights that a run is judged by: of its best epoch, averaged ones where averaging is on.
+
+    Raises:
+        ModelError: M005 when there is no intact best checkpoint.
+    """
+    tensors, progress, _ = checkpoint.read_checkpoint(run.checkpoints / "best")
+    prefix = "ema." if any(name.startswith("ema.") for name in tensors) else "model."
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}, progress
+
+
+def progress_facts(progress: Progress) -> dict[str, Any]:
+    """What a report says about the training itself."""
+    return {key: value for key, value in asdict(progress).items() if key in ("best", "best_epoch", "seconds", "step", "epoch")}

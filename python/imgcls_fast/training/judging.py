@@ -1,0 +1,147 @@
+"""From the best checkpoint to a judged bundle, and from a run to an engine that can be asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from safetensors.torch import save
+
+from ..core import env
+from ..core.bundle import Bundle, read_bundle, write_bundle
+from ..core.errors import ConfigError, ModelError
+from ..core.files import sha256_json
+from ..core.manifest import Manifest
+from ..core.pixels import Pixels
+from ..core.predictions import Predictions
+from ..core.run import Run
+from ..core.settings import flatten
+from ..data.loader import dali_missing, open_loader
+from ..data.sampler import Sampler
+from ..engines.base import Engine, predict
+from ..engines.runtimes import TorchEngine, open_engine
+from ..evaluation.metrics import apply_temperature, fit_temperature
+from ..models.build import Classifier, ModelSpec, build_model, load_weights
+from .checkpoint import Progress
+from .fit import final_state
+
+_TINY = np.finfo(np.float32).tiny  # below it a float32 score has lost its logarithm
+
+
+def score_rows(
+    engine: Engine,
+    manifest: Manifest,
+    rows: np.ndarray,
+    *,
+    batch_size: int,
+    loader: str,
+    workers: int,
+    bad: dict[int, str] | None = None,
+    on_bad: Callable[[int, str, int], None] | None = None,
+    labelled: bool = True,
+) -> Predictions:
+    """Predictions of some rows of a manifest, each exactly once; undecodable rows are left out and reported."""
+    sampler = Sampler(manifest, rows, engine.pixels, min(batch_size, engine.max_batch))
+    device = str(getattr(engine, "device", "cpu"))
+    backend = loader if device != "cpu" or loader != "dali-gpu" else "dali-cpu"
+    source = open_loader(sampler, backend, workers=workers, bad=bad, on_bad=on_bad, device=device, once=True)  # type: ignore[arg-type]
+    try:
+        return predict(engine, source.epoch(0), paths=manifest.paths, fingerprint=manifest.fingerprint, labelled=labelled)
+    finally:
+        source.close()
+
+
+def usual_loader(pixels: Pixels, device: str) -> str:
+    """The loader for judging images that no run has planned for."""
+    if dali_missing() or pixels.color == "rgba":
+        return "torch"
+    return "dali-cpu" if device == "cpu" else "dali-gpu"
+
+
+def best_model(run: Run) -> tuple[Classifier, dict[str, Any], Progress]:
+    """The network with the weights of the best epoch, the facts of model.json, and how training went.
+
+    Raises:
+        ModelError: M005 when there is no intact best checkpoint yet.
+    """
+    facts = run.read_json("model.json")
+    if facts is None:
+        raise ModelError("M005", f"{run.directory} has no model yet", try_=f"imgcls-fast train {run.directory} --resume")
+    tensors, progress = final_state(run)
+    model = build_model(ModelSpec.from_dict(facts["spec"]))
+    load_weights(model, tensors)
+    return model.eval(), facts, progress
+
+
+def make_bundle(run: Run, manifest: Manifest, model: Classifier, facts: dict[str, Any], progress: Progress, validation: Predictions) -> Bundle:
+    """Fit the temperature on the validation rows, and write the bundle: weights, labels, pixels, provenance."""
+    config = run.config
+    temperature = 1.0
+    if config.evaluate.calibrate and len(validation):
+        temperature = fit_temperature(np.log(np.maximum(validation.scores, _TINY)), validation.truth)
+
+    def weights(file: BinaryIO) -> None:
+        file.write(save({name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}))
+
+    provenance = {
+        "run": run.name,
+        "config": sha256_json(flatten(config)),
+        "data": manifest.fingerprint,
+        "source": manifest.source,
+        "epoch": progress.best_epoch + 1,
+        "monitor": config.train.monitor,
+        "monitored": progress.best,
+        "start": facts["start"],
+        "machine": env.machine_facts(),
+    }
+    return write_bundle(
+        run.bundle_path,
+        weights,
+        arch=facts["spec"],
+        labels=manifest.labels,
+        pixels=Pixels.from_dict(facts["pixels"]),
+        temperature=temperature,
+        provenance=provenance,
+    )
+
+
+def calibrated(predictions: Predictions, temperature: float) -> Predictions:
+    """The same predictions as a model with this temperature gives them."""
+    scores = apply_temperature(np.log(np.maximum(predictions.scores, _TINY)), temperature)
+    return Predictions(predictions.rows, scores, predictions.targets, predictions.labels, predictions.paths, predictions.fingerprint)
+
+
+def run_engine(run: Run, runtime: str = "torch", device: str = "cpu") -> tuple[Engine, str]:
+    """An engine for a run, and a note where it is not the judged model (training has not ended yet).
+
+    Raises:
+        ModelError: M004, M005 when there is no usable model.
+        ConfigError: C004 for another runtime than torch before training has ended.
+    """
+    if run.finished:
+        return open_engine(read_bundle(run.bundle_path), runtime, device=device, exports=run.exports), ""
+    if runtime != "torch":
+        raise ConfigError("C004", f"{run.directory} is not finished, so only the runtime torch can answer", try_=f"imgcls-fast train {run.directory} --resume")
+    model, facts, progress = best_model(run)
+    engine = TorchEngine(model.to(device), run.manifest.labels, Pixels.from_dict(facts["pixels"]), device=device)
+    return engine, f"{run.name} is not finished: answers come from its best checkpoint so far (epoch {progress.best_epoch + 1}), not calibrated"
+
+
+def export_batches(bundle: Bundle, manifest: Manifest, images: int, batch_size: int = 16) -> Any:
+    """Up to `images` real images as the model sees them, (n, S, S, C) uint8: test rows first, then val, then train."""
+    order = np.concatenate([manifest.rows(split) for split in ("test", "val", "train")])[:images]
+    loader = open_loader(Sampler(manifest, order, bundle.pixels, batch_size), usual_loader(bundle.pixels, "cpu"), workers=2, once=True)  # type: ignore[arg-type]
+    try:
+        for batch in loader.epoch(0):
+            keep = np.asarray(batch.weight) > 0
+            if keep.any():
+                yield np.ascontiguousarray(np.asarray(batch.pixels)[keep])
+    finally:
+        loader.close()
+
+
+def bundle_folder(path: Path) -> Path | None:
+    """`path` itself or its sub-folder `bundle`, whichever holds a bundle."""
+    return next((folder for folder in (path, path / "bundle") if (folder / "bundle.json").is_file()), None)

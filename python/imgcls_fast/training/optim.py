@@ -1,0 +1,159 @@
+"""How it is minimised: optimizers, learning-rate schedules, averaged weights."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..core.config import OptimConfig
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Trainable parameters in two groups: matrices and filters decay, biases and norms (rank < 2) do not."""
+    decay, plain = [], []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            (decay if parameter.ndim >= 2 else plain).append(parameter)
+    groups = [{"params": decay, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def _sgd(groups: list[dict[str, Any]], config: OptimConfig, fused: bool) -> torch.optim.Optimizer:
+    return torch.optim.SGD(groups, lr=_number(config.lr), momentum=config.momentum, nesterov=config.momentum > 0, fused=fused)
+
+
+def _adamw(groups: list[dict[str, Any]], config: OptimConfig, fused: bool) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, lr=_number(config.lr), fused=fused)
+
+
+OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], OptimConfig, bool], torch.optim.Optimizer]] = {"sgd": _sgd, "adamw": _adamw}
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig, device: torch.device) -> torch.optim.Optimizer:
+    """The optimizer of a resolved configuration; fused on a GPU, where it also spares the scaler a host sync."""
+    groups = parameter_groups(model, _number(config.weight_decay))
+    return OPTIMIZERS[config.opt](groups, config, device.type == "cuda")
+
+
+class Schedule:
+    """The learning rate as a function of the optimizer step.
+
+    Every schedule but plateau is a pure function, so a resumed run needs no state; plateau keeps `factor`, `best` and
+    `wait`, which go into the checkpoint. Warm-up is linear from lr / steps of warm-up.
+
+    Args:
+        config: resolved (no "auto").
+        steps_per_epoch: optimizer steps.
+        epochs: length of the run.
+    """
+
+    def __init__(self, config: OptimConfig, steps_per_epoch: int, epochs: int) -> None:
+        self.config, self.steps_per_epoch = config, steps_per_epoch
+        self.total = steps_per_epoch * epochs
+        self.warmup = round(_number(config.warmup) * steps_per_epoch)
+        self.state: dict[str, Any] = {"factor": 1.0, "best": None, "wait": 0}
+
+    def lr(self, step: int) -> float:
+        """Learning rate of optimizer step `step` (from 0)."""
+        peak, floor = _number(self.config.lr), self.config.min_lr
+        if step < self.warmup:
+            return peak * (step + 1) / self.warmup
+        done = (step - self.warmup) / max(1, self.total - self.warmup)
+        shape = _SHAPES[self.config.sched](self, done, step)
+        return peak * max(floor, shape)
+
+    def momentum(self, step: int) -> float | None:
+        """One-cycle also cycles momentum 0.95 -> 0.85 -> 0.95 (Smith and Topin, 2017); others leave it alone."""
+        if self.config.sched != "onecycle":
+            return None
+        rise = _ONECYCLE_RISE * self.total
+        down = step / max(1, rise) if step < rise else 1 - (step - rise) / max(1, self.total - rise)
+        return 0.95 - 0.1 * min(1.0, max(0.0, down))
+
+    def after_epoch(self, value: float) -> None:
+        """Tell plateau the monitored value of an epoch (higher is better)."""
+        if self.config.sched != "plateau":
+            return
+        state = self.state
+        if state["best"] is None or value > state["best"]:
+            state["best"], state["wait"] = value, 0
+            return
+        state["wait"] += 1
+        if state["wait"] > self.config.plateau_patience:
+            state["factor"], state["wait"] = state["factor"] * self.config.gamma, 0
+
+
+_ONECYCLE_RISE = 0.3
+
+
+def _cosine(schedule: Schedule, done: float, step: int) -> float:
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def _onecycle(schedule: Schedule, done: float, step: int) -> float:
+    # Smith and Topin, "Super-convergence", 2017: up from lr / 25 over 30 % of the steps, then down to lr / 1e4
+    if done < _ONECYCLE_RISE:
+        return 0.04 + 0.96 * 0.5 * (1 - math.cos(math.pi * done / _ONECYCLE_RISE))
+    fall = (done - _ONECYCLE_RISE) / (1 - _ONECYCLE_RISE)
+    return 1e-4 + (1 - 1e-4) * 0.5 * (1 + math.cos(math.pi * min(1.0, fall)))
+
+
+def _step(schedule: Schedule, done: float, step: int) -> float:
+    return schedule.config.gamma ** (step // (schedule.steps_per_epoch * schedule.config.step_epochs))
+
+
+_SHAPES: dict[str, Callable[[Schedule, float, int], float]] = {
+    "cosine": _cosine,
+    "onecycle": _onecycle,
+    "step": _step,
+    "plateau": lambda schedule, done, step: float(schedule.state["factor"]),
+    "none": lambda schedule, done, step: 1.0,
+}
+
+
+def set_rates(optimizer: torch.optim.Optimizer, schedule: Schedule, step: int) -> float:
+    """Write the rates of `step` into the optimizer; returns the learning rate."""
+    lr, momentum = schedule.lr(step), schedule.momentum(step)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+        if momentum is not None and "momentum" in group:
+            group["momentum"] = momentum
+        elif momentum is not None and "betas" in group:
+            group["betas"] = (momentum, group["betas"][1])
+    return lr
+
+
+class Averaged:
+    """Exponential moving average of weights (buffers are copied), updated once an optimizer step.
+
+    The decay rises as (1 + t) / (10 + t) at first, so that early weights are forgotten (as in TensorFlow's
+    ExponentialMovingAverage). `model` is a twin of the trained one that holds the averaged weights.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.model = copy.deepcopy(model).requires_grad_(False)
+        self.model.eval()
+        mine, theirs = self.model.state_dict(), model.state_dict()
+        floating = [name for name, value in theirs.items() if value.is_floating_point()]
+        self._pairs = [mine[name] for name in floating], [theirs[name].detach() for name in floating]
+        self._copied = [(mine[name], theirs[name]) for name in theirs if name not in set(floating)]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Move towards the trained weights after optimizer step `step` (from 0)."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(*self._pairs, 1 - decay)
+        for mine, theirs in self._copied:
+            mine.copy_(theirs)
+
+
+def _number(value: Any) -> float:
+    """A resolved setting as a number; "auto" here would be a programmer's mistake."""
+    assert not isinstance(value, str), "resolve the plan before training"
+    return float(value)

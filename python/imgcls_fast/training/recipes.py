@@ -1,0 +1,68 @@
+"""The numbers behind "auto": one recipe for each way to begin, each with its source."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+# strengths of augment.policy; scale and ratio as in torchvision's RandomResizedCrop
+POLICIES: dict[str, dict[str, Any]] = {
+    "none": {"scale": (1.0, 1.0), "ratio": (1.0, 1.0), "flip": 0.0, "brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0},
+    "light": {"scale": (0.7, 1.0), "ratio": (0.85, 1.18), "flip": 0.0, "brightness": 0.1, "contrast": 0.1, "saturation": 0.0, "hue": 0.0},
+    "medium": {"scale": (0.35, 1.0), "ratio": (0.75, 1.3333), "flip": 0.5, "brightness": 0.2, "contrast": 0.2, "saturation": 0.2, "hue": 0.0},
+    "heavy": {"scale": (0.08, 1.0), "ratio": (0.75, 1.3333), "flip": 0.5, "brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.05},
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Defaults of one way to begin.
+
+    Args:
+        size: side of the input in pixels.
+        crop_pct: evaluation crop.
+        images: training images to see in all; with the size of the data it gives the epochs.
+        epochs: least and most epochs.
+        batch: images per step, on each device.
+        lr: optimizer -> (peak learning rate, batch size that it is for).
+        weight_decay: of each optimizer.
+        warmup: epochs.
+    """
+
+    size: int
+    crop_pct: float
+    images: int
+    epochs: tuple[int, int]
+    batch: dict[str, int]
+    opt: str
+    lr: dict[str, tuple[float, int]]
+    weight_decay: dict[str, float]
+    sched: str
+    warmup: float
+    smoothing: float
+    ema: float
+    augment: str
+    drop_rate: float = 0.0
+    arch_args: dict[str, Any] = field(default_factory=dict)
+
+
+RECIPES = {
+    # chosen on the validation rows of 975 flower photos
+    "small-cnn": Recipe(
+        size=96, crop_pct=0.875, images=39_000, epochs=(8, 80), batch={"cpu": 32, "cuda": 128}, opt="adamw",
+        lr={"adamw": (2e-3, 32), "sgd": (0.05, 32)}, weight_decay={"adamw": 0.05, "sgd": 5e-4}, sched="onecycle", warmup=0.0,
+        smoothing=0.1, ema=0.995, augment="medium", drop_rate=0.1,
+    ),
+    # timm's RSB A3 (Wightman et al. 2021) without mixup, at a batch that one GPU holds
+    "scratch": Recipe(
+        size=224, crop_pct=0.95, images=10_000_000, epochs=(20, 100), batch={"cpu": 32, "cuda": 256}, opt="sgd",
+        lr={"adamw": (1e-3, 256), "sgd": (0.1, 256)}, weight_decay={"adamw": 0.05, "sgd": 5e-5}, sched="cosine", warmup=5.0,
+        smoothing=0.1, ema=0.9998, augment="medium",
+    ),
+    # fine-tuning of published weights: short, gentle, all layers
+    "finetune": Recipe(
+        size=224, crop_pct=0.875, images=60_000, epochs=(5, 30), batch={"cpu": 16, "cuda": 64}, opt="adamw",
+        lr={"adamw": (3e-4, 64), "sgd": (0.01, 64)}, weight_decay={"adamw": 0.05, "sgd": 1e-4}, sched="cosine", warmup=1.0,
+        smoothing=0.1, ema=0.998, augment="medium",
+    ),
+}  # fmt: skip

@@ -1,0 +1,94 @@
+"""A run's report, made from its directory alone, so that it can be made again at any time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..core.errors import UsageError
+from ..core.predictions import Predictions
+from ..core.run import Run
+from ..data.quarantine import read_quarantine
+from ..evaluation.metrics import Metrics, judge
+from ..evaluation.report import ReportFacts, write_report
+
+_JUDGED = ("test", "val")
+
+
+def judged(run: Run) -> dict[str, tuple[Predictions, Metrics]]:
+    """Stored predictions of each judged split, and what they are worth."""
+    config = run.config
+    out = {}
+    for split in _JUDGED:
+        if (run.evaluation(split) / "predictions.json").exists():
+            predictions = Predictions.load(run.evaluation(split))
+            out[split] = predictions, judge(predictions, top_k=config.evaluate.top_k, bootstrap=config.evaluate.bootstrap, seed=config.train.seed)
+    return out
+
+
+def next_commands(run: Run) -> list[tuple[str, str]]:
+    """(what, command line) of what one usually does after training."""
+    return [
+        ("predict", f"imgcls-fast predict {run.directory} IMAGES"),
+        ("export", f"imgcls-fast export {run.directory} --onnx"),
+        ("evaluate", f"imgcls-fast eval {run.directory} OTHER_DATA"),
+    ]
+
+
+def report_run(run: Run) -> Path:
+    """Write report.html from what lies in the run directory.
+
+    Raises:
+        UsageError: U003 when nothing of the run was judged yet.
+    """
+    splits = judged(run)
+    if not splits:
+        raise UsageError("U003", f"{run.directory} was not judged yet, so there is nothing to report", try_=f"imgcls-fast train {run.directory} --resume")
+    manifest = run.manifest
+    data, environment, model = run.read_json("data.json") or {}, run.read_json("env.json") or {}, run.read_json("model.json") or {}
+    bundle = run.read_json("bundle/bundle.json") or {}
+    bad = read_quarantine(run.directory / "quarantine.csv") if (run.directory / "quarantine.csv").exists() else []
+    facts = ReportFacts(
+        name=run.name,
+        splits=splits,
+        root=manifest.root,
+        summary=_summary(run, model, bundle, data),
+        counts={split: manifest.counts(split) for split in ("train", "val", "test")},
+        images=data.get("images", len(manifest)),
+        bad=len(bad),
+        duplicates=data.get("duplicates_removed", 0),
+        epochs=run.epochs,
+        config=[(name, value, reason) for name, value, reason in model.get("plan", [])],
+        quarantine=[(file.path, file.reason) for file in bad],
+        baseline=_baseline(run),
+        temperature=bundle.get("temperature"),
+        env=_environment(environment),
+        reproduce=f"imgcls-fast train {data.get('source') or ''} -c {run.config_path}".replace("  ", " "),
+        commands=[command for _, command in next_commands(run)],
+        warnings=list(data.get("notices", [])),
+    )
+    return write_report(run.report_path, facts)
+
+
+def _summary(run: Run, model: dict[str, Any], bundle: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+    epochs = run.epochs
+    seconds = sum(e.get("seconds") or 0 for e in epochs)
+    return {
+        "model": model.get("spec", {}).get("arch", ""),
+        "parameters": f"{model['parameters']:,}" if "parameters" in model else "",
+        "starting weights": model.get("start", ""),
+        "data": data.get("source") or "embedded digits",
+        "best epoch": f"{bundle.get('provenance', {}).get('epoch', '?')} of {len(epochs)}",
+        "training time": f"{seconds / 60:.1f} min" if seconds >= 90 else f"{seconds:.0f} s",
+    }
+
+
+def _baseline(run: Run) -> dict[str, Any] | None:
+    found = run.read_json("baseline.json")
+    return None if not found else {"name": f"linear probe on {found['features']}", **found}
+
+
+def _environment(facts: dict[str, Any]) -> dict[str, Any]:
+    flat = {key: value for key, value in facts.items() if key not in ("libraries", "command") and value is not None}
+    flat |= {name: version for name, version in facts.get("libraries", {}).items() if version}
+    return flat | {"command": " ".join(facts.get("command", []))}

@@ -1,0 +1,381 @@
+"""A whole run: data, plan, baseline, training, judgement, report; started or resumed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..core import env
+from ..core.bundle import read_bundle
+from ..core.config import RunConfig, free_settings
+from ..core.errors import DataError, ModelError
+from ..core.manifest import Manifest
+from ..core.pixels import Pixels
+from ..core.predictions import Predictions
+from ..core.run import Run, new_run_path
+from ..core.settings import flatten, replace_settings
+from ..data.augment import Augment
+from ..data.loader import open_loader
+from ..data.prepare import Prepared, changed_files, prepare
+from ..data.quarantine import BadFile, read_quarantine, write_quarantine
+from ..data.sampler import Sampler
+from ..data.split import write_split_csv
+from ..engines.runtimes import TorchEngine
+from ..evaluation.metrics import Metrics, judge
+from ..evaluation.report import write_evaluation
+from ..models.build import ModelSpec, build_model
+from ..track import LogSink, Sinks
+from .baseline import MOST_ROWS, image_features, linear_probe
+from .fit import Fit
+from .judging import best_model, calibrated, make_bundle, score_rows
+from .plan import Plan, Start, look_at_machine, make_plan
+from .reporting import next_commands, report_run
+
+Event = dict[str, Any]
+
+# settings whose change only makes a resumed run differ in its last bits: said, not refused
+_WARN_ONLY = {"train.threads"}
+
+
+@dataclass
+class _Stage:
+    """What the parts of one session share."""
+
+    plan: Plan
+    manifest: Manifest
+    run: Run
+    emit: Callable[[Event], None]
+
+
+def start(config: RunConfig, sinks: Sequence[Callable[[Event], Any]] = (), command: Sequence[str] | None = None) -> Run:
+    """Train a new run from the beginning to its report.
+
+    Args:
+        config: what was asked for; "auto" is resolved here.
+        sinks: receive events (see `track`).
+        command: the command line, for env.json.
+
+    Returns:
+        The finished run.
+
+    Raises:
+        ImgclsError: of any family; Interrupted after a signal, with the work saved.
+    """
+    early: list[Event] = []
+    listeners = Sinks(sinks)
+
+    def tell(event: Event) -> None:
+        early.append(event)
+        listeners(event)
+
+    prepared = prepare(config.data, config.pixels.exif, env.cache_dir())
+    tell({"event": "data", **prepared.facts()})
+    _require_splits(prepared)
+    plan = make_plan(config, prepared.manifest, look_at_machine())
+    run = Run.create(Path(config.out) if config.out else new_run_path(config.data.source, plan.spec["arch"]))
+    try:
+        log = LogSink(run)
+        for event in early:
+            log(event)
+        stage = _Stage(plan, prepared.manifest, run, Sinks([*sinks, log]))
+        _write_beginning(stage, prepared, command)
+        return _conduct(stage, resumed=False)
+    finally:
+        run.unlock()
+
+
+def resume(run: Run, changes: dict[str, Any], sinks: Sequence[Callable[[Event], Any]] = ()) -> Run:
+    """Continue a run where it stopped, mid-epoch if need be.
+
+    Args:
+        run: to be continued.
+        changes: settings (dotted names) that the user gave again.
+
+    Raises:
+        ModelError: M006 when a change would make it another run, M005 when no checkpoint is intact.
+        DataError: D010 when files have changed since the run began, naming them.
+    """
+    run.lock()
+    try:
+        config = _changed_config(run, changes)
+        manifest = run.manifest
+        facts = run.read_json("model.json")
+        if facts is None:
+            raise ModelError("M005", f"{run.directory} stopped before its plan was written", try_=f"imgcls-fast train {manifest.source}")
+        plan = Plan(
+            config,
+            tuple((name, value, reason) for name, value, reason in facts["plan"]),
+            Pixels.from_dict(facts["pixels"]),
+            Augment(**{k: tuple(v) if isinstance(v, list) else v for k, v in facts["augment"].items()}),
+            facts["spec"],
+            Start(facts["start_kind"], Path(facts["start_path"]) if facts["start_path"] else None, facts["start_download"]),
+        )
+        stage = _Stage(plan, manifest, run, Sinks([*sinks, LogSink(run)]))
+        if run.finished and run.report_path.exists():
+            more = f"imgcls-fast train {manifest.source} --init {run.directory}"
+            stage.emit({"event": "warning", "text": f"{run.name} is finished; to go on training, begin a new run: {more}"})
+            return run
+        _require_same_files(run, manifest)
+        return _conduct(stage, resumed=True)
+    finally:
+        run.unlock()
+
+
+def dry_run(config: RunConfig) -> dict[str, Any]:
+    """What `start` would do, with measured estimates, without writing anything but the data cache.
+
+    Returns:
+        rows, parameters, memory_mb, seconds_per_epoch, data, config, device.
+    """
+    prepared = prepare(config.data, config.pixels.exif, env.cache_dir())
+    _require_splits(prepared)
+    plan = make_plan(config, prepared.manifest, look_at_machine())
+    model = build_model(ModelSpec.from_dict(plan.spec))
+    seconds, memory = _measure_step(plan, model)
+    steps = len(prepared.manifest.rows("train")) // int(plan.config.train.batch_size)
+    return {
+        "rows": [list(row) for row in plan.rows],
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "memory_mb": memory,
+        "seconds_per_epoch": round(seconds * steps, 2),
+        "epochs": plan.config.train.epochs,
+        "device": plan.config.train.device,
+        "data": prepared.facts(),
+        "config": plan.config.model_dump(mode="json"),
+    }
+
+
+def _measure_step(plan: Plan, model: Any) -> tuple[float, float]:
+    """(seconds, MB) of one optimizer step's forward and backward pass on random pixels, without compiling."""
+    import torch
+
+    from .fit import _memory_mb
+
+    train, size = plan.config.train, plan.pixels.size
+    device = torch.device(train.device)
+    model = model.to(device).train()
+    micro = int(train.micro_batch)
+    pixels = torch.randint(0, 256, (micro, size, size, plan.pixels.channels), dtype=torch.uint8, device=device)
+    times = []
+    for _ in range(2):
+        begin = time.perf_counter()
+        outputs = model(pixels)
+        (outputs[0] if isinstance(outputs, tuple) else outputs).float().sum().backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - begin)
+    return min(times) * int(train.batch_size) / micro, _memory_mb(device)
+
+
+def _require_splits(prepared: Prepared) -> None:
+    splits = prepared.facts()["splits"]
+    for name in ("train", "val"):
+        if not splits[name]:
+            raise DataError("D008", f"there are no {name} images in {prepared.manifest.source}", why=f"splits: {splits}",
+                            try_="imgcls-fast data split DATA")  # fmt: skip
+
+
+def _changed_config(run: Run, changes: dict[str, Any]) -> RunConfig:
+    """The run's configuration with the changes that resume allows."""
+    stored = run.config
+    before, after = flatten(stored), flatten(replace_settings(stored, changes))
+    differing = [name for name in after if after[name] != before[name]]
+    refused = [name for name in differing if name not in free_settings() | _WARN_ONLY]
+    if refused:
+        name = refused[0]
+        raise ModelError(
+            "M006",
+            f"{name} is {before[name]} in {run.name} and cannot become {after[name]}: it would not be the same run"
+            + (f" (also: {', '.join(refused[1:])})" if refused[1:] else ""),
+            try_=f"imgcls-fast train DATA --init {run.directory}   (a new run that begins with these weights)",
+        )
+    return replace_settings(stored, {name: after[name] for name in differing})
+
+
+def _require_same_files(run: Run, manifest: Manifest) -> None:
+    changed = changed_files(manifest, env.usable_cpus())
+    if changed:
+        raise DataError(
+            "D010",
+            f"{len(changed)} of {len(manifest)} images changed or vanished since {run.name} began",
+            where=", ".join(changed[:3]) + (f", +{len(changed) - 3} more" if len(changed) > 3 else ""),
+            try_=f"restore the files, or begin a new run: imgcls-fast train {manifest.source} --init {run.directory}",
+        )
+
+
+def _write_beginning(stage: _Stage, prepared: Prepared, command: Sequence[str] | None) -> None:
+    run, plan, manifest = stage.run, stage.plan, stage.manifest
+    start_from = plan.start
+    spec = ModelSpec.from_dict(plan.spec)
+    facts = run_facts(plan, command)
+    run.write_json("env.json", facts)
+    run.write_json("data.json", prepared.facts())
+    write_split_csv(run.directory / "split.csv", manifest)
+    write_quarantine(run.directory / "quarantine.csv", prepared.found.quarantine)
+    run.write_json("model.json", {
+        "spec": plan.spec, "pixels": plan.pixels.to_dict(), "augment": dict(vars(plan.augment)), "plan": [list(row) for row in plan.rows],
+        "start": start_from.kind if start_from.path is None else f"{start_from.kind} {start_from.path.name}",
+        "start_kind": start_from.kind, "start_path": str(start_from.path.resolve()) if start_from.path else None,
+        "start_download": start_from.download, "parameters": _count_parameters(spec),
+    })  # fmt: skip
+    run.save_config(replace_settings(plan.config, {"out": str(run.directory)}))
+    manifest.save(run.manifest_path)
+    run.mark_last()
+
+
+def run_facts(plan: Plan, command: Sequence[str] | None) -> dict[str, Any]:
+    """env.json: machine, versions, command, seed."""
+    facts = env.run_facts(plan.config.train.seed)
+    if command is not None:
+        facts["command"] = list(command)
+    return facts
+
+
+def _count_parameters(spec: ModelSpec) -> int:
+    import torch
+
+    with torch.device("meta"):
+        return sum(p.numel() for p in build_model(spec).parameters())
+
+
+def _conduct(stage: _Stage, *, resumed: bool) -> Run:
+    run, plan = stage.run, stage.plan
+    facts = run.read_json("model.json")
+    stage.emit({
+        "event": "plan", "rows": [list(row) for row in plan.rows], "parameters": facts["parameters"],
+        "device": plan.config.train.device, "memory_mb": None, "run": str(run.directory),
+    })  # fmt: skip
+    baseline = run.read_json("baseline.json")
+    if baseline is None and plan.config.train.baseline and not run.finished:
+        baseline = _baseline(stage)
+        run.write_json("baseline.json", baseline)
+    if baseline is not None and not resumed:
+        stage.emit({"event": "baseline", **baseline})
+    if not run.finished:
+        fit = Fit(plan, stage.manifest, run, stage.emit)
+        for note in fit.restore() if resumed else ():
+            stage.emit({"event": "warning", "text": note})
+        fit.run()
+    _finish(stage, baseline)
+    return run
+
+
+def _baseline(stage: _Stage) -> dict[str, Any]:
+    """The linear probe, on published weights if the model starts from them, else on simple image features."""
+    plan, manifest = stage.plan, stage.manifest
+    split = "test" if len(manifest.rows("test")) else "val"
+    rows = manifest.rows("train")
+    rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), MOST_ROWS)).astype(np.int64)]
+    features, name = _probe_features(plan)
+    loaders = []
+    for part in (rows, manifest.rows(split)):
+        sampler = Sampler(manifest, part, plan.pixels, min(64, int(plan.config.evaluate.batch_size)))
+        loader = plan.config.train.loader if plan.config.train.loader != "dali-gpu" else "dali-cpu"
+        loaders.append(open_loader(sampler, loader, workers=int(plan.config.train.workers), once=True))  # type: ignore[arg-type]
+    try:
+        return linear_probe(
+            features, loaders[0].epoch(0), loaders[1].epoch(0), manifest.labels, name=name, split=split, seed=plan.config.train.seed
+        )
+    finally:
+        for loader in loaders:
+            loader.close()
+
+
+def _probe_features(plan: Plan) -> tuple[Callable[[Any], np.ndarray], str]:
+    if plan.start.kind == "scratch":
+        return lambda pixels: image_features(np.asarray(pixels)), "simple image features"
+    import torch
+
+    start_from = plan.start
+    model = build_model(
+        ModelSpec.from_dict(plan.spec),
+        weights=start_from.path if start_from.kind == "file" else None,
+        pretrained=start_from.kind == "pretrained",
+        allow_download=start_from.download,
+    )
+    device = torch.device(plan.config.train.device)
+    model = model.to(device).eval()
+
+    def features(pixels: Any) -> np.ndarray:
+        with torch.inference_mode():
+            return model.features(torch.as_tensor(pixels).to(device)).float().cpu().numpy()
+
+    return features, f"frozen features of the starting weights ({start_from.path.name if start_from.path else plan.spec['arch']})"
+
+
+def _finish(stage: _Stage, baseline: dict[str, Any] | None) -> None:
+    """Bundle, judgement of val and test, report, final box."""
+    run, manifest = stage.run, stage.manifest
+    config = stage.plan.config
+    model, facts, progress = best_model(run)
+    device = config.train.device
+    raw = TorchEngine(model.to(device), manifest.labels, Pixels.from_dict(facts["pixels"]), device=device)
+    bad = {int(row): reason for row, reason in progress.quarantined.items()}
+
+    def on_bad(row: int, reason: str, epoch: int) -> None:
+        bad[row] = reason
+        stage.emit({"event": "quarantine", "path": manifest.paths[row], "reason": reason, "epoch": progress.epoch, "row": row})
+
+    def score(split: str) -> Predictions:
+        return score_rows(
+            raw, manifest, manifest.rows(split), batch_size=int(config.evaluate.batch_size), loader=str(config.train.loader),
+            workers=int(config.train.workers), bad=bad, on_bad=on_bad,
+        )  # fmt: skip
+
+    validation = score("val")
+    bundle = read_bundle(run.bundle_path) if run.finished else make_bundle(run, manifest, model, facts, progress, validation)
+    judged: dict[str, Metrics] = {}
+    for split in ("val", "test"):
+        if len(manifest.rows(split)):
+            predictions = calibrated(validation if split == "val" else score(split), bundle.temperature)
+            judged[split] = judge(predictions, top_k=config.evaluate.top_k, bootstrap=config.evaluate.bootstrap, seed=config.train.seed)
+            write_evaluation(run.evaluation(split), predictions, judged[split], run.plots if split == "test" or len(judged) == 1 else None)
+    _add_quarantined(run, manifest, bad, progress.history)
+    report = report_run(run)
+    stage.emit(_done_event(stage, judged, baseline, report))
+
+
+def _add_quarantined(run: Run, manifest: Manifest, bad: dict[int, str], history: list[dict[str, Any]]) -> None:
+    """quarantine.csv with the files that the scan let through and a loader found."""
+    known = {file.path: file for file in read_quarantine(run.directory / "quarantine.csv")}
+    for row, reason in bad.items():
+        path = manifest.paths[row]
+        if path not in known:
+            with suppress(OSError):
+                size = manifest.path(row).stat().st_size
+                split = ("train", "val", "test")[manifest.split[row]]
+                known[path] = BadFile(path, reason, split, manifest.labels.classes[manifest.label[row]], size, found="training")
+    write_quarantine(run.directory / "quarantine.csv", known.values())
+
+
+def _done_event(stage: _Stage, judged: dict[str, Metrics], baseline: dict[str, Any] | None, report: Path) -> Event:
+    split = "test" if "test" in judged else "val"
+    metrics = judged[split]
+    notes = list(metrics.warnings)
+    if split == "val":
+        notes.append("the data has no test split: this is the validation split, which also chose the epoch, so it is optimistic")
+    worst = sorted((c for c in metrics.per_class if c.support), key=lambda c: c.f1)[:3]
+    return {
+        "event": "done",
+        "split": split,
+        "accuracy": metrics.accuracy,
+        "ci": list(metrics.accuracy_ci),
+        "macro_f1": metrics.macro_f1,
+        "ece": metrics.ece,
+        "n": metrics.n,
+        "baseline": baseline["accuracy"] if baseline else None,
+        "worst": [[c.name, c.f1, c.support] for c in worst],
+        "seconds": round(sum(e.get("seconds") or 0 for e in stage.run.epochs), 1),
+        "report": str(report),
+        "run": str(stage.run.directory),
+        "commands": [list(pair) for pair in next_commands(stage.run)],
+        "notes": notes,
+    }
+
+
