@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+
+from imgcls_fast.core import env
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before any test imports torch: its threads must not spin while loaders and child processes need the cores."""
+    env.calm_threads()
 
 
 @pytest.fixture(scope="session")
@@ -16,3 +26,61 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"shared data not found at {folder} (set IMGCLS_SHARED_DATA)")
     return folder
+
+
+@pytest.fixture
+def bundle_of(tmp_path: Path) -> Callable[..., Any]:
+    """Makes the bundle of an untrained network: `bundle_of("small-cnn", size=32, args={"width": 8})`."""
+    made: list[int] = []
+
+    def make(
+        arch: str = "small-cnn", *, size: int = 32, color: str = "rgb", temperature: float = 1.7, classes: int = 3,
+        args: dict[str, Any] | None = None, crop_pct: float = 0.875,
+    ) -> Any:  # fmt: skip
+        import torch
+        from safetensors.torch import save
+
+        from imgcls_fast.core.bundle import write_bundle
+        from imgcls_fast.core.manifest import LabelSpace
+        from imgcls_fast.core.pixels import CHANNELS, Pixels
+        from imgcls_fast.models.build import ModelSpec, build_model
+
+        made.append(1)
+        channels = CHANNELS[color]  # type: ignore[index]
+        mean, std = (0.5,) * channels, (0.25,) * channels
+        torch.manual_seed(len(made))
+        own = args if args is not None else {"width": 8} if arch == "small-cnn" else {}
+        spec = ModelSpec(arch, num_outputs=classes, channels=channels, mean=mean, std=std, image_size=size, arch_args=own)
+        model = build_model(spec)
+        with torch.no_grad():  # untrained heads answer 1/K to everything, which would agree with anything
+            for parameter in model.head_parameters():
+                parameter.copy_(torch.randn_like(parameter) * (0.5 if parameter.ndim > 1 else 0.1))
+        state = {name: value.contiguous() for name, value in model.state_dict().items()}
+        return write_bundle(
+            tmp_path / f"model{len(made)}" / "bundle",
+            lambda file: file.write(save(state)) and None,
+            arch=model.spec.to_dict(),
+            labels=LabelSpace.single([f"class {k}" for k in range(classes)]),
+            pixels=Pixels(size, crop_pct, "bilinear", color, "apply", mean, std),  # type: ignore[arg-type]
+            temperature=temperature,
+            provenance={},
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def pictures() -> list[np.ndarray]:
+    """40 pictures, (H, W, 3) uint8 of several sizes: real handwritten digits, coloured, on soft gradients."""
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    draw = np.random.default_rng(0)
+    out = []
+    for k, digit in enumerate(load_digits().images[:40]):
+        side = 48 + 4 * (k % 5)
+        shape = np.asarray(Image.fromarray((digit * 15).astype(np.uint8)).resize((side, side), Image.Resampling.BICUBIC), np.float32) / 255
+        ramp = np.linspace(0, 100, side)[:, None, None] * draw.random(3)
+        picture = ramp + shape[:, :, None] * draw.integers(60, 155, 3) + draw.normal(0, 6, (side, side, 3))
+        out.append(np.pad(picture, ((0, 8), (0, 0), (0, 0)), "edge").clip(0, 255).astype(np.uint8))
+    return out

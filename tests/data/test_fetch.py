@@ -73,7 +73,9 @@ def test_the_second_time_it_is_reused_and_other_bytes_are_another_folder(tmp_pat
 
 
 def test_folders_that_only_wrap_are_entered_but_no_class_and_no_split(tmp_path):
-    wrapped = open_source(make(tmp_path / "w.zip", [(f"set/inner/{n}", c) for n, c in GOOD] + [("__MACOSX/x", b"")]), tmp_path / "c")
+    wrapped = open_source(
+        make(tmp_path / "w.zip", [(f"set/inner/{n}", c) for n, c in GOOD] + [("__MACOSX/x", b"")]), tmp_path / "c"
+    )
     assert sorted(p.name for p in wrapped.iterdir()) == ["cats", "dogs"]
     split = open_source(make(tmp_path / "s.zip", [(f"train/{n}", c) for n, c in GOOD]), tmp_path / "c")
     assert [p.name for p in split.iterdir()] == ["train"]

@@ -104,7 +104,7 @@ def test_the_child_needs_no_help_from_the_environment(files, monkeypatch):
 
 def test_the_list_comes_back_as_it_was_written(tmp_path):
     rows = [
-        BadFile("a, b/\"c\".jpg", "empty file", "train", "a, b", 0),
+        BadFile('a, b/"c".jpg', "empty file", "train", "a, b", 0),
         BadFile("new\nline\r.jpg", "truncated: 8,192 of 48,331 bytes decoded", "", "", 48331, "epoch 3"),
         BadFile(os.fsdecode(b"latin-\xe9.jpg"), "HTML, not an image"),
     ]

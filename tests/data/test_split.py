@@ -59,7 +59,9 @@ def test_without_groups_class_counts_are_exact_by_largest_remainder(label, fract
         if quota.min() >= 1:
             assert (np.abs(counts - quota) < 1).all()
             spare = n - int(np.floor(quota + 1e-9).sum())
-            assert set(np.flatnonzero(counts > np.floor(quota + 1e-9))) <= set(np.argsort(-(quota % 1), kind="stable")[: max(spare, 1)])
+            assert set(np.flatnonzero(counts > np.floor(quota + 1e-9))) <= set(
+                np.argsort(-(quota % 1), kind="stable")[: max(spare, 1)]
+            )
 
 
 @settings(deadline=None, max_examples=150)
@@ -98,7 +100,9 @@ def test_the_split_depends_on_paths_and_seed_and_not_on_order(data):
     except DataError as error:
         assert error.code == "D008"
         return
-    assert dict(zip(first.paths, first.split.tolist(), strict=True)) == dict(zip(second.paths, second.split.tolist(), strict=True))
+    assert dict(zip(first.paths, first.split.tolist(), strict=True)) == dict(
+        zip(second.paths, second.split.tolist(), strict=True)
+    )
 
 
 def test_seeds_differ_and_repeat():
@@ -163,7 +167,8 @@ def test_small_classes_go_to_train_first():
 
 
 @pytest.mark.parametrize(
-    ("label", "group"), [([0, 1] * 10, [0] * 20), ([0, 1] * 10, [0, 1] * 10), ([0, 0, 0, 1, 1, 1, 2, 2], [0] * 3 + [1] * 3 + [2] * 2)]
+    ("label", "group"),
+    [([0, 1] * 10, [0] * 20), ([0, 1] * 10, [0, 1] * 10), ([0, 0, 0, 1, 1, 1, 2, 2], [0] * 3 + [1] * 3 + [2] * 2)],
 )
 def test_too_few_groups_cannot_be_split(label, group):
     with pytest.raises(DataError) as caught:
@@ -195,7 +200,14 @@ def test_equal_files_that_were_kept_in_two_splits_do_not_change_test():
 
 
 def image_set(root: Path) -> Path:
-    names = [b"plain.png", b"with space.png", b"new\nline.png", "é\U0001f33c.png".encode(), b"latin-\xe9.png", b"cr\r,.png"]
+    names = [
+        b"plain.png",
+        b"with space.png",
+        b"new\nline.png",
+        "é\U0001f33c.png".encode(),
+        b"latin-\xe9.png",
+        b"cr\r,.png",
+    ]
     for k, name in enumerate(["cats", "dogs, big"]):
         (root / name).mkdir(parents=True)
         for i in range(8):
@@ -216,7 +228,8 @@ def test_the_written_table_gives_the_same_split_again(tmp_path, place):
     write_split_csv(target, m)
     again = scan(target).manifest
     key = lambda x: [  # noqa: E731
-        (str(x.path(i)), x.labels.classes[x.label[i]], SPLITS[x.split[i]], x.group_names[x.group[i]]) for i in range(len(x))
+        (str(x.path(i)), x.labels.classes[x.label[i]], SPLITS[x.split[i]], x.group_names[x.group[i]])
+        for i in range(len(x))
     ]
     assert sorted(key(m)) == sorted(key(again))
     if place == "beside":
@@ -254,7 +267,12 @@ def test_near_hashes_join_as_in_a_plain_comparison(made):
     unit = near_units(np.array(hashes, np.uint64))
     told = [h != 0 for h in hashes]
     pairs = [
-        (i, j) for i in range(len(made)) for j in range(i) if told[i] and told[j] and (hashes[i] ^ hashes[j]).bit_count() <= 4
+        (i, j)
+        for i in range(len(made))
+        for j in range(i)
+        if told[i] and told[j] and (hashes[i] ^ hashes[j]).bit_count() <= 4
     ]
     plain = components(len(made), np.array([p[0] for p in pairs], np.int64), np.array([p[1] for p in pairs], np.int64))
-    assert len(set(zip(unit.tolist(), plain.tolist(), strict=True))) == len(set(unit.tolist())) == len(set(plain.tolist()))
+    assert (
+        len(set(zip(unit.tolist(), plain.tolist(), strict=True))) == len(set(unit.tolist())) == len(set(plain.tolist()))
+    )

@@ -21,3 +21,7 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def pin_memory(self) -> Batch:
+        """The same batch of torch tensors in page-locked memory; torch's DataLoader asks for it by this name."""
+        return Batch(*(value.pin_memory() for value in (self.pixels, self.targets, self.weight, self.rows)))

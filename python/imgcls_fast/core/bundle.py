@@ -86,7 +86,8 @@ def write_bundle(
         raise ModelError("M004", f"{directory} already exists, and a bundle is never rewritten", try_="choose another run directory")
     temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
     with explained_write(directory):
-        shutil.rmtree(temporary, ignore_errors=True)
+        for left in directory.parent.glob(f".{directory.name}.*.tmp"):  # by a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
         temporary.mkdir(parents=True)
         try:
             write_whole(temporary / WEIGHTS, write_weights)

@@ -6,7 +6,6 @@ import os
 import platform
 import subprocess
 import sys
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,16 @@ LIBRARIES = (
 )  # fmt: skip
 # the libraries whose version can change the bits of a resumed run
 NUMERIC_LIBRARIES = ("torch", "torchvision", "timm", "nvidia-dali-cuda130", "numpy", "pillow")
+
+
+def calm_threads() -> None:
+    """Let waiting OpenMP threads sleep instead of spin, unless the user has decided otherwise.
+
+    Must be called before torch is loaded. Loader threads and other processes share the cores with training, and a
+    spinning thread then burns the time slice that the thread it waits for needs: with 8 runnable processes on 2 cores
+    a training step of small-cnn took 5,140 ms spinning and 133 ms sleeping.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def cache_dir() -> Path:
@@ -50,6 +59,8 @@ def cpu_name() -> str:
 
 def versions(names: tuple[str, ...] = LIBRARIES) -> dict[str, str | None]:
     """Installed version of each library; None where it is not installed."""
+    from importlib import metadata
+
     found: dict[str, str | None] = {}
     for name in names:
         try:

@@ -64,8 +64,11 @@ def write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text so that readers see the old file or the new one, never half of it."""
-    write_whole(path, lambda file: file.write(text.encode("utf-8")) and None)
+    """Write UTF-8 text so that readers see the old file or the new one, never half of it.
+
+    File names that are not UTF-8 keep their bytes (surrogateescape).
+    """
+    write_whole(path, lambda file: file.write(text.encode("utf-8", "surrogateescape")) and None)
 
 
 def write_json(path: Path, value: Any) -> None:

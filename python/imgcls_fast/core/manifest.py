@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import struct
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -151,7 +154,7 @@ class Manifest:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hex digest of content: classes and every row's path, label, split and bytes. The place (root) does not matter."""
+        """Hex digest of content: classes and every row's path, label, split and bytes. The root does not matter."""
         h = hashlib.sha256(json.dumps(self.labels.to_dict(), sort_keys=True).encode("utf-8"))
         for part in (self.paths.blob, self.paths.offsets, self.label, self.split, self.digest):
             h.update(np.ascontiguousarray(part).tobytes())
@@ -200,8 +203,24 @@ class Manifest:
                 group_names=tuple(head["group_names"]),
                 **columns,
             )
-        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-            raise DataError("D009", f"the manifest {path} is missing or damaged: {error}", try_="imgcls-fast data check DATA") from error
+        except _DAMAGE as error:
+            text = f"the manifest {path} is missing or damaged: {error}"
+            raise DataError("D009", text, try_="imgcls-fast data check DATA") from error
 
 
+# what zipfile, zlib and numpy raise at damaged bytes (found by damaging each byte)
+_DAMAGE = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    EOFError,
+    RuntimeError,
+    SyntaxError,
+    MemoryError,
+    struct.error,
+    tokenize.TokenError,
+    zlib.error,
+    zipfile.BadZipFile,
+)
 _COLUMNS = ("label", "split", "group", "width", "height", "orientation", "digest", "flags")

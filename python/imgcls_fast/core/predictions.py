@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -43,7 +44,8 @@ class Predictions:
     def __post_init__(self) -> None:
         n = len(self.rows)
         if self.scores.shape != (n, self.labels.size) or len(self.paths) != n:
-            raise ValueError(f"{n} rows need scores ({n}, {self.labels.size}) and {n} paths, got {self.scores.shape}, {len(self.paths)}")
+            wanted = f"{n} rows need scores ({n}, {self.labels.size}) and {n} paths"
+            raise ValueError(f"{wanted}, got {self.scores.shape} and {len(self.paths)}")
         if self.targets is not None and self.targets.shape != self.scores.shape:
             raise ValueError(f"targets {self.targets.shape} do not fit scores {self.scores.shape}")
         if n and (np.diff(self.rows) <= 0).any():
@@ -83,7 +85,7 @@ class Predictions:
         path_of: Sequence[str],
         fingerprint: str = "",
     ) -> Predictions:
-        """Join the batches of one or several workers: padding (row -1) goes, rows are sorted, repeated rows are kept once.
+        """Join the batches of one or several workers: padding (row -1) goes, rows are sorted, each row is kept once.
 
         Args:
             rows, scores, targets: one array a batch.
@@ -108,7 +110,8 @@ class Predictions:
         directory.mkdir(parents=True, exist_ok=True)
         write_whole(directory / "scores.npy", lambda file: np.save(file, self.scores, allow_pickle=False))
         write_text(directory / "predictions.csv", self.to_csv())
-        meta = {"labels": self.labels.to_dict(), "fingerprint": self.fingerprint, "has_targets": self.targets is not None}
+        meta: dict[str, Any] = {"labels": self.labels.to_dict(), "fingerprint": self.fingerprint}
+        meta["has_targets"] = self.targets is not None
         write_text(directory / "predictions.json", json.dumps(meta, indent=2, ensure_ascii=False))
 
     def to_csv(self) -> str:
@@ -118,7 +121,7 @@ class Predictions:
         classes = self.labels.classes
         writer.writerow(["row", "path", "label", "pred", "confidence", *[f"p:{name}" for name in classes]])
         for i, row in enumerate(self.rows):
-            label = "" if self.targets is None else classes[self.truth[i]]
+            label = "" if self.targets is None or not self.targets[i].any() else classes[self.truth[i]]
             name = classes[self.predicted[i]]
             scores = [f"{s:.6g}" for s in self.scores[i]]
             writer.writerow([row, self.paths[i], label, name, f"{self.confidence[i]:.6g}", *scores])
@@ -134,15 +137,17 @@ class Predictions:
         try:
             scores = np.load(directory / "scores.npy", allow_pickle=False)
             meta = json.loads((directory / "predictions.json").read_text("utf-8"))
-            with open(directory / "predictions.csv", encoding="utf-8", newline="") as file:
+            with open(directory / "predictions.csv", encoding="utf-8", errors="surrogateescape", newline="") as file:
                 table = list(csv.DictReader(file))
-        except (OSError, ValueError) as error:
-            raise DataError("D001", f"no readable predictions in {directory}: {error}", try_="imgcls-fast eval RUN") from error
-        labels = LabelSpace.from_dict(meta["labels"])
-        targets = None
-        if meta["has_targets"]:
-            index = {name: k for k, name in enumerate(labels.classes)}
-            targets = np.zeros_like(scores)
-            targets[np.arange(len(table)), [index[line["label"]] for line in table]] = 1
-        rows = np.array([int(line["row"]) for line in table], np.int64)
-        return cls(rows, scores, targets, labels, tuple(line["path"] for line in table), meta["fingerprint"])
+            labels = LabelSpace.from_dict(meta["labels"])
+            targets = None
+            if meta["has_targets"]:
+                column = {name: k for k, name in enumerate(labels.classes)}
+                known = [k for k, line in enumerate(table) if line["label"]]
+                targets = np.zeros_like(scores)
+                targets[known, [column[table[k]["label"]] for k in known]] = 1
+            rows = np.array([int(line["row"]) for line in table], np.int64)
+            return cls(rows, scores, targets, labels, tuple(line["path"] for line in table), meta["fingerprint"])
+        except (OSError, ValueError, LookupError, TypeError, EOFError) as error:
+            message = f"no readable predictions in {directory}: {error}"
+            raise DataError("D001", message, try_="imgcls-fast eval RUN") from error

@@ -8,7 +8,9 @@ import io
 import json
 import os
 import re
+import shutil
 import time
+import weakref
 from pathlib import Path
 from typing import IO, Any
 
@@ -116,11 +118,11 @@ class Run:
         """Make a new, empty run directory and lock it.
 
         Raises:
-            UsageError: U002 when the directory already holds a run.
+            UsageError: U002 when the directory already holds a run (whole: one that was killed at birth may be overwritten).
             HardwareError: H003 when it cannot be made.
         """
         run = cls(directory)
-        if run.config_path.exists() or run.manifest_path.exists():
+        if is_run(directory):
             raise UsageError(
                 "U002",
                 f"{directory} already holds a run",
@@ -153,7 +155,19 @@ class Run:
         file.truncate(0)
         file.write(f"pid {os.getpid()}")
         file.flush()
+        # a forked loader worker outlives a killed parent by seconds, and would hold the lock that it inherited
+        held = weakref.ref(file)
+        os.register_at_fork(after_in_child=lambda: _close(held()))
         self._lock = file
+
+    def clear_leftovers(self) -> None:
+        """Remove the half-written files of a process that was killed; only for the holder of the lock."""
+        for folder in (self.directory, self.plots, self.evaluation("val"), self.evaluation("test")):
+            for left in folder.glob(".*.tmp"):
+                if left.is_dir():
+                    shutil.rmtree(left, ignore_errors=True)
+                else:
+                    left.unlink(missing_ok=True)
 
     def unlock(self) -> None:
         """Let others write."""
@@ -199,6 +213,11 @@ class Run:
             os.replace(temporary, link)
         except OSError:
             temporary.unlink(missing_ok=True)  # a file system without links: last.txt is enough
+
+
+def _close(file: IO[str] | None) -> None:
+    if file is not None:
+        file.close()
 
 
 def new_run_path(source: str | None, arch: str) -> Path:

@@ -79,13 +79,16 @@ def _largest_legal(width: np.ndarray, height: np.ndarray, ratio: tuple[float, fl
     return np.clip(crop_h, 1, height).astype(np.int64), np.clip(crop_w, 1, width).astype(np.int64)
 
 
-def color_matrices(u: np.ndarray, augment: Augment) -> np.ndarray | None:
-    """(n, 4) float32 brightness, contrast, saturation factors and hue in degrees; None when there is no colour change."""
+NO_COLOR_CHANGE = np.array([1, 1, 1, 0], np.float32)  # brightness, contrast, saturation, hue
+
+
+def color_factors(u: np.ndarray, augment: Augment) -> np.ndarray | None:
+    """(n, 4) float32 brightness, contrast, saturation factors and hue in degrees; None without any colour change."""
     if not augment.has_color:
         return None
     spread = 2 * u[:, 23:27] - 1
     strength = np.array([augment.brightness, augment.contrast, augment.saturation, augment.hue * 360])
-    return (np.array([1.0, 1.0, 1.0, 0.0]) + spread * strength).astype(np.float32)
+    return (NO_COLOR_CHANGE + spread * strength).astype(np.float32)
 
 
 _TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.321], [0.211, -0.523, 0.311]])

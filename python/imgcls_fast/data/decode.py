@@ -4,7 +4,7 @@ Everything that decodes with Pillow comes here.
 
 formats      JPEG (MPO too), PNG, WebP, BMP, TIFF, GIF: by content, whatever the file is called
 too large    refused from the header, before any pixel is decoded
-cut files    refused; a picture is never completed with grey
+cut files    refused, not completed with grey (but a cut JPEG that was given an end marker passes libjpeg)
 orientation  EXIF applied (or ignored, when asked)
 CMYK, YCCK   to RGB by Pillow's convert
 palette      expanded; 1 bit, 2 bit and 4 bit to 0..255
@@ -226,6 +226,8 @@ def _convert(image: Image.Image, name: str, color: Color) -> np.ndarray:
         image = image if mode in ("1", "L", "LA") else image.convert("RGB")
         image = image.convert("L")
     elif color == "rgb":
+        if mode == "P" and isinstance(image.info.get("transparency"), bytes):
+            image = image.convert("RGBA")  # the same colours, without Pillow's warning
         image = image.convert("RGB")
     else:
         image = (image.convert("RGB") if mode in ("CMYK", "YCbCr", "RGBX") else image).convert("RGBA")

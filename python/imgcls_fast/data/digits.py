@@ -1,4 +1,4 @@
-"""The embedded data: 1,797 real handwritten digits that scikit-learn ships, written as image files, with planted faults.
+"""The embedded data: 1,797 real handwritten digits that scikit-learn ships, as image files, with planted faults.
 
 Source: E. Alpaydin, C. Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning Repository, 1998
 (CC BY 4.0), as packaged by scikit-learn.

@@ -88,7 +88,11 @@ def open_loader(
     if missing := dali_missing():
         raise HardwareError("H004", f"the loader {backend} needs DALI: {missing}", try_="--loader torch")
     if sampler.pixels.color == "rgba":
-        raise ConfigError("C004", f"the loader {backend} delivers 1 or 3 channels, and pixels.color is rgba", try_="--loader torch")
+        raise ConfigError(
+            "C004", f"the loader {backend} delivers 1 or 3 channels, and pixels.color is rgba", try_="--loader torch"
+        )
+    if backend == "dali-gpu" and not device.startswith("cuda"):
+        raise HardwareError("H001", f"the loader dali-gpu delivers to a GPU, not to {device}", try_="--loader dali-cpu")
     from .dali import DaliLoader
 
     return DaliLoader(sampler, backend, workers, dict(bad or {}), on_bad, device=device, once=once)

@@ -9,15 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from ..core.config import DataConfig
 from ..core.manifest import SPLITS, Manifest
+from ..core.pixels import CHANNELS
 from .decode import Color, Undecodable, decode_pixels
 from .digits import write_digits
 from .scan import ScanOptions, ScanResult, scan
 from .split import make_splits
 
 _STATISTICS_IMAGES = 500
+_CHANGED_PIECE = 64  # rows a task, so that ten million rows do not become ten million futures
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,25 +96,35 @@ def changed_files(manifest: Manifest, threads: int) -> list[str]:
         except OSError:
             return True
 
-    with ThreadPoolExecutor(threads) as pool:
-        return [manifest.paths[row] for row, changed in enumerate(pool.map(differs, range(len(manifest)), chunksize=64)) if changed]
+    def changed_in(rows: range) -> list[str]:
+        return [manifest.paths[row] for row in rows if differs(row)]
+
+    n = len(manifest)
+    pieces = [range(first, min(first + _CHANGED_PIECE, n)) for first in range(0, n, _CHANGED_PIECE)]
+    with ThreadPoolExecutor(max(1, threads)) as pool:
+        return [path for piece in pool.map(changed_in, pieces) for path in piece]
 
 
-def channel_statistics(manifest: Manifest, color: Color) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def channel_statistics(
+    manifest: Manifest, color: Color, max_megapixels: float = 50.0
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel, 0..1, over (at most 500, evenly chosen) training images."""
     rows = manifest.rows("train")
     rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), _STATISTICS_IMAGES)).astype(np.int64)]
-    sums, squares, count = 0.0, 0.0, 0
+    shares = np.zeros((CHANNELS[color], 256))  # of each level; every image counts the same, whatever its size
     for row in rows:
         try:
-            pixels = decode_pixels(manifest.path(int(row)), color=color).reshape(-1, {"gray": 1, "rgb": 3, "rgba": 4}[color]) / 255.0
+            pixels = decode_pixels(manifest.path(int(row)), color=color, max_megapixels=max_megapixels)
         except Undecodable:
             continue  # the loader will find it and say so
-        weight = 1.0 / len(pixels)  # every image counts the same, whatever its size
-        sums, squares, count = sums + pixels.sum(0) * weight, squares + (pixels**2).sum(0) * weight, count + 1
-    mean = sums / max(count, 1)
-    deviation = np.sqrt(np.maximum(squares / max(count, 1) - mean**2, 1e-6))
-    return tuple(float(v) for v in np.atleast_1d(mean)), tuple(float(v) for v in np.atleast_1d(deviation))
+        # Pillow counts without a copy; as float64 a 50-megapixel photo would need 1.2 GB
+        counts = Image.fromarray(pixels[:, :, 0] if color == "gray" else pixels).histogram()
+        shares += np.array(counts).reshape(shares.shape) / (pixels.shape[0] * pixels.shape[1])
+    shares /= np.maximum(shares.sum(1, keepdims=True), 1e-12)
+    levels = np.arange(256) / 255.0
+    mean = shares @ levels
+    deviation = np.sqrt(np.maximum(shares @ levels**2 - mean**2, 1e-6))
+    return tuple(mean.tolist()), tuple(deviation.tolist())
 
 
 def statistics(prepared: Prepared) -> dict[str, Any]:
@@ -122,12 +135,19 @@ def statistics(prepared: Prepared) -> dict[str, Any]:
 
     def spread(values: np.ndarray) -> dict[str, float]:
         low, middle, high = np.percentile(values, [5, 50, 95])
-        return {"min": float(values.min()), "p5": float(low), "median": float(middle), "p95": float(high), "max": float(values.max())}
+        return {
+            "min": float(values.min()),
+            "p5": float(low),
+            "median": float(middle),
+            "p95": float(high),
+            "max": float(values.max()),
+        }
 
     return {
         **prepared.facts(),
         "per_split": {
-            name: {c: int(n) for c, n in zip(manifest.labels.classes, manifest.counts(name), strict=True)} for name in SPLITS
+            name: {c: int(n) for c, n in zip(manifest.labels.classes, manifest.counts(name), strict=True)}
+            for name in SPLITS
         },
         "width": spread(width),
         "height": spread(height),

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from .scan import Files
 
 
+_SHOWN = 10  # of a kind in the notices
+
+
 @dataclass(frozen=True)
 class ScanOptions:
     """What a scan checks and how it treats what it finds."""
@@ -36,7 +39,7 @@ class ScanOptions:
     split_col: str | None = None
     group_col: str | None = None
     duplicates: Literal["drop", "keep", "error"] = "drop"  # of images in several given splits
-    near_duplicates: bool = False
+    near_duplicates: bool = False  # a coarse hash: uniform subjects (cells, X-rays) may look alike to it
     threads: int = 0  # 0: as many as this process may use
     cache: Path | None = None  # where archives are unpacked; None: beside the archive
     classes: tuple[str, ...] | None = None  # only these, in this order
@@ -184,11 +187,15 @@ class Tabulation:
 
     def _note_two_labels(self, rows: np.ndarray) -> None:
         same = duplicates.same_bytes(self.files.digest[rows])
-        for part in duplicates.two_labels(same, self.label[rows])[:20]:
-            names = [f"{self._path(int(r))} ({self.classes[self.label[r]]})" for r in rows[part]]
-            self.notices.append(
-                f"the same image has {len(set(self.label[rows[part]].tolist()))} labels: {', '.join(names)}"
-            )
+        parts = duplicates.two_labels(same, self.label[rows])
+        for part in parts[:_SHOWN]:
+            _, first = np.unique(self.label[rows[part]], return_index=True)
+            shown = sorted({0, 1, *first.tolist()})[:_SHOWN]  # one of each label at least
+            names = [f"{self._path(int(r))} ({self.classes[self.label[r]]})" for r in rows[part[shown]]]
+            more = f" and {len(part) - len(shown):,} more files" if len(part) > len(shown) else ""
+            self.notices.append(f"the same image has {len(first)} labels: {', '.join(names)}{more}")
+        if len(parts) > _SHOWN:
+            self.notices.append(f"{len(parts) - _SHOWN:,} more images have several labels")
 
     def _keep_splits_apart(self, rows: np.ndarray, unit: np.ndarray, what: str) -> np.ndarray:
         """Remove from train (or val) what is also in val or test; the test rows never change."""
@@ -207,7 +214,7 @@ class Tabulation:
             return rows[keep]
         text = f"{len(lost):,} images are {what}s of images in another split, e.g. {self._path(int(lost[0]))}"
         if self.options.duplicates == "error":
-            fix = f"imgcls-fast train {self.source} --duplicates drop"
+            fix = f"imgcls-fast train {self.source} --set data.duplicates=drop"
             self.problems.append(Problem("D006", f"{what} across splits", text, try_=fix))
         else:
             self.notices.append(f"{text}: kept, so the test figures flatter the model")
@@ -294,7 +301,7 @@ class Tabulation:
             return
         if self.options.purpose != "train":
             return
-        if len(self.classes) < 2:
+        if len(self.classes) < 2 and not self.listing.problems:  # else the other class may be in the rows at fault
             name = f" ({self.classes[0]!r})" if self.classes else ""
             text = f"{self.source} has {len(self.classes)} class{name}, and a classifier needs at least 2"
             self.problems.append(Problem("D003", "fewer than two classes", text, try_=_elsewhere(Path(self.source))))

@@ -7,6 +7,7 @@ easy as 1, 2, 3", SC 2011).
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 
 from ..core.manifest import FLAG_PILLOW, Manifest
 from ..core.pixels import EXTREME_ASPECT, Pixels, evaluation_geometry
-from .augment import DRAWS, Augment, color_matrices, random_resized_crops
+from .augment import DRAWS, Augment, color_factors, random_resized_crops
 
 _ORDER, _DRAWS = 0, 1  # streams of random numbers
 
@@ -22,7 +23,8 @@ _ORDER, _DRAWS = 0, 1  # streams of random numbers
 def random_stream(seed: int, epoch: int, stream: int, skip: int = 0) -> np.random.Generator:
     """The random numbers of one epoch, after `skip` blocks of four 64-bit words."""
     mask = (1 << 64) - 1
-    return np.random.Generator(np.random.Philox(counter=[skip, 0, 0, 0], key=[seed & mask, (epoch * 2 + stream) & mask]))
+    key = np.array([seed & mask, (epoch * 2 + stream) & mask], np.uint64)  # a list would pass through float64
+    return np.random.Generator(np.random.Philox(counter=[skip, 0, 0, 0], key=key))
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Request:
         return (self.rows >= 0).astype(np.float32)
 
     def refilled(self, bad: np.ndarray) -> Request:
-        """The same batch with some positions turned into padding: (B,) bool `bad` positions get weight 0 and a filler."""
+        """The same batch with the positions `bad`, (B,) bool, turned into padding: weight 0, row -1 and a filler."""
         if not bad.any():
             return self
         rows = np.where(bad, -1, self.rows)
@@ -82,12 +84,19 @@ class Sampler:
     """
 
     def __init__(
-        self, manifest: Manifest, rows: np.ndarray, pixels: Pixels, batch_size: int, *, seed: int = 0, augment: Augment | None = None
+        self,
+        manifest: Manifest,
+        rows: np.ndarray,
+        pixels: Pixels,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        augment: Augment | None = None,
     ) -> None:
         if len(rows) == 0 or batch_size < 1 or (augment is not None and batch_size > len(rows)):
             raise ValueError(f"cannot make batches of {batch_size} from {len(rows)} rows")
-        self.manifest, self.rows, self.pixels, self.batch_size = manifest, np.asarray(rows, np.int64), pixels, batch_size
-        self.seed, self.augment = seed, augment
+        self.manifest, self.rows, self.pixels = manifest, np.asarray(rows, np.int64), pixels
+        self.batch_size, self.seed, self.augment = batch_size, seed, augment
         width, height = manifest.turned_size() if pixels.exif == "apply" else (manifest.width, manifest.height)
         self.width, self.height = width.astype(np.int64), height.astype(np.int64)
         self._order: tuple[int, np.ndarray] = (-1, self.rows)
@@ -111,25 +120,30 @@ class Sampler:
             self._order = (epoch, self.rows[random_stream(self.seed, epoch, _ORDER).permutation(len(self.rows))])
         return self._order[1]
 
+    def rows_of(self, epoch: int, index: int) -> np.ndarray:
+        """(at most B,) int64 rows of one batch, bad ones and all, without padding."""
+        return self.order(epoch)[index * self.batch_size : (index + 1) * self.batch_size]
+
     def draws(self, epoch: int, index: int) -> np.ndarray:
         """(B, DRAWS) float64 in [0, 1): the random numbers of each position of a batch."""
         first = index * self.batch_size
         return random_stream(self.seed, epoch, _DRAWS, skip=first * (DRAWS // 4)).random((self.batch_size, DRAWS))
 
-    def request(self, epoch: int, index: int, bad: frozenset[int] | set[int] = frozenset()) -> Request:
+    def request(self, epoch: int, index: int, bad: Collection[int] = frozenset()) -> Request:
         """What batch `index` of `epoch` is made of, when the rows in `bad` are quarantined."""
         size = self.batch_size
-        rows = self.order(epoch)[index * size : (index + 1) * size]
+        rows = self.rows_of(epoch, index)
         padded = np.concatenate([rows, np.full(size - len(rows), -1, np.int64)])
         sources = np.where(padded >= 0, padded, rows[0])
         blank = np.zeros(size, bool)
+        width, height = self.width[sources], self.height[sources]
         if self.augment is not None:
             u = self.draws(epoch, index)
-            crop = random_resized_crops(u, self.width[sources], self.height[sources], self.augment.scale, self.augment.ratio)
+            crop = random_resized_crops(u, width, height, self.augment.scale, self.augment.ratio)
             flip = u[:, 22] < self.augment.flip
-            request = Request(epoch, index, padded, sources, crop, None, flip, color_matrices(u, self.augment))
+            request = Request(epoch, index, padded, sources, crop, None, flip, color_factors(u, self.augment))
         else:
-            resize = evaluation_geometry(self.width[sources], self.height[sources], self.pixels.resize_to, self.pixels.size)
+            resize = evaluation_geometry(width, height, self.pixels.resize_to, self.pixels.size)
             request = Request(epoch, index, padded, sources, None, resize, blank, None)
         is_bad = np.fromiter((int(row) in bad for row in padded), bool, size) if bad else blank
         return request.refilled(is_bad | (padded < 0))

@@ -55,7 +55,9 @@ def scan(source: Path | str, options: ScanOptions = ScanOptions()) -> ScanResult
 
 def inspect(source: Path | str, options: ScanOptions = ScanOptions()) -> ScanResult:  # noqa: B008 (frozen)
     """As `scan`, but with the problems in the result instead of an error."""
-    threads = options.threads or len(os.sched_getaffinity(0))
+    threads = options.threads or (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     listing = _list(Path(source), options)
     if options.group_by:
         notice = sources.group_by_pattern(listing, options.group_by)
@@ -237,7 +239,7 @@ class Files:
 def pillow_flags(head: dict[str, np.ndarray]) -> np.ndarray:
     """(N,) uint8 with FLAG_PILLOW where DALI's decoder does not give the pixels of `decode.decode_pixels`.
 
-    Found by comparing both over malformed and unusual files (tests/data/test_scan.py).
+    Found by comparing both over malformed and unusual files (tests/data/test_scan_shared.py).
     """
     kind, detail = head["format"], head["detail"]
     odd = (kind == _GIF) | (kind == _TIFF) | (head["bit_depth"] > 8) | (head["animated"] != 0)

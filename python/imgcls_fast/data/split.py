@@ -135,7 +135,7 @@ def _assign(
         raise DataError(
             "D008",
             f"{names} cannot be shared out among {len(weights)} splits without parting one",
-            try_="give fewer splits: --split 0.8,0.2,0",
+            try_="give fewer splits: --split-ratio 0.8,0.2,0",
         )
     classes = int(label.max()) + 1
     totals = np.bincount(label, minlength=classes)
@@ -217,8 +217,9 @@ def _repair(label: np.ndarray, unit: np.ndarray, keys: np.ndarray, have: np.ndar
 
     def move(one: int, home: int) -> None:
         rows = np.flatnonzero(unit == one)
-        np.add.at(have, (label[rows], place[rows]), -1)
-        np.add.at(have, (label[rows], home), 1)
+        counts = np.bincount(label[rows], minlength=len(have))
+        have[:, int(place[rows[0]])] -= counts
+        have[:, home] += counts
         place[rows] = home
 
     def can_spare(one: int, donor: int) -> bool:
@@ -236,7 +237,7 @@ def _repair(label: np.ndarray, unit: np.ndarray, keys: np.ndarray, have: np.ndar
             raise DataError(
                 "D008",
                 f"too few: {len(first)} images or groups; a split would stay empty, or a class without training images",
-                try_="give fewer splits: --split 0.8,0.2,0",
+                try_="give fewer splits: --split-ratio 0.8,0.2,0",
             )
         move(int(one), int(empty))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -71,23 +72,35 @@ def render(image: np.ndarray, request: Request, position: int, pixels: Pixels) -
     return out
 
 
-def decode_batch(sampler: Sampler, request: Request) -> tuple[np.ndarray, Request, dict[int, str]]:
-    """Decode a request with Pillow: pixels (B, S, S, C) uint8, the request as delivered, and row -> reason of failures."""
+def decode_batch(
+    sampler: Sampler, request: Request, threads: int = 1
+) -> tuple[np.ndarray, Request, dict[int, str]]:
+    """Decode a request with Pillow: pixels (B, S, S, C) uint8, the request as delivered, row -> reason of failures."""
     pixels, manifest = sampler.pixels, sampler.manifest
     size = len(request.rows)
     out = np.zeros((size, pixels.size, pixels.size, pixels.channels), np.uint8)
-    failed: dict[int, str] = {}
-    wrong = np.zeros(size, bool)
-    for k in np.flatnonzero(request.rows >= 0):
+
+    def reason_against(k: int) -> str | None:
         row = int(request.rows[k])
         try:
             image = decode_pixels(
                 manifest.path(row), color=pixels.color, exif=pixels.exif, max_megapixels=pixels.max_megapixels
             )
             _check_size(sampler, row, image)
-            out[k] = render(image, request, int(k), pixels)
         except Undecodable as error:
-            failed[row], wrong[k] = error.reason, True
+            return error.reason
+        out[k] = render(image, request, k, pixels)
+        return None
+
+    positions = np.flatnonzero(request.rows >= 0).tolist()
+    if threads > 1 and len(positions) > 1:
+        with ThreadPoolExecutor(threads) as pool:  # Pillow lets go of Python's lock while it decodes and resizes
+            reasons = list(pool.map(reason_against, positions))
+    else:
+        reasons = [reason_against(k) for k in positions]
+    failed = {int(request.rows[k]): reason for k, reason in zip(positions, reasons, strict=True) if reason is not None}
+    wrong = np.zeros(size, bool)
+    wrong[[k for k, reason in zip(positions, reasons, strict=True) if reason is not None]] = True
     delivered = request.refilled(wrong)
     return fill(out, delivered), delivered, failed
 
@@ -103,42 +116,50 @@ def fill(out: Any, delivered: Request) -> Any:
 def _check_size(sampler: Sampler, row: int, image: np.ndarray) -> None:
     expected = (int(sampler.height[row]), int(sampler.width[row]))
     if image.shape[:2] != expected:
-        raise Undecodable(str(sampler.manifest.path(row)), f"changed since the scan: {image.shape[:2]} pixels, was {expected}")
+        (was_high, was_wide), (high, wide) = expected, image.shape[:2]
+        reason = f"changed since the scan: {wide} x {high} pixels, was {was_wide} x {was_high}"
+        raise Undecodable(str(sampler.manifest.path(row)), reason)
 
 
 class _Batches(Dataset):  # type: ignore[type-arg]
-    """Key (epoch, index) -> a finished batch; lives in the workers."""
+    """Key (epoch, index, bad rows) -> a finished batch; lives in the workers."""
 
-    def __init__(self, sampler: Sampler, bad: frozenset[int]) -> None:
-        self.sampler, self.bad = sampler, bad
+    def __init__(self, sampler: Sampler) -> None:
+        self.sampler = sampler
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Batch, dict[int, str]]:
-        request = self.sampler.request(*key, self.bad)
+    def __getitem__(self, key: tuple[int, int, frozenset[int]]) -> tuple[Batch, dict[int, str]]:
+        request = self.sampler.request(*key)
         pixels, delivered, failed = decode_batch(self.sampler, request)
         return make_batch(self.sampler.manifest, delivered, pixels), failed
 
 
 class _Keys(KeySampler):  # type: ignore[type-arg]
-    """The keys of the epoch that was asked for; asked anew by the DataLoader at each epoch."""
+    """The keys of the epoch that was asked for, made while the DataLoader hands out the work."""
 
-    def __init__(self) -> None:
-        self.keys: list[tuple[int, int]] = []
+    def __init__(self, sampler: Sampler, bad: dict[int, str]) -> None:
+        self._sampler, self._bad = sampler, bad
+        self.epoch, self.steps = 0, range(0)
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(self.keys)
+        for index in self.steps:
+            # workers remember nothing: a row that was found bad stays bad, also when its file is repaired meanwhile
+            in_batch = self._sampler.rows_of(self.epoch, index) if self._bad else ()
+            yield self.epoch, index, frozenset(int(row) for row in in_batch if int(row) in self._bad)
 
     def __len__(self) -> int:
-        return len(self.keys)
+        return len(self.steps)
 
 
 class TorchLoader:
     """Pillow decoding in `workers` processes that live as long as the loader. See `loader.Loader`."""
 
-    def __init__(self, sampler: Sampler, workers: int, bad: dict[int, str], on_bad: OnBad | None, *, pin: bool = False) -> None:
+    def __init__(
+        self, sampler: Sampler, workers: int, bad: dict[int, str], on_bad: OnBad | None, *, pin: bool = False
+    ) -> None:
         self.sampler, self.bad, self._on_bad = sampler, bad, on_bad
-        self._keys = _Keys()
+        self._keys = _Keys(sampler, bad)
         self._loader: Any = DataLoader(
-            _Batches(sampler, frozenset(bad)),
+            _Batches(sampler),
             batch_size=None,
             sampler=self._keys,
             num_workers=workers,
@@ -151,7 +172,7 @@ class TorchLoader:
         )
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        self._keys.keys = [(epoch, index) for index in range(start, self.sampler.steps)]
+        self._keys.epoch, self._keys.steps = epoch, range(start, self.sampler.steps)
         for batch, failed in self._loader:
             for row, reason in failed.items():
                 if row not in self.bad:

@@ -99,7 +99,8 @@ class Predictor:
         Raises:
             DataError: D012 naming the first image that cannot be read.
         """
-        return np.concatenate([self.engine.scores(pixels) for pixels in self._batches(images)])
+        parts = [self.engine.scores(pixels) for pixels in self._batches(images)]
+        return np.concatenate(parts) if parts else np.zeros((0, self.engine.labels.size), np.float32)
 
     def embed(self, images: Sequence[Image]) -> np.ndarray:
         """(n, F) float32: what the last layer sees; torch models only.

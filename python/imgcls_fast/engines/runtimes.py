@@ -142,7 +142,8 @@ def find_export(exports: Path, bundle: Bundle, target: str) -> Path:
         meta = json.loads((folder / "meta.json").read_text("utf-8"))
     except (OSError, ValueError, KeyError) as error:
         raise ExportError("E001", f"{exports.parent} has no {target} export", try_=again) from error
-    path = folder / meta["file"]
-    if meta["bundle"] != bundle.digest or not path.is_file() or sha256_file(path) != meta["sha256"]:
-        raise ExportError("E001", f"{path} is damaged, or was made from other weights", try_=again)
+    path = folder / meta.get("file", "model.onnx")
+    same = meta.get("bundle") == bundle.digest and meta.get("temperature") == bundle.temperature
+    if not same or not path.is_file() or sha256_file(path) != meta.get("sha256"):
+        raise ExportError("E001", f"{path} is damaged, or was made from another model", try_=again)
     return path

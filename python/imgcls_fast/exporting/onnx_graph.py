@@ -106,6 +106,7 @@ def export_onnx(
                 "sha256": sha256_file(path),
                 "bytes": path.stat().st_size,
                 "bundle": bundle.digest,
+                "temperature": bundle.temperature,
                 "opset": opset,
                 "input": {"name": "pixels", "dtype": "uint8", "shape": ["batch", bundle.pixels.size, bundle.pixels.size, bundle.pixels.channels]},
                 "output": {"name": "scores", "dtype": "float32", "shape": ["batch", bundle.labels.size]},

@@ -83,7 +83,7 @@ def _unknown(name: str, bare: str, library: str) -> ModelError:
         "M001",
         f"unknown model {name!r}" + (f", did you mean {guess!r}?" if guess else ""),
         why=why,
-        try_=f"--model {guess}" if guess else "imgcls-fast models list",
+        try_=f"--model {guess}" if guess else "--model resnet50",
     )
 
 

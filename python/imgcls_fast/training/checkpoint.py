@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,8 @@ class Progress:
     best_loss: float | None = None  # its validation loss, which breaks ties
     best_epoch: int = -1
     wait: int = 0  # epochs since the best one
-    seconds: float = 0.0  # training time so far
+    seconds: float = 0.0  # training time of the epochs so far
+    spent: float = 0.0  # training time of the unfinished epoch
     images: int = 0  # images of this epoch that counted
     schedule: dict[str, Any] = field(default_factory=dict)
     scaler: dict[str, Any] = field(default_factory=dict)
@@ -69,7 +71,8 @@ def save_checkpoint(folder: Path, tensors: dict[str, Tensor], progress: Progress
                 _put(_linked(temporary, folder), folder / "best", folder)
             _rotate(temporary, folder)
         except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
+            with suppress(OSError):
+                _sweep(folder)
             raise
     return folder / "last"
 

@@ -78,7 +78,7 @@ class Fit:
         self.names = {parameter: name for name, parameter in self.model.named_parameters()}
         self.loss_sum = torch.zeros((), dtype=torch.float32, device=self.device)
         self.loss_weight = 0.0
-        self._saved_at = self._shown_at = time.monotonic()
+        self._saved_at = self._shown_at = self._began = time.monotonic()
         self._waited = self._busy = 0.0
         self._seen = 0
 
@@ -124,12 +124,11 @@ class Fit:
         path, (tensors, progress, environment), wrong = found
         notes = [f"{text}; using {path.name}" for text in wrong]
         now = environment_key(int(self.config.train.threads))
-        notes += [
-            f"{name} was {environment[name]}, is {now[name]}: the result will not be bitwise equal to an uninterrupted run"
-            for name in now
-            if environment.get(name) != now[name]
-        ]
+        differences = _differences(environment, now)
+        if differences:
+            notes.append("; ".join(differences) + ": the result will not be bitwise equal to an uninterrupted run")
         self.progress = progress
+        self.run_directory.write_epochs(progress.history)  # a process killed after its last checkpoint has not done so
         for loader in (self.train_loader, self.val_loader):
             loader.close()
         self.train_loader, self.val_loader = self._loader("train"), self._loader("val")
@@ -146,8 +145,9 @@ class Fit:
 
     def save(self, *, best: bool = False) -> None:
         """Write a checkpoint of this step boundary."""
-        if not math.isfinite(float(self.loss_sum)):
+        if not math.isfinite(float(self.loss_sum)) or not _finite(self.model):
             self._diverged()
+        self.progress.spent = time.monotonic() - self._began
         self.progress.schedule = dict(self.schedule.state)
         self.progress.scaler = self.scaler.state_dict()
         tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
@@ -178,6 +178,8 @@ class Fit:
             with StopRequest() as stop:
                 while progress.epoch < epochs and not self._patience_is_over():
                     self._epoch(stop)
+                if stop.requested:  # it came after the last step
+                    self._interrupt()
         finally:
             self.train_loader.close()
             self.val_loader.close()
@@ -187,7 +189,8 @@ class Fit:
         return patience is not None and self.progress.wait >= patience and self.progress.index == 0
 
     def _epoch(self, stop: StopRequest) -> None:
-        progress, began = self.progress, time.monotonic()
+        progress = self.progress
+        self._began = time.monotonic() - progress.spent
         self._waited = self._busy = 0.0
         self._seen = 0
         self.model.train()
@@ -201,8 +204,9 @@ class Fit:
                 self.save()
             self._show(lr)
         metrics = self._validate(stop)
-        progress.seconds += time.monotonic() - began
-        self._finish_epoch(metrics, time.monotonic() - began)
+        seconds = time.monotonic() - self._began
+        progress.seconds += seconds
+        self._finish_epoch(metrics, seconds)
 
     def _waiting(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The same batches; the time spent waiting for them is counted."""
@@ -313,6 +317,7 @@ class Fit:
         progress.epoch, progress.index, progress.images = progress.epoch + 1, 0, 0
         self.loss_sum.zero_()
         self.loss_weight = 0.0
+        self._began = time.monotonic()
         self.save(best=best)
         self.run_directory.write_epochs(progress.history)
         left = int(self.config.train.epochs) - progress.epoch
@@ -343,9 +348,12 @@ class Fit:
         self.save()
         command = f"imgcls-fast train {self.run_directory.directory} --resume"
         self.emit({"event": "interrupted", "command": command, "path": str(self.run_directory.checkpoints / "last")})
+        progress = self.progress
+        ended = progress.epoch == self.config.train.epochs
         raise Interrupted(
             "X130",
-            f"stopped at epoch {self.progress.epoch + 1}, batch {self.progress.index} of {self.steps}; the work is saved",
+            ("stopped after the last epoch" if ended else f"stopped at epoch {progress.epoch + 1}, batch {progress.index} of {self.steps}")
+            + "; the work is saved",
             where=str(self.run_directory.checkpoints / "last"),
             try_=command,
         )
@@ -358,6 +366,18 @@ class Fit:
             where=f"the last good checkpoint is {self.run_directory.checkpoints / 'last'}",
             try_=f"--lr {float(self.config.optim.lr) / 5:g}   (or --clip 1.0, or --precision fp32)",
         )
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What two environment keys disagree on, one text each."""
+    flat = [{**{k: v for k, v in key.items() if k != "versions"}, **key.get("versions", {})} for key in (before, now)]
+    return [f"{name} was {flat[0].get(name)}, is {value}" for name, value in flat[1].items() if flat[0].get(name) != value]
+
+
+def _finite(model: nn.Module) -> bool:
+    """Whether every weight is a number: a finite loss can hide a gradient that was not."""
+    norms = torch._foreach_norm([p.detach() for p in model.parameters()])
+    return math.isfinite(float(torch.stack([norm.float() for norm in norms]).sum()))
 
 
 def _copy_into(module: nn.Module, tensors: dict[str, Tensor], prefix: str) -> None:

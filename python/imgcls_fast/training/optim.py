@@ -129,7 +129,7 @@ def set_rates(optimizer: torch.optim.Optimizer, schedule: Schedule, step: int) -
 
 
 class Averaged:
-    """Exponential moving average of weights (buffers are copied), updated once an optimizer step.
+    """Exponential moving average of weights and batch statistics (integer buffers are copied), updated once an optimizer step.
 
     The decay rises as (1 + t) / (10 + t) at first, so that early weights are forgotten (as in TensorFlow's
     ExponentialMovingAverage). `model` is a twin of the trained one that holds the averaged weights.

@@ -132,6 +132,7 @@ def make_plan(config: RunConfig, manifest: Manifest, machine: Machine) -> Plan:
     augment = _augment(notes, recipe, pixels)
     _lengths(notes, n, recipe, device)
     _optimizer(notes, recipe)
+    _class_weights(notes, manifest)
     _speed(notes, manifest, machine, device)
     spec = _spec(notes, manifest, arch, start, pixels, recipe)
     resolved = replace_settings(config, notes.changes)
@@ -166,6 +167,8 @@ def _model(notes: _Notes, device: str) -> tuple[str, Start]:
         start = _auto_start(notes, arch)
     elif start.kind == "pretrained":
         start = _published(arch)
+    if notes.config.model.init == "auto":
+        notes.changes["model.init"] = start.kind
     notes.rows.append(("model.init", start.kind if start.path is None else f"{start.kind} {start.path.name}", _start_reason(start)))
     return arch, start
 
@@ -284,7 +287,10 @@ def _as_channels(values: Any, channels: int) -> tuple[float, ...]:
 
 def _augment(notes: _Notes, recipe: Recipe, pixels: Pixels) -> Augment:
     asked = notes.config.augment.policy
-    policy = notes.decide("augment.policy", recipe.augment, "recipe")
+    if notes.config.data.source is None:
+        policy = notes.decide("augment.policy", "light", "a mirrored digit is another sign")
+    else:
+        policy = notes.decide("augment.policy", recipe.augment, "recipe")
     strengths = POLICIES[policy]
     values = {}
     for name, value in strengths.items():
@@ -299,17 +305,19 @@ def _augment(notes: _Notes, recipe: Recipe, pixels: Pixels) -> Augment:
 
 def _lengths(notes: _Notes, n: int, recipe: Recipe, device: str) -> None:
     train = notes.config.train
-    wanted = min(recipe.batch[device], max(1, n // 8))
-    batch = notes.decide("train.batch_size", wanted, f"recipe; {n:,} training images")
+    fitting = min(recipe.batch[device], max(1, n // 8))
+    batch = notes.decide("train.batch_size", fitting, f"recipe; {n:,} training images")
     if batch > n:
         notes.changes["train.batch_size"] = batch = n
         notes.rows[-1] = ("train.batch_size", str(n), f"lowered from {train.batch_size}: there are {n:,} training images")
-    epochs = int(np.clip(round(recipe.images / max(n, 1)), *recipe.epochs))
+    wanted = recipe.images if notes.config.data.source is not None else recipe.images // 2  # digits are easy
+    epochs = int(np.clip(round(wanted / max(n, 1)), *recipe.epochs))
     notes.decide("train.epochs", epochs, f"about {epochs * n:,} images seen")
     micro = math.ceil(batch / train.accum) if train.accum else batch
     notes.decide("train.micro_batch", micro, f"{train.accum} forward passes a step" if train.accum else "the whole batch at once")
     if notes.value("train.micro_batch") > batch:
         notes.changes["train.micro_batch"] = batch
+        notes.rows[-1] = ("train.micro_batch", str(batch), f"lowered from {train.micro_batch}: no more than a batch")
     notes.changes["train.accum"] = None
     notes.decide("evaluate.batch_size", min(256, max(batch, 32)), "memory")
 
@@ -324,9 +332,23 @@ def _optimizer(notes: _Notes, recipe: Recipe) -> None:
     notes.decide("optim.weight_decay", recipe.weight_decay[opt], "recipe")
     notes.decide("optim.sched", recipe.sched, "recipe")
     epochs = notes.value("train.epochs")
-    notes.decide("optim.warmup", round(min(recipe.warmup, epochs / 5), 2), "epochs; at most a fifth of the run")
+    notes.decide("optim.warmup", round(min(recipe.warmup, 0.15 * epochs), 2), "epochs; at most 15 % of the run")
     notes.decide("loss.label_smoothing", recipe.smoothing, "recipe")
     notes.decide("optim.ema", recipe.ema, "recipe")
+
+
+def _class_weights(notes: _Notes, manifest: Manifest) -> None:
+    from .objectives import class_weights
+
+    asked = notes.config.loss.class_weights
+    if asked == "none":
+        return
+    weights = class_weights(notes.config.loss, manifest.labels.classes, manifest.counts("train"))
+    assert weights is not None
+    values = [float(f"{w:.6g}") for w in weights]
+    reason = {"auto": "inverse frequency", "effective": "effective number of images"}.get(asked, "as asked") if isinstance(asked, str) else "as asked"
+    notes.changes["loss.class_weights"] = values
+    notes.rows.append(("loss.class_weights", _text(values), f"{reason}; mean 1 over the training images"))
 
 
 def _speed(notes: _Notes, manifest: Manifest, machine: Machine, device: str) -> None:
@@ -364,8 +386,7 @@ def _spec(notes: _Notes, manifest: Manifest, arch: str, start: Start, pixels: Pi
     from ..models.build import ModelSpec
 
     model = notes.config.model
-    if model.drop_rate == "auto":
-        notes.changes["model.drop_rate"] = recipe.drop_rate or 0.0
+    notes.decide("model.drop_rate", recipe.drop_rate, "recipe")
     own_args = start.spec["arch_args"] if start.spec and start.spec["arch"] == arch else {}
     args = model.args or own_args or (recipe.arch_args if arch == "small-cnn" else {})
     if args != model.args:

@@ -14,7 +14,7 @@ import numpy as np
 from ..core import env
 from ..core.bundle import read_bundle
 from ..core.config import RunConfig, free_settings
-from ..core.errors import DataError, ModelError
+from ..core.errors import DataError, Interrupted, ModelError
 from ..core.manifest import Manifest
 from ..core.pixels import Pixels
 from ..core.predictions import Predictions
@@ -28,7 +28,8 @@ from ..data.sampler import Sampler
 from ..data.split import write_split_csv
 from ..engines.runtimes import TorchEngine
 from ..evaluation.metrics import Metrics, judge
-from ..evaluation.report import write_evaluation
+from ..evaluation.plots import training_curves
+from ..evaluation.report import write_evaluation, write_plots
 from ..models.build import ModelSpec, build_model
 from ..track import LogSink, Sinks
 from .baseline import MOST_ROWS, image_features, linear_probe
@@ -36,6 +37,7 @@ from .fit import Fit
 from .judging import best_model, calibrated, make_bundle, score_rows
 from .plan import Plan, Start, look_at_machine, make_plan
 from .reporting import next_commands, report_run
+from .signals import signal_as_interrupt
 
 Event = dict[str, Any]
 
@@ -83,7 +85,8 @@ def start(config: RunConfig, sinks: Sequence[Callable[[Event], Any]] = (), comma
         log = LogSink(run)
         for event in early:
             log(event)
-        stage = _Stage(plan, prepared.manifest, run, Sinks([*sinks, log]))
+        listeners.sinks.append(log)
+        stage = _Stage(plan, prepared.manifest, run, listeners)
         _write_beginning(stage, prepared, command)
         return _conduct(stage, resumed=False)
     finally:
@@ -103,6 +106,7 @@ def resume(run: Run, changes: dict[str, Any], sinks: Sequence[Callable[[Event], 
     """
     run.lock()
     try:
+        run.clear_leftovers()
         config = _changed_config(run, changes)
         manifest = run.manifest
         facts = run.read_json("model.json")
@@ -122,6 +126,8 @@ def resume(run: Run, changes: dict[str, Any], sinks: Sequence[Callable[[Event], 
             stage.emit({"event": "warning", "text": f"{run.name} is finished; to go on training, begin a new run: {more}"})
             return run
         _require_same_files(run, manifest)
+        if config != run.config:
+            run.save_config(config)
         return _conduct(stage, resumed=True)
     finally:
         run.unlock()
@@ -195,7 +201,7 @@ def _changed_config(run: Run, changes: dict[str, Any]) -> RunConfig:
             + (f" (also: {', '.join(refused[1:])})" if refused[1:] else ""),
             try_=f"imgcls-fast train DATA --init {run.directory}   (a new run that begins with these weights)",
         )
-    return replace_settings(stored, {name: after[name] for name in differing})
+    return replace_settings(stored, {name: after[name] for name in differing if name != "out"})  # a run stays where it is
 
 
 def _require_same_files(run: Run, manifest: Manifest) -> None:
@@ -245,6 +251,17 @@ def _count_parameters(spec: ModelSpec) -> int:
 
 
 def _conduct(stage: _Stage, *, resumed: bool) -> Run:
+    """Baseline, training, judgement. A signal outside of training stops at once: nothing there takes long to do again."""
+    try:
+        with signal_as_interrupt():
+            return _work(stage, resumed=resumed)
+    except KeyboardInterrupt:
+        command = f"imgcls-fast train {stage.run.directory} --resume"
+        stage.emit({"event": "interrupted", "command": command, "path": str(stage.run.checkpoints / "last")})
+        raise Interrupted("X130", f"{stage.run.name} was stopped; what was done is saved", where=str(stage.run.directory), try_=command) from None
+
+
+def _work(stage: _Stage, *, resumed: bool) -> Run:
     run, plan = stage.run, stage.plan
     facts = run.read_json("model.json")
     stage.emit({
@@ -335,13 +352,14 @@ def _finish(stage: _Stage, baseline: dict[str, Any] | None) -> None:
         if len(manifest.rows(split)):
             predictions = calibrated(validation if split == "val" else score(split), bundle.temperature)
             judged[split] = judge(predictions, top_k=config.evaluate.top_k, bootstrap=config.evaluate.bootstrap, seed=config.train.seed)
-            write_evaluation(run.evaluation(split), predictions, judged[split], run.plots if split == "test" or len(judged) == 1 else None)
-    _add_quarantined(run, manifest, bad, progress.history)
+            write_evaluation(run.evaluation(split), predictions, judged[split], run.plots)
+    write_plots(run.plots, {"curves": training_curves(run.epochs)})
+    _add_quarantined(run, manifest, bad)
     report = report_run(run)
     stage.emit(_done_event(stage, judged, baseline, report))
 
 
-def _add_quarantined(run: Run, manifest: Manifest, bad: dict[int, str], history: list[dict[str, Any]]) -> None:
+def _add_quarantined(run: Run, manifest: Manifest, bad: dict[int, str]) -> None:
     """quarantine.csv with the files that the scan let through and a loader found."""
     known = {file.path: file for file in read_quarantine(run.directory / "quarantine.csv")}
     for row, reason in bad.items():

@@ -1,0 +1,98 @@
+"""Bundles: written once, whole, checked before use."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from imgcls_fast.core.bundle import read_bundle, write_bundle
+from imgcls_fast.core.errors import HardwareError, ModelError
+from imgcls_fast.core.files import sha256_file
+
+
+def rewrite(bundle: Any, write: Callable[[Any], None]) -> Any:
+    return write_bundle(
+        bundle.directory, write, arch=bundle.arch, labels=bundle.labels, pixels=bundle.pixels, temperature=1.0, provenance={}
+    )  # fmt: skip
+
+
+def test_what_was_written_is_read_back(bundle_of: Callable[..., Any]) -> None:
+    bundle = bundle_of(temperature=1.25)
+    again = read_bundle(bundle.directory)
+    assert again == bundle
+    assert again.temperature == 1.25
+    assert again.digest == sha256_file(again.weights)
+    assert sorted(path.name for path in bundle.directory.iterdir()) == ["bundle.json", "weights.safetensors"]
+
+
+def test_a_bundle_is_never_rewritten(bundle_of: Callable[..., Any]) -> None:
+    bundle = bundle_of()
+    before = bundle.weights.read_bytes()
+    with pytest.raises(ModelError) as refused:
+        rewrite(bundle, lambda file: file.write(b"other") and None)
+    assert refused.value.code == "M004"
+    assert bundle.weights.read_bytes() == before
+
+
+def test_a_write_that_fails_leaves_nothing_and_a_killed_one_is_swept(bundle_of: Callable[..., Any], tmp_path: Any) -> None:
+    from dataclasses import replace
+
+    bundle = bundle_of()
+    other = replace(bundle, directory=tmp_path / "fresh" / "bundle")
+    killed = tmp_path / "fresh" / ".bundle.99999.tmp"
+    killed.mkdir(parents=True)
+
+    def full(file: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(HardwareError):
+        rewrite(other, full)
+    assert list((tmp_path / "fresh").iterdir()) == []
+
+
+@pytest.mark.parametrize("how", ["one bit", "cut", "gone"])
+def test_damaged_weights_are_refused(how: str, bundle_of: Callable[..., Any]) -> None:
+    bundle = bundle_of()
+    content = bytearray(bundle.weights.read_bytes())
+    if how == "gone":
+        bundle.weights.unlink()
+    else:
+        content[len(content) // 2] ^= 4
+        bundle.weights.write_bytes(bytes(content if how == "one bit" else content[:-10]))
+    with pytest.raises(ModelError) as refused:
+        read_bundle(bundle.directory)
+    assert refused.value.code == "M004"
+    assert "weights.safetensors" in refused.value.message
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", "null", '{"schema": "one"}', "\udcff"])
+def test_a_damaged_description_is_refused(text: str, bundle_of: Callable[..., Any]) -> None:
+    bundle = bundle_of()
+    (bundle.directory / "bundle.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ModelError) as refused:
+        read_bundle(bundle.directory)
+    assert refused.value.code == "M004"
+
+
+def test_a_newer_schema_is_refused_with_the_upgrade_command(bundle_of: Callable[..., Any]) -> None:
+    bundle = bundle_of()
+    path = bundle.directory / "bundle.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "schema": 99}))
+    with pytest.raises(ModelError, match="newer") as refused:
+        read_bundle(bundle.directory)
+    assert "--upgrade" in refused.value.try_
+
+
+@pytest.mark.parametrize("name", ["../elsewhere.txt", "/etc/hostname"])
+def test_a_digest_list_cannot_point_outside_of_the_bundle(name: str, bundle_of: Callable[..., Any]) -> None:
+    bundle = bundle_of()
+    path = bundle.directory / "bundle.json"
+    content = json.loads(path.read_text())
+    content["digests"][name] = "0" * 64
+    path.write_text(json.dumps(content))
+    with pytest.raises(ModelError) as refused:
+        read_bundle(bundle.directory)
+    assert refused.value.code == "M004"

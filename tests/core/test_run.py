@@ -1,0 +1,201 @@
+"""Run directories: one writer, files that appear whole, and how a run is found again."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from imgcls_fast.core.errors import HardwareError, UsageError
+from imgcls_fast.core.manifest import LabelSpace, Manifest, PathList
+from imgcls_fast.core.run import Run, find_run, is_run, list_runs, new_run_path
+from imgcls_fast.core.settings import build_config
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("IMGCLS_RUNS", str(tmp_path / "runs"))
+    return tmp_path / "runs"
+
+
+def manifest() -> Manifest:
+    one = np.ones(2, np.int32)
+    return Manifest(
+        Path("/data"), PathList.of(["a.jpg", "b.jpg"]), LabelSpace.single(("x", "y")), np.arange(2, dtype=np.int32), np.zeros(2, np.uint8),
+        -one, one, one, np.ones(2, np.uint8), np.zeros((2, 16), np.uint8), np.zeros(2, np.uint8),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def make_run(runs: Path) -> Callable[[str], Run]:
+    def make(name: str) -> Run:
+        run = Run.create(runs / name)
+        run.save_config(build_config())
+        manifest().save(run.manifest_path)
+        run.mark_last()
+        run.unlock()
+        return run
+
+    return make
+
+
+HOLDER = """
+import os, sys, time
+from pathlib import Path
+from imgcls_fast.core.run import Run
+Run(Path(sys.argv[1])).lock()
+if sys.argv[2] == "fork" and os.fork() == 0:
+    os.close(1)
+    time.sleep(60)
+    os._exit(0)
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(make_run: Callable[[str], Run]) -> Callable[[str], tuple[Run, subprocess.Popen[str]]]:
+    def start(how: str) -> tuple[Run, subprocess.Popen[str]]:
+        run = make_run("held")
+        process = subprocess.Popen([sys.executable, "-c", HOLDER, str(run.directory), how], stdout=subprocess.PIPE, text=True, start_new_session=True)
+        assert process.stdout
+        assert process.stdout.readline() == "held\n"
+        return run, process
+
+    return start
+
+
+@pytest.mark.parametrize("how", ["alone", "fork"])
+def test_a_second_writer_is_refused_by_number_and_the_lock_is_free_at_once_after_kill_9(
+    how: str, holder: Callable[[str], tuple[Run, subprocess.Popen[str]]]
+) -> None:
+    run, process = holder(how)
+    try:
+        with pytest.raises(HardwareError, match=f"pid {process.pid}") as refused:
+            run.lock()
+        assert refused.value.code == "H005"
+        process.kill()  # its forked loader worker lives on
+        process.wait()
+        run.lock()
+        run.unlock()
+    finally:
+        os.killpg(process.pid, signal.SIGKILL) if how == "fork" else process.kill()
+        process.wait()
+
+
+def test_a_second_run_object_in_this_process_is_refused_too(make_run: Callable[[str], Run]) -> None:
+    run = make_run("one")
+    run.lock()
+    with pytest.raises(HardwareError):
+        Run(run.directory).lock()
+    run.unlock()
+    Run(run.directory).lock()
+
+
+def test_a_directory_that_holds_a_run_is_not_overwritten(make_run: Callable[[str], Run]) -> None:
+    run = make_run("one")
+    with pytest.raises(UsageError, match="already holds a run") as refused:
+        Run.create(run.directory)
+    assert refused.value.code == "U002"
+    assert "--resume" in refused.value.try_
+
+
+def test_a_run_that_was_killed_at_birth_can_be_begun_again(runs: Path) -> None:
+    Run.create(runs / "stillborn").save_config(build_config())
+    again = Run(runs / "stillborn")
+    assert not is_run(again.directory)
+    # the first process is gone, and with it its lock: here, the object
+    import gc
+
+    gc.collect()
+    Run.create(runs / "stillborn").unlock()
+
+
+def test_a_run_is_found_by_path_name_bundle_and_as_the_last_one(runs: Path, make_run: Callable[[str], Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two = make_run("flowers-one"), make_run("flowers-two")
+    for name in (one.directory, str(one.directory), "flowers-one"):
+        assert find_run(name).directory == one.directory
+    for last in (None, "last", str(runs / "last")):
+        assert find_run(last).directory == two.directory
+    (one.directory / "bundle").mkdir()
+    (one.directory / "bundle" / "bundle.json").write_text("{}")
+    assert find_run(one.directory / "bundle").directory == one.directory
+    assert [run.name for run in list_runs()] == ["flowers-one", "flowers-two"]
+
+
+def test_an_unknown_run_is_u003_with_the_nearest_name(make_run: Callable[[str], Run]) -> None:
+    make_run("flowers-one")
+    with pytest.raises(UsageError) as refused:
+        find_run("flowers-onr")
+    assert refused.value.code == "U003"
+    assert "flowers-one" in refused.value.try_
+
+
+def test_a_last_run_that_is_gone_or_was_never_there_is_u003(runs: Path, make_run: Callable[[str], Run]) -> None:
+    import shutil
+
+    with pytest.raises(UsageError, match="no last run"):
+        find_run(None)
+    run = make_run("one")
+    shutil.rmtree(run.directory)
+    with pytest.raises(UsageError, match="not there any more"):
+        find_run("last")
+
+
+def test_last_is_a_link_that_follows_and_a_real_directory_of_that_name_stays(runs: Path, make_run: Callable[[str], Run]) -> None:
+    make_run("one")
+    assert (runs / "last").resolve().name == "one"
+    make_run("two")
+    assert (runs / "last").resolve().name == "two"
+    assert not [path for path in runs.iterdir() if path.name.startswith(".")]
+    (runs / "last").unlink()
+    (runs / "last").mkdir()  # somebody's own directory
+    (runs / "last" / "precious.txt").write_text("x")
+    make_run("three")
+    assert (runs / "last" / "precious.txt").exists()
+    assert find_run("last").name == "three"
+
+
+@pytest.mark.parametrize("source", ["/data/my photos (2024)", "/data/ünï cödé", "/data/...", "/", None, "/data/a.b.csv"])
+def test_a_new_name_has_no_spaces_and_is_never_an_existing_directory(source: str | None, runs: Path) -> None:
+    seen = set()
+    for _ in range(3):
+        path = new_run_path(source, "timm/resnet 18")
+        assert path.parent == runs
+        assert not set(path.name) & set(" /()'\"\t")
+        assert not path.name.startswith((".", "-"))
+        assert path not in seen
+        seen.add(path)
+        path.mkdir(parents=True)
+
+
+def test_metrics_csv_holds_each_epoch_once_and_reads_back_as_it_was(make_run: Callable[[str], Run]) -> None:
+    run = make_run("one")
+    epochs = [{"epoch": 1, "val_loss": 0.1 + 0.2, "best": 1}, {"epoch": 2, "val_loss": 1e-9, "best": 0}]
+    run.write_epochs(epochs[:1])
+    run.write_epochs(epochs)
+    assert run.epochs == epochs
+    assert (run.directory / "metrics.csv").read_text().count("\n") == 3
+
+
+def test_leftovers_of_a_killed_writer_are_cleared_and_nothing_else(make_run: Callable[[str], Run]) -> None:
+    run = make_run("one")
+    (run.directory / ".metrics.csv.123.tmp").write_text("half")
+    (run.directory / ".bundle.123.tmp").mkdir()
+    (run.directory / ".bundle.123.tmp" / "weights.safetensors").write_text("half")
+    kept = {path.name for path in run.directory.iterdir() if not path.name.endswith(".tmp")}
+    run.clear_leftovers()
+    assert {path.name for path in run.directory.iterdir()} == kept
+
+
+def test_no_directory_can_be_made_where_there_is_no_permission_or_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(HardwareError) as refused:
+        Run.create(tmp_path / "file" / "run")
+    assert refused.value.code == "H003"

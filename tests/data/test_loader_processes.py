@@ -1,0 +1,165 @@
+"""Loaders as citizens: no global generator, no process or thread left behind."""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from imgcls_fast.data.loader import dali_missing
+
+needs_dali = pytest.mark.skipif(dali_missing() is not None, reason=str(dali_missing()))
+BACKENDS = pytest.mark.parametrize(
+    ("backend", "workers"),
+    [("torch", 0), ("torch", 2), pytest.param("dali-cpu", 2, marks=needs_dali)],
+    ids=["torch-0", "torch-2", "dali-cpu"],
+)
+
+
+def threads_of_this_process() -> int:
+    return len(os.listdir("/proc/self/task"))
+
+
+def children() -> set[int]:
+    found: set[int] = set()
+    for task in os.listdir("/proc/self/task"):
+        found |= {int(pid) for pid in Path(f"/proc/self/task/{task}/children").read_text().split()}
+    return found
+
+
+def is_running(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+def wait_for(condition, seconds: float) -> bool:
+    """Whether the condition came true; the limit only keeps a failure from hanging."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+@BACKENDS
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_no_global_generator_is_drawn_from_or_seeded(kit, album_manifest, backend, workers, training):
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    kit.run(kit.sampler(album_manifest, 8, kit.strong if training else None), backend, workers, epochs=(0, 1))
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert np.random.get_state()[1].tolist() == before[1]
+    assert random.getstate() == before[2]
+
+
+@BACKENDS
+def test_the_generators_of_the_process_do_not_shape_the_batches(kit, album_manifest, backend, workers):
+    sampler = kit.sampler(album_manifest, 8, kit.strong)
+    state = torch.get_rng_state()
+    try:
+        torch.manual_seed(1)
+        one = kit.run(sampler, backend, workers)
+        torch.manual_seed(2)
+        kit.assert_same(kit.run(sampler, backend, workers), one)
+    finally:
+        torch.set_rng_state(state)
+
+
+@pytest.mark.parametrize("drained", [True, False])
+def test_close_ends_the_workers_also_in_the_middle_of_an_epoch(kit, album_manifest, drained):
+    before = children()
+    loader = kit.open(kit.sampler(album_manifest, 4, kit.strong), "torch", 2)
+    batches = loader.epoch(0)
+    next(batches)
+    workers = children() - before
+    assert len(workers) >= 2
+    if drained:
+        list(batches)
+    loader.close()
+    assert wait_for(lambda: not any(is_running(pid) for pid in workers), 30)
+    loader.close()  # a second time does nothing
+
+
+@needs_dali
+def test_closing_a_dali_loader_frees_its_threads_and_files(kit, album_manifest):
+    sampler = kit.sampler(album_manifest, 4, kit.strong)
+
+    def once() -> None:
+        loader = kit.open(sampler, "dali-cpu", 3)
+        next(iter(loader.epoch(0)))
+        loader.close()
+        loader.close()
+        gc.collect()
+
+    once()  # DALI keeps some threads for the life of the process
+    files, threads = len(os.listdir("/proc/self/fd")), threads_of_this_process()
+    for _ in range(3):
+        once()
+    assert wait_for(lambda: threads_of_this_process() <= threads, 30)
+    assert len(os.listdir("/proc/self/fd")) <= files
+    assert threading.active_count() >= 1
+
+
+_PARENT = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from conftest import Kit
+manifest = Kit.manifest(Path({root!r}), {names!r})
+loader = Kit.open(Kit.sampler(manifest, 2, Kit.strong), "torch", 2)
+batches = loader.epoch(0)
+next(batches)
+print(*[worker.pid for worker in loader._loader._iterator._workers], flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_workers_die_with_their_parent(tmp_path, kit, photo, number):
+    names = [f"{k}.jpg" for k in range(12)]
+    for k, name in enumerate(names):
+        photo(k).save(tmp_path / name)
+    program = _PARENT.format(tests=str(Path(__file__).parent), root=str(tmp_path), names=names)
+    parent = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert parent.stdout is not None
+        workers = [int(pid) for pid in parent.stdout.readline().split()]
+        assert len(workers) == 2 and all(is_running(pid) for pid in workers)
+        parent.send_signal(number)
+        parent.wait(60)
+        assert wait_for(lambda: not any(is_running(pid) for pid in workers), 60)
+    finally:
+        parent.kill()
+        parent.communicate()
+
+
+@pytest.mark.slow
+def test_ctrl_c_reaches_the_parent_only(tmp_path, photo):
+    names = [f"{k}.jpg" for k in range(12)]
+    for k, name in enumerate(names):
+        photo(k).save(tmp_path / name)
+    program = _PARENT.format(tests=str(Path(__file__).parent), root=str(tmp_path), names=names)
+    program = program.replace("sys.stdin.read()", "sys.stdin.readline(); print(1 + len(list(batches)), flush=True)")
+    parent = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert parent.stdin is not None and parent.stdout is not None
+        for pid in map(int, parent.stdout.readline().split()):
+            os.kill(pid, signal.SIGINT)
+        assert parent.communicate("\n", timeout=120)[0].strip() == "6"
+    finally:
+        parent.kill()
+        parent.communicate()

@@ -1,0 +1,141 @@
+"""Class weights and learning-rate schedules against their formulas."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from imgcls_fast.core.config import LossConfig, OptimConfig
+from imgcls_fast.core.errors import ConfigError
+from imgcls_fast.training.objectives import class_weights
+from imgcls_fast.training.optim import Schedule, build_optimizer, parameter_groups, set_rates
+
+COUNTS = np.array([90, 9, 1])
+CLASSES = ("cat", "dog", "owl")
+
+
+def weights(value: Any) -> np.ndarray:
+    found = class_weights(LossConfig(class_weights=value), CLASSES, COUNTS)
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize(
+    ("asked", "raw"),
+    [
+        ("auto", 1 / COUNTS),
+        ("effective", 0.001 / (1 - 0.999**COUNTS)),
+        ((1, 2, 5), np.array([1, 2, 5])),
+        ("1,2,5", np.array([1, 2, 5])),
+        ("owl=3,cat=0.5", np.array([0.5, 1, 3])),
+        ({"owl": 3, "cat": 0.5}, np.array([0.5, 1, 3])),
+    ],
+)
+def test_class_weights_follow_their_formula_and_average_to_one_over_the_images(asked: Any, raw: np.ndarray) -> None:
+    found = weights(asked)
+    np.testing.assert_allclose(found / found[0], raw / raw[0], rtol=1e-5)
+    assert float((found * COUNTS).sum() / COUNTS.sum()) == pytest.approx(1, rel=1e-6)
+
+
+def test_no_weights_are_none() -> None:
+    assert class_weights(LossConfig(class_weights="none"), CLASSES, COUNTS) is None
+
+
+@pytest.mark.parametrize(("asked", "words"), [((1, 2), ("2 numbers", "3 classes")), ({"ow": 2}, ("'ow'",))])
+def test_a_wrong_count_or_name_is_c003_and_says_the_class_order(asked: Any, words: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError) as refused:
+        weights(asked)
+    assert refused.value.code == "C003"
+    text = str(refused.value)
+    assert all(word in text for word in words)
+    assert "cat, dog, owl" in text
+
+
+def schedule(steps: int = 10, epochs: int = 10, **settings: Any) -> Schedule:
+    values: dict[str, Any] = {"lr": 0.5, "warmup": 0.0, "momentum": 0.9, "weight_decay": 0.0, "ema": 0.0, "opt": "sgd"}
+    return Schedule(OptimConfig(**{**values, **settings}), steps, epochs)
+
+
+def test_warm_up_is_linear_and_reaches_the_peak() -> None:
+    rates = schedule(sched="cosine", warmup=2.0)
+    np.testing.assert_allclose([rates.lr(step) for step in range(20)], [0.5 * (step + 1) / 20 for step in range(20)])
+    assert rates.lr(20) == pytest.approx(0.5)
+
+
+def test_cosine_follows_its_formula_and_its_floor() -> None:
+    rates = schedule(sched="cosine", warmup=2.0, min_lr=0.1)
+    for step in (20, 33, 60, 99):
+        formula = 0.25 * (1 + math.cos(math.pi * (step - 20) / 80))
+        assert rates.lr(step) == pytest.approx(max(formula, 0.05))
+
+
+def test_cosine_equals_torchs_schedule() -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
+    reference = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 100)
+    rates = schedule(sched="cosine")
+    for step in range(100):
+        assert rates.lr(step) == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-9)
+        optimizer.step()
+        reference.step()
+
+
+def test_one_cycle_rises_for_three_tenths_and_momentum_mirrors_it() -> None:
+    rates = schedule(sched="onecycle")
+    assert rates.lr(0) == pytest.approx(0.5 / 25)
+    assert rates.lr(30) == pytest.approx(0.5)
+    assert rates.lr(15) == pytest.approx(0.5 * (0.04 + 0.96 / 2))
+    assert rates.lr(99) < 0.002
+    values = [rates.lr(step) for step in range(100)]
+    assert int(np.argmax(values)) == 30
+    assert [rates.momentum(step) for step in (0, 30)] == [pytest.approx(0.95), pytest.approx(0.85)]
+    assert rates.momentum(99) == pytest.approx(0.95, abs=0.002)
+
+
+@pytest.mark.parametrize("opt", ["sgd", "adamw"])
+def test_one_cycle_writes_rate_and_momentum_into_the_optimizer(opt: str) -> None:
+    rates = schedule(sched="onecycle", opt=opt)
+    optimizer = build_optimizer(torch.nn.Linear(2, 2), rates.config, torch.device("cpu"))
+    assert set_rates(optimizer, rates, 30) == pytest.approx(0.5)
+    for group in optimizer.param_groups:
+        assert group["lr"] == pytest.approx(0.5)
+        assert (group["momentum"] if opt == "sgd" else group["betas"][0]) == pytest.approx(0.85)
+
+
+def test_steps_fall_by_gamma_every_few_epochs() -> None:
+    rates = schedule(sched="step", step_epochs=3, gamma=0.2)
+    for epoch in range(10):
+        for step in (epoch * 10, epoch * 10 + 9):
+            assert rates.lr(step) == pytest.approx(0.5 * 0.2 ** (epoch // 3))
+
+
+def test_plateau_falls_after_the_patience_and_its_state_can_be_restored() -> None:
+    """As torch's ReduceLROnPlateau (threshold 0) does it."""
+    values = [0.5, 0.6, 0.6, 0.59, 0.6, 0.7, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1]
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
+    reference = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, "max", factor=0.5, patience=2, threshold=0)
+    rates = schedule(sched="plateau", gamma=0.5, plateau_patience=2)
+    for value in values:
+        reference.step(value)
+        rates.after_epoch(value)
+        assert rates.lr(5) == pytest.approx(optimizer.param_groups[0]["lr"])
+        twin = schedule(sched="plateau", gamma=0.5, plateau_patience=2)
+        twin.state.update(rates.state)
+        rates = twin
+    assert rates.lr(5) < 0.5
+
+
+def test_biases_and_norms_do_not_decay_and_frozen_parameters_are_left_out() -> None:
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Linear(4, 2))
+    model[2].weight.requires_grad_(False)
+    groups = parameter_groups(model, 0.3)
+    assert [group["weight_decay"] for group in groups] == [0.3, 0.0]
+    assert [len(group["params"]) for group in groups] == [1, 4]
+
+
+def test_sgd_without_momentum_works() -> None:
+    optimizer = build_optimizer(torch.nn.Linear(2, 2), schedule(momentum=0.0).config, torch.device("cpu"))
+    assert not optimizer.param_groups[0]["nesterov"]

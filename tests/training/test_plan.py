@@ -1,0 +1,181 @@
+"""Every "auto" becomes a number, with a reason, before work starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from imgcls_fast.core.config import RunConfig
+from imgcls_fast.core.errors import ConfigError, HardwareError, ImgclsError
+from imgcls_fast.core.manifest import FLAG_PILLOW, LabelSpace, Manifest, PathList
+from imgcls_fast.core.run import Run
+from imgcls_fast.core.settings import build_config, flatten, to_yaml
+from imgcls_fast.training import session
+from imgcls_fast.training.plan import Machine, Plan, make_plan
+
+LAPTOP = Machine(cpus=2, dali=True)
+SERVER = Machine(cpus=32, gpu="NVIDIA H200", bf16=True, dali=True)
+OLD_GPU = Machine(cpus=8, gpu="Tesla P100", bf16=False, dali=True)
+
+
+def images(n: int = 1000, side: int = 400, flags: int = 0) -> Manifest:
+    """A manifest of n images that do not exist: 80 % to train, the rest to validate."""
+    split = np.where(np.arange(n) % 5 == 0, 1, 0).astype(np.uint8)
+    column = np.full(n, side, np.int32)
+    return Manifest(
+        Path("/nowhere"), PathList.of(f"{k}.jpg" for k in range(n)), LabelSpace.single(("a", "b", "c")), (np.arange(n) % 3).astype(np.int32),
+        split, np.full(n, -1, np.int32), column, column, np.ones(n, np.uint8), np.zeros((n, 16), np.uint8), np.full(n, flags, np.uint8),
+    )  # fmt: skip
+
+
+def plan_of(changes: dict[str, Any] | None = None, manifest: Manifest | None = None, machine: Machine = LAPTOP) -> Plan:
+    return make_plan(build_config({"model.init": "scratch", **(changes or {})}), manifest or images(), machine)
+
+
+@pytest.mark.parametrize("machine", [LAPTOP, SERVER, OLD_GPU], ids=["laptop", "server", "old gpu"])
+@pytest.mark.parametrize("init", ["auto", "scratch"])
+@pytest.mark.parametrize("more", [{}, {"loss.class_weights": "auto", "train.accum": 4, "pixels.color": "gray"}], ids=["plain", "more"])
+def test_no_auto_is_left_and_every_decision_has_a_reason(machine: Machine, init: str, more: dict[str, Any]) -> None:
+    plan = plan_of({"model.init": init, **more}, machine=machine)
+    left = [name for name, value in flatten(plan.config).items() if value == "auto"]
+    assert not left
+    assert "auto" not in to_yaml(plan.config)
+    assert all(reason for _, _, reason in plan.rows)
+    decided = {name for name, value in flatten(RunConfig()).items() if value == "auto"}
+    assert decided <= {name for name, _, _ in plan.rows}
+
+
+def test_a_resolved_configuration_gives_the_same_plan_again() -> None:
+    plan = plan_of({"loss.class_weights": "auto"})
+    again = make_plan(plan.config, images(), LAPTOP)
+    assert again.config == plan.config
+    assert (again.pixels, again.augment, again.spec) == (plan.pixels, plan.augment, plan.spec)
+
+
+def test_what_the_user_set_stays_and_is_shown_as_asked() -> None:
+    plan = plan_of({"optim.lr": 0.123, "augment.flip": 0.0, "pixels.size": 64})
+    assert (plan.config.optim.lr, plan.config.augment.flip, plan.config.pixels.size) == (0.123, 0.0, 64)
+    rows = {name: reason for name, _, reason in plan.rows}
+    assert rows["optim.lr"] == rows["augment.flip"] == rows["pixels.size"] == "as asked"
+
+
+def test_a_batch_is_never_larger_than_the_training_split() -> None:
+    plan = plan_of({"train.batch_size": 500}, images(100))
+    assert plan.config.train.batch_size == plan.config.train.micro_batch == 80
+    assert ("train.batch_size", "80", "lowered from 500: there are 80 training images") in plan.rows
+
+
+@pytest.mark.parametrize(("batch", "accum", "micro"), [(64, 4, 16), (10, 3, 4), (5, 8, 1)])
+def test_accumulation_sets_the_micro_batch(batch: int, accum: int, micro: int) -> None:
+    plan = plan_of({"train.batch_size": batch, "train.accum": accum})
+    assert (plan.config.train.micro_batch, plan.config.train.accum) == (micro, None)
+
+
+def test_a_micro_batch_above_the_batch_is_lowered() -> None:
+    assert plan_of({"train.batch_size": 8, "train.micro_batch": 64}).config.train.micro_batch == 8
+
+
+@pytest.mark.parametrize(
+    ("changes", "flags", "machine", "loader"),
+    [
+        ({}, 0, LAPTOP, "dali-cpu"),
+        ({}, 0, SERVER, "dali-gpu"),
+        ({}, 0, Machine(cpus=2, dali=False), "torch"),
+        ({"pixels.color": "rgba"}, 0, LAPTOP, "torch"),
+        ({}, FLAG_PILLOW, LAPTOP, "torch"),
+        ({"train.loader": "torch"}, 0, SERVER, "torch"),
+    ],
+)
+def test_the_loader_suits_machine_and_images(changes: dict[str, Any], flags: int, machine: Machine, loader: str) -> None:
+    assert plan_of(changes, images(flags=flags), machine).config.train.loader == loader
+
+
+@pytest.mark.parametrize(("machine", "precision", "compiled"), [(LAPTOP, "fp32", False), (SERVER, "bf16", True), (OLD_GPU, "fp16", True)])
+def test_precision_and_compiling_suit_the_machine(machine: Machine, precision: str, compiled: bool) -> None:
+    train = plan_of(machine=machine).config.train
+    assert (train.precision, train.compile) == (precision, compiled)
+
+
+@pytest.mark.parametrize(("side", "size"), [(8, 32), (28, 32), (50, 64), (400, 96)])
+def test_small_images_are_not_blown_up(side: int, size: int) -> None:
+    assert plan_of({"model.arch": "small-cnn"}, images(side=side)).pixels.size == size
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "word"),
+    [
+        ({"train.device": "cuda"}, "H001", "cuda"),
+        ({"train.precision": "fp16"}, "C004", "fp16"),
+        ({"train.loader": "dali-gpu"}, "C004", "dali-gpu"),
+        ({"pixels.mean": (0.5, 0.5)}, "C004", "pixels.mean has 2 numbers"),
+        ({"pixels.std": (0.5, 0.5, 0.5), "pixels.color": "gray"}, "C004", "pixels.std has 3 numbers"),
+        ({"loss.class_weights": (1.0, 2.0)}, "C003", "2 numbers"),
+        ({"loss.class_weights": {"d": 1.0}}, "C003", "'d'"),
+        ({"model.arch": "resnet51"}, "M001", "resnet51"),
+        ({"model.init": "no-such-run"}, "U003", "no-such-run"),
+    ],
+)
+def test_settings_that_cannot_be_met_are_refused(changes: dict[str, Any], code: str, word: str) -> None:
+    with pytest.raises(ImgclsError) as refused:
+        plan_of(changes)
+    assert refused.value.code == code
+    assert word in str(refused.value)
+    assert isinstance(refused.value, HardwareError) == (code == "H001")
+
+
+def test_a_weights_file_needs_the_name_of_its_architecture(tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(b"x")
+    with pytest.raises(ConfigError, match=r"does not say its architecture") as refused:
+        plan_of({"model.init": str(path)})
+    assert refused.value.code == "C004"
+
+
+@pytest.mark.slow
+def test_training_starts_from_a_local_weights_file(configure: Callable[..., Any], make_fit: Any, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+    from torchvision.models import resnet18
+
+    torch.manual_seed(1)
+    state = {name: value.contiguous() for name, value in resnet18(num_classes=7).state_dict().items()}
+    save_file(state, tmp_path / "own.safetensors")
+    fit = make_fit({"model.arch": "resnet18", "model.args": {}, "model.init": str(tmp_path / "own.safetensors"), "optim.ema": 0, "train.epochs": 1})
+    mine = fit.model.state_dict()
+    assert torch.equal(mine["backbone.layer1.0.conv1.weight"], state["layer1.0.conv1.weight"])
+    assert mine["backbone.fc.weight"].shape == (3, 512)  # the head fits the data, not the file
+    fit.run()
+    assert len(fit.run_directory.epochs) == 1
+
+
+@pytest.mark.slow
+def test_a_run_can_begin_with_the_weights_of_another(configure: Callable[..., Any], make_fit: Any) -> None:
+    import torch
+
+    from imgcls_fast.core.bundle import read_bundle
+    from imgcls_fast.engines.runtimes import load_model
+
+    first = session.start(configure({"train.epochs": 1, "pixels.size": 48}))
+    second = make_fit({"model.init": str(first.directory), "model.arch": "auto", "model.args": {}, "pixels.size": "auto"})
+    assert second.plan.spec["arch"] == "small-cnn"
+    assert second.plan.pixels.size == 48
+    trained = load_model(read_bundle(first.bundle_path)).state_dict()
+    mine = second.model.state_dict()
+    assert trained.keys() == mine.keys()
+    assert all(torch.equal(mine[name], trained[name]) for name in mine)
+
+
+@pytest.mark.usefixtures("no_judging")
+def test_the_stored_configuration_can_be_used_again(configure: Callable[..., Any], tmp_path: Path) -> None:
+    run = session.start(configure({"train.epochs": 1}))
+    stored = yaml.safe_load(run.config_path.read_text())
+    assert stored["train"]["epochs"] == 1
+    again = build_config({"out": str(tmp_path / "again")}, file=run.config_path)
+    other = session.start(again)
+    assert {k: v for k, v in flatten(other.config).items() if k != "out"} == {k: v for k, v in flatten(run.config).items() if k != "out"}
+    assert isinstance(other, Run)

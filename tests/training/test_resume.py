@@ -1,0 +1,337 @@
+"""Stopping and continuing: the resumed run ends in the bits of the uninterrupted one, or says why it cannot."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from imgcls_fast.core.errors import DataError, Interrupted, ModelError
+from imgcls_fast.core.run import Run
+from imgcls_fast.training import checkpoint, session
+from imgcls_fast.training.fit import Fit
+
+STEPS = 5  # of an epoch: 42 // 8
+
+
+def run_of(config: Any) -> Run:
+    return Run(Path(config.out))
+
+
+def interrupted(config: Any) -> Run:
+    """Start a run that a signal stops."""
+    with pytest.raises(Interrupted) as stopped:
+        session.start(config)
+    assert stopped.value.exit_code == 130
+    assert stopped.value.try_ == f"imgcls-fast train {config.out} --resume"
+    return run_of(config)
+
+
+WAYS = {
+    "fp32-sgd-cosine-torch0": {"train.precision": "fp32", "optim.opt": "sgd", "optim.sched": "cosine"},
+    "fp32-adamw-onecycle-torch2": {"optim.opt": "adamw", "optim.sched": "onecycle", "train.loader": "torch", "train.workers": 2},
+    "bf16-adamw-plateau-dali": {"train.precision": "bf16", "optim.opt": "adamw", "optim.sched": "plateau", "optim.plateau_patience": 1,
+                                "train.loader": "dali-cpu", "train.workers": 2, "train.epochs": 4},
+    "bf16-sgd-onecycle-torch0": {"train.precision": "bf16", "optim.opt": "sgd", "optim.sched": "onecycle", "optim.clip": 1.0},
+    "fp32-sgd-step-dali-accum": {"optim.opt": "sgd", "optim.sched": "step", "train.loader": "dali-cpu", "train.workers": 1,
+                                 "train.accum": 3, "optim.ema": 0, "loss.class_weights": "auto"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("step", [2, STEPS, STEPS + 3], ids=lambda s: f"step{s}")
+@pytest.mark.usefixtures("no_judging")
+def test_a_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(
+    way: str, step: int, configure: Callable[..., Any], stop_at: Callable[..., None], same_result: Callable[..., None]
+) -> None:
+    straight = session.start(configure(WAYS[way]))
+    stop_at(step)
+    broken = interrupted(configure(WAYS[way]))
+    progress = checkpoint.read_checkpoint(broken.checkpoints / "last")[1]
+    assert progress.step == step
+    torch.manual_seed(99)  # what the process did in between must not matter
+    session.resume(broken, {})
+    same_result(straight, broken)
+
+
+@pytest.mark.usefixtures("no_judging")
+def test_stopping_at_every_single_step_ends_in_the_same_bits(
+    configure: Callable[..., Any], stop_at: Callable[..., None], same_result: Callable[..., None]
+) -> None:
+    straight = session.start(configure())
+    stop_at(1)
+    run = interrupted(configure())
+    for step in range(2, 2 * STEPS):
+        stop_at(step)
+        with pytest.raises(Interrupted):
+            session.resume(run, {})
+    session.resume(run, {})
+    same_result(straight, run)
+
+
+@pytest.mark.usefixtures("no_judging")
+def test_a_signal_during_validation_saves_and_resumes_with_the_same_bits(
+    configure: Callable[..., Any], stop_at: Callable[..., None], same_result: Callable[..., None]
+) -> None:
+    straight = session.start(configure())
+    stop_at(STEPS, where="validate")
+    broken = interrupted(configure())
+    progress = checkpoint.read_checkpoint(broken.checkpoints / "last")[1]
+    assert (progress.epoch, progress.index, progress.step) == (0, STEPS, STEPS)
+    session.resume(broken, {})
+    same_result(straight, broken)
+
+
+@pytest.mark.usefixtures("no_judging")
+def test_a_signal_after_the_last_step_is_not_lost(
+    configure: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, same_result: Callable[..., None]
+) -> None:
+    straight = session.start(configure())
+    original = Fit._finish_epoch
+
+    def finish(self: Fit, *arguments: Any) -> None:
+        if self.progress.epoch == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        original(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Fit, "_finish_epoch", finish)
+        broken = interrupted(configure())
+    session.resume(broken, {})
+    same_result(straight, broken)
+
+
+def test_a_run_killed_between_training_and_bundle_or_report_is_finished_by_resume(configure: Callable[..., Any], monkeypatch: Any) -> None:
+    for victim in ("make_bundle", "report_run"):
+        config = configure({"train.epochs": 1})
+
+        def die(*arguments: Any, **more: Any) -> Any:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(session, victim, die)
+            run = interrupted(config)
+        assert not run.report_path.exists()
+        assert run.finished == (victim == "report_run")
+        session.resume(run, {})
+        assert run.finished
+        assert run.report_path.exists()
+        assert len(run.epochs) == 1
+
+
+@pytest.mark.usefixtures("no_judging")
+def test_metrics_csv_is_complete_after_a_kill_between_checkpoint_and_csv(configure: Callable[..., Any], monkeypatch: Any) -> None:
+    config = configure()
+
+    def die(self: Run, epochs: Any) -> None:
+        if len(epochs) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "write_epochs", die)
+        run = interrupted(config)
+    session.resume(run, {})
+    assert [line["epoch"] for line in run.epochs] == [1, 2]
+
+
+def test_resuming_a_finished_run_says_so_and_changes_nothing(configure: Callable[..., Any]) -> None:
+    run = session.start(configure({"train.epochs": 1}))
+    before = {path: path.read_bytes() for path in (run.bundle_path / "weights.safetensors", run.report_path)}
+    heard: list[dict[str, Any]] = []
+    session.resume(run, {}, [heard.append])
+    assert any("finished" in e.get("text", "") and "--init" in e["text"] for e in heard if e["event"] == "warning")
+    assert not any(e["event"] == "start" for e in heard)
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
+@pytest.mark.usefixtures("no_judging")
+class TestWhatMayChange:
+    """Settings, files, versions."""
+
+    @pytest.fixture
+    def broken(self, configure: Callable[..., Any], stop_at: Callable[..., None], own_data: Path) -> Run:
+        stop_at(2)
+        return interrupted(configure({}, own_data))
+
+    @pytest.mark.parametrize(
+        ("name", "value"), [("optim.lr", 0.5), ("train.epochs", 9), ("train.batch_size", 4), ("pixels.size", 48), ("train.seed", 5)]
+    )
+    def test_a_setting_that_shapes_the_weights_is_refused_by_name(self, broken: Run, name: str, value: Any) -> None:
+        with pytest.raises(ModelError, match=name) as refused:
+            session.resume(broken, {name: value})
+        assert refused.value.code == "M006"
+
+    def test_free_settings_may_change_and_are_kept(self, broken: Run, tmp_path: Path) -> None:
+        where = broken.config.out
+        session.resume(broken, {"train.workers": 1, "train.save_every": 5.0, "evaluate.bootstrap": 33, "out": str(tmp_path / "elsewhere")})
+        assert (broken.config.train.workers, broken.config.train.save_every, broken.config.evaluate.bootstrap) == (1, 5.0, 33)
+        assert broken.config.out == where
+        assert not (tmp_path / "elsewhere").exists()
+
+    def test_another_thread_count_warns_that_the_bits_may_differ(self, broken: Run) -> None:
+        heard: list[dict[str, Any]] = []
+        session.resume(broken, {"train.threads": 2}, [heard.append])
+        texts = [e["text"] for e in heard if e["event"] == "warning"]
+        assert any("threads was 1, is 2" in text and "bitwise" in text for text in texts)
+
+    def test_other_versions_warn_by_name(self, broken: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+        from imgcls_fast.training import fit
+
+        monkeypatch.setattr(fit.env, "versions", lambda names: {**dict.fromkeys(names, "1"), "torch": "9.9"})
+        heard: list[dict[str, Any]] = []
+        session.resume(broken, {}, [heard.append])
+        assert any("torch was" in e["text"] and "is 9.9" in e["text"] for e in heard if e["event"] == "warning")
+
+    def test_no_warning_when_nothing_differs(self, broken: Run) -> None:
+        heard: list[dict[str, Any]] = []
+        session.resume(broken, {}, [heard.append])
+        assert not [e for e in heard if e["event"] == "warning"]
+
+    @pytest.mark.parametrize("change", ["deleted", "other bytes"])
+    def test_changed_files_are_refused_by_name(self, broken: Run, change: str) -> None:
+        victim = broken.manifest.path(int(broken.manifest.rows("train")[3]))
+        if change == "deleted":
+            victim.unlink()
+        else:
+            victim.write_bytes(victim.read_bytes() + b"x")
+        with pytest.raises(DataError) as refused:
+            session.resume(broken, {})
+        assert refused.value.code == "D010"
+        assert victim.name in refused.value.where
+
+
+def damage(path: Path, how: str) -> None:
+    content = bytearray(path.read_bytes())
+    if how == "truncated":
+        content = content[: len(content) // 2]
+    elif how == "one bit":
+        content[len(content) // 2] ^= 1
+    elif how == "zeroed":
+        middle = len(content) // 2
+        content[middle : middle + 4096] = bytes(len(content[middle : middle + 4096]))
+    path.unlink()  # `best` may share the file
+    path.write_bytes(bytes(content))
+
+
+@pytest.mark.usefixtures("no_judging")
+@pytest.mark.parametrize("how", ["truncated", "one bit", "zeroed", "state", "missing"])
+def test_a_damaged_checkpoint_is_detected_and_the_one_before_it_used(
+    how: str, configure: Callable[..., Any], stop_at: Callable[..., None], same_result: Callable[..., None]
+) -> None:
+    straight = session.start(configure())
+    stop_at(STEPS + 2)
+    broken = interrupted(configure())
+    last = broken.checkpoints / "last"
+    if how == "missing":
+        (last / checkpoint.TENSORS).unlink()
+    elif how == "state":
+        damage(last / checkpoint.STATE, "one bit")
+    else:
+        damage(last / checkpoint.TENSORS, how)
+    heard: list[dict[str, Any]] = []
+    session.resume(broken, {}, [heard.append])
+    texts = [e["text"] for e in heard if e["event"] == "warning"]
+    assert any(str(last) in text and "using previous" in text for text in texts), texts
+    same_result(straight, broken)
+
+
+@pytest.mark.usefixtures("no_judging")
+def test_nothing_is_trained_when_every_checkpoint_is_damaged(configure: Callable[..., Any], stop_at: Callable[..., None]) -> None:
+    stop_at(STEPS + 2)
+    broken = interrupted(configure())
+    for folder in broken.checkpoints.iterdir():
+        damage(folder / checkpoint.TENSORS, "truncated")
+    with pytest.raises(ModelError) as refused:
+        session.resume(broken, {})
+    assert refused.value.code == "M005"
+    assert not [path for path in broken.checkpoints.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.usefixtures("no_judging")
+def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(
+    configure: Callable[..., Any], stop_at: Callable[..., None], same_result: Callable[..., None]
+) -> None:
+    straight = session.start(configure())
+    stop_at(1)
+    broken = interrupted(configure())
+    shutil.rmtree(broken.checkpoints)
+    session.resume(broken, {})
+    same_result(straight, broken)
+
+
+@pytest.mark.usefixtures("no_judging")
+def test_resume_obeys_an_out_of_memory_revision(
+    configure: Callable[..., Any], stop_at: Callable[..., None], monkeypatch: pytest.MonkeyPatch, same_result: Callable[..., None]
+) -> None:
+    original = Fit._accumulate
+
+    def scarce(self: Fit, batch: Any, total: float) -> Any:
+        if self.progress.step >= 1 and self.progress.micro_batch > 4:
+            raise torch.OutOfMemoryError("injected")
+        return original(self, batch, total)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Fit, "_accumulate", scarce)
+        straight = session.start(configure())
+        stop_at(3)
+        broken = interrupted(configure())
+    assert checkpoint.read_checkpoint(broken.checkpoints / "last")[1].micro_batch == 4
+    session.resume(broken, {})
+    same_result(straight, broken)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+def test_a_signalled_process_exits_with_130_and_its_resume_command_works(
+    number: int, tiny_data: Path, tmp_path: Path
+) -> None:
+    run, start = command_line(tiny_data, tmp_path)
+    process = subprocess.Popen(start, env=environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout or ():
+        if line.startswith("ep 2/"):
+            break
+    process.send_signal(number)
+    out, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors
+    assert "error[X130]" in errors
+    assert f"imgcls-fast train {run} --resume" in errors
+    stored = json.loads((run / "checkpoints" / "last" / "state.json").read_text())["progress"]
+    assert 2 <= stored["epoch"] + 1 < 400
+    again = [sys.executable, "-m", "imgcls_fast", "train", str(run), "--resume", "--json"]
+    process = subprocess.Popen(again, env=environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stderr or ():
+        if line.startswith("ep "):
+            assert int(line.split()[1].split("/")[0]) >= stored["epoch"]
+            break
+    process.send_signal(number)
+    process.send_signal(number)  # the second one acts at once, and still leaves a readable checkpoint
+    out, errors = process.communicate(timeout=120)
+    assert process.returncode in (130, -number), errors
+    found = checkpoint.find_checkpoint(run.joinpath("checkpoints"))
+    assert found is not None
+    assert found[1][1].step >= stored["step"]
+
+
+def command_line(data: Path, tmp_path: Path) -> tuple[Path, list[str]]:
+    run = tmp_path / "signalled"
+    sets = {
+        "model.arch": "small-cnn", "model.args": '{"width": 8}', "pixels.size": 32, "train.epochs": 400, "train.batch_size": 8,
+        "train.threads": 1, "train.workers": 1, "train.loader": "torch", "train.baseline": "false",
+    }  # fmt: skip
+    words = [sys.executable, "-m", "imgcls_fast", "train", str(data), "--out", str(run)]
+    for name, value in sets.items():
+        words += ["--set", f"{name}={value}"]
+    return run, words
+
+
+def environment(tmp_path: Path) -> dict[str, str]:
+    return {**os.environ, "IMGCLS_RUNS": str(tmp_path / "runs"), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "COLUMNS": "200"}
