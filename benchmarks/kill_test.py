@@ -24,7 +24,7 @@ from pathlib import Path
 
 LOADERS = ("torch", "dali-cpu")
 SETTINGS = {
-    "model.arch": "small-cnn", "model.args": '{"width": 8}', "model.drop_rate": "0.2", "pixels.size": "32", "train.epochs": "4",
+    "model.arch": "small-cnn", "model.args": '{"width": 8}', "model.drop_rate": "0.2", "pixels.size": "32", "train.epochs": "8",
     "train.batch_size": "8", "train.threads": "1", "train.workers": "1", "train.save_every": "0", "train.baseline": "false",
     "train.precision": "fp32", "train.device": "cpu", "evaluate.bootstrap": "20", "optim.sched": "onecycle", "optim.ema": "0.9",
 }  # fmt: skip
@@ -170,13 +170,13 @@ def torture(loader: str, kills: int, data: Path, work: Path, draw: random.Random
 
 
 def finish(run: Path, data: Path, kills: int, outcome: Outcome, span_s: float, draw: random.Random) -> None:
-    """One run: killed two to four times (while kills are left), each time continued, then left to end."""
-    planned = draw.randint(2, 4)
+    """One run: killed four to eight times (while kills are left), each time continued, then left to end."""
+    planned = draw.randint(4, 8)
     while True:
         process = start(run, None if (run / "manifest.npz").exists() else data, outcome.loader)
         if planned and outcome.kills < kills:
             planned -= 1
-            place = kill_once(process, run, 1.1 * span_s / 2, draw)
+            place = kill_once(process, run, 1.1 * span_s / 4, draw)
             if place is not None:
                 outcome.kills += 1
                 outcome.places[place] += 1

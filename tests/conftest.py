@@ -55,6 +55,12 @@ def bundle_of(tmp_path: Path) -> Callable[..., Any]:
         with torch.no_grad():  # untrained heads answer 1/K to everything, which would agree with anything
             for parameter in model.head_parameters():
                 parameter.copy_(torch.randn_like(parameter) * (0.5 if parameter.ndim > 1 else 0.1))
+            norms = [module for module in model.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
+            for norm in norms:  # and untrained statistics let every image fade into the same features
+                norm.momentum = None
+            model.train()
+            model((torch.rand(16, 1, 1, channels) * torch.rand(16, size, size, channels) * 255).to(torch.uint8))
+            model.eval()
         state = {name: value.contiguous() for name, value in model.state_dict().items()}
         return write_bundle(
             tmp_path / f"model{len(made)}" / "bundle",

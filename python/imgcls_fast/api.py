@@ -225,7 +225,7 @@ def export(run: RunLike = None, target: str = "onnx", *, opset: int | None = Non
         from .core.files import write_whole
 
         content = Path(made["path"]).read_bytes()
-        write_whole(Path(out), lambda file: file.write(content) and None)
+        write_whole(Path(out), lambda file: file.write(content))
         made["copy"] = str(out)
     return {"path": made["path"], **made["comparison"], **{k: made[k] for k in ("opset", "bytes", "sha256", "copy") if k in made}}
 
@@ -250,7 +250,7 @@ def check_data(data: str | Path | None = None, **arguments: Any) -> dict[str, An
     """Scan images as `train` would, and tell everything that is wrong with them; changes nothing.
 
     Returns:
-        ok, line (the summary), problems, quarantine (path and reason), notices, classes and counts.
+        ok, line (the summary), problems, quarantine (path and reason of each), notices, classes and counts.
     """
     from .data.digits import write_digits
     from .data.prepare import scan_options
@@ -264,7 +264,7 @@ def check_data(data: str | Path | None = None, **arguments: Any) -> dict[str, An
         "ok": not found.problems,
         "line": found.summary(),
         "problems": [vars(problem) for problem in found.problems],
-        "quarantine": [[file.path, file.reason] for file in found.quarantine],
+        "quarantine": [{"path": file.path, "reason": file.reason} for file in found.quarantine],
         "notices": list(found.notices),
         "skipped": found.skipped,
         "duplicates_removed": found.dropped,

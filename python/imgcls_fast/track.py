@@ -263,8 +263,7 @@ def done_facts(event: Event) -> list[tuple[str, str]]:
     facts = [("accuracy", f"{_fixed(event['accuracy'])}{_interval(event.get('ci'))}")]
     baseline = event.get("baseline")
     if baseline is not None:
-        gain = event["accuracy"] - baseline
-        facts.append(("baseline", f"{_fixed(baseline)}, so {abs(gain):.3f} {'better' if gain > 0 else 'worse' if gain < 0 else 'apart'}"))
+        facts.append(("baseline", f"{_fixed(baseline)}, {_against(event, baseline)}"))
     facts.append(("macro F1", _fixed(event.get("macro_f1"))))
     facts.append(("calibration", f"ECE {_fixed(event.get('ece'))} (0: confidence and accuracy agree)"))
     worst = [f"{name} F1 {_fixed(f1)} ({support:,} images)" for name, f1, support in event.get("worst") or ()]
@@ -272,6 +271,15 @@ def done_facts(event: Event) -> list[tuple[str, str]]:
         facts.append(("worst", "\n".join(worst)))
     facts.append(("time", clock(event.get("seconds"))))
     return facts
+
+
+def _against(event: Event, baseline: float) -> str:
+    """Better or worse than the baseline, or inside the interval and so neither."""
+    gain = event["accuracy"] - baseline
+    low, high = event.get("ci") or (event["accuracy"], event["accuracy"])
+    if low <= baseline <= high:
+        return f"inside the interval: no clear difference ({gain:+.3f})"
+    return f"so {abs(gain):.3f} {'better' if gain > 0 else 'worse'}"
 
 
 def done_line(event: Event) -> str:
@@ -284,7 +292,8 @@ def _data_lines(event: Event) -> list[str]:
     if event.get("quarantined"):
         parts.append(f"{event['quarantined']:,} quarantined")
     if event.get("duplicates_removed"):
-        parts.append(f"{event['duplicates_removed']:,} duplicates across splits removed")
+        removed = event["duplicates_removed"]
+        parts.append(f"{removed:,} duplicate{'s' * (removed != 1)} across splits removed")
     splits = "  ".join(f"{name} {count:,}" for name, count in (event.get("splits") or {}).items())
     return [", ".join(parts), *([f"  {splits}"] if splits else []), *(f"  {notice}" for notice in event.get("notices") or ())]
 

@@ -30,7 +30,9 @@ def failing(error: BaseException):
 
 
 @pytest.mark.parametrize("there_before", [True, False])
-@pytest.mark.parametrize("error", [ValueError("no"), Stop(), OSError(errno.ENOSPC, "No space left on device")], ids=repr)
+@pytest.mark.parametrize(
+    "error", [ValueError("no"), Stop(), OSError(errno.ENOSPC, "No space left on device")], ids=repr
+)
 def test_an_error_while_writing_leaves_the_old_file_and_no_litter(tmp_path, there_before, error):
     path = tmp_path / "state.json"
     if there_before:

@@ -42,7 +42,10 @@ def test_what_is_saved_is_loaded_with_odd_names_and_unknown_labels(tmp_path, lab
 
 def test_batches_are_gathered_sorted_without_padding_and_each_row_once():
     rows = [np.array([9, 2, -1]), np.array([2, 5, -1])]
-    scores = [np.array([[9, 0, 0], [2, 0, 0], [7, 7, 7]], np.float32), np.array([[2, 0, 0], [5, 0, 0], [7, 7, 7]], np.float32)]
+    scores = [
+        np.array([[9, 0, 0], [2, 0, 0], [7, 7, 7]], np.float32),
+        np.array([[2, 0, 0], [5, 0, 0], [7, 7, 7]], np.float32),
+    ]
     gathered = Predictions.gather(rows, scores, None, LABELS, [f"{k}.jpg" for k in range(10)])
     assert gathered.rows.tolist() == [2, 5, 9] and gathered.scores[:, 0].tolist() == [2, 5, 9]
     assert gathered.paths == ("2.jpg", "5.jpg", "9.jpg")

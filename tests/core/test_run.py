@@ -49,7 +49,8 @@ HOLDER = """
 import os, sys, time
 from pathlib import Path
 from imgcls_fast.core.run import Run
-Run(Path(sys.argv[1])).lock()
+run = Run(Path(sys.argv[1]))
+run.lock()
 if sys.argv[2] == "fork" and os.fork() == 0:
     os.close(1)
     time.sleep(60)

@@ -63,7 +63,9 @@ class Kit:
         )
 
     @staticmethod
-    def sampler(manifest: Manifest, batch: int, augment: Augment | None = None, pixels: Pixels | None = None) -> Sampler:
+    def sampler(
+        manifest: Manifest, batch: int, augment: Augment | None = None, pixels: Pixels | None = None
+    ) -> Sampler:
         rows = np.arange(len(manifest))
         return Sampler(manifest, rows, pixels or Kit.pixels(), batch, seed=7, augment=augment)
 
@@ -81,7 +83,9 @@ class Kit:
         return [Kit.copy(batch) for epoch in epochs for batch in loader.epoch(epoch, start)]
 
     @staticmethod
-    def run(sampler: Sampler, backend: str, workers: int = 1, epochs: tuple[int, ...] = (0,), **more: Any) -> list[Delivered]:
+    def run(
+        sampler: Sampler, backend: str, workers: int = 1, epochs: tuple[int, ...] = (0,), **more: Any
+    ) -> list[Delivered]:
         """All batches of some epochs, by a loader of its own."""
         loader = Kit.open(sampler, backend, workers, **more)
         try:

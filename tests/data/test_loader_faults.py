@@ -312,7 +312,9 @@ def test_a_file_that_dali_refuses_or_doubts_and_pillow_reads_is_delivered_as_pil
 
 
 @BACKENDS
-def test_a_cut_file_is_found_whatever_the_crop_so_that_a_resumed_run_finds_it_too(kit, tmp_path, photo, backend, workers):
+def test_a_cut_file_is_found_whatever_the_crop_so_that_a_resumed_run_finds_it_too(
+    kit, tmp_path, photo, backend, workers
+):
     names = ["base.jpg", "progressive.jpg", "a.png", "a.webp", "a.bmp", "good.jpg"]
     for k, name in enumerate(names):
         photo(k, 400, 300).save(tmp_path / name, progressive=name.startswith("prog"))

@@ -225,7 +225,9 @@ def test_exif_turned_images_are_cropped_in_turned_coordinates_unless_told_otherw
 
 
 def test_rows_with_the_flag_or_an_extreme_shape_are_left_to_pillow():
-    manifest = listing(4, flags=np.array([0, FLAG_PILLOW, 0, 0], np.uint8), width=np.array([60, 60, 481, 480], np.int32))
+    manifest = listing(
+        4, flags=np.array([0, FLAG_PILLOW, 0, 0], np.uint8), width=np.array([60, 60, 481, 480], np.int32)
+    )
     sampler = Sampler(manifest, np.arange(4), PIXELS, 4)
     assert sampler.needs_pillow(np.arange(4)).tolist() == [False, True, True, False]
 
@@ -235,7 +237,12 @@ SCALES = [((0.08, 1.0), (3 / 4, 4 / 3)), ((0.35, 1.0), (3 / 4, 4 / 3)), ((0.9, 1
 
 
 @given(
-    st.integers(1, 5000), st.integers(1, 5000), st.floats(0.01, 1), st.floats(0, 1), st.floats(0.2, 5), st.integers(0, 2**32)
+    st.integers(1, 5000),
+    st.integers(1, 5000),
+    st.floats(0.01, 1),
+    st.floats(0, 1),
+    st.floats(0.2, 5),
+    st.integers(0, 2**32),
 )
 def test_crops_are_never_empty_and_always_inside_the_image(width, height, low, span, aspect, seed):
     u = np.random.default_rng(seed).random((64, DRAWS))
@@ -324,7 +331,9 @@ def test_alpha_is_not_coloured():
     pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 4), dtype=np.uint8)
     changed = apply_color(pixels, np.array([0.5, 1.2, 0.1, 40], np.float32))
     np.testing.assert_array_equal(changed[:, :, 3], pixels[:, :, 3])
-    np.testing.assert_array_equal(changed[:, :, :3], apply_color(pixels[:, :, :3].copy(), np.array([0.5, 1.2, 0.1, 40])))
+    np.testing.assert_array_equal(
+        changed[:, :, :3], apply_color(pixels[:, :, :3].copy(), np.array([0.5, 1.2, 0.1, 40]))
+    )
 
 
 def test_gray_pixels_stay_gray_whatever_the_hue_and_saturation():

@@ -335,3 +335,20 @@ def command_line(data: Path, tmp_path: Path) -> tuple[Path, list[str]]:
 
 def environment(tmp_path: Path) -> dict[str, str]:
     return {**os.environ, "IMGCLS_RUNS": str(tmp_path / "runs"), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "COLUMNS": "200"}
+
+
+@pytest.mark.usefixtures("no_judging")
+def test_resume_does_not_need_the_weights_that_the_run_began_with(
+    configure: Callable[..., Any], make_fit: Any, stop_at: Callable[..., None], tmp_path: Path, same_result: Callable[..., None]
+) -> None:
+    from safetensors.torch import save_file
+
+    path = tmp_path / "begin.safetensors"
+    start = {name.removeprefix("backbone."): value.contiguous() for name, value in make_fit().model.state_dict().items()}
+    save_file(start, path)
+    straight = session.start(configure({"model.init": str(path)}))
+    stop_at(3)
+    broken = interrupted(configure({"model.init": str(path)}))
+    path.unlink()
+    session.resume(broken, {})
+    same_result(straight, broken)

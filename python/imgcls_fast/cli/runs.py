@@ -45,7 +45,7 @@ def doctor(request: Request, session: Session) -> Answer:
             say(console, section["name"], "bold")
             width = max((len(item["item"]) for item in section["items"]), default=0)
             for item in section["items"]:
-                mark, style = {True: ("ok", "green"), False: ("no", "red")}.get(item["ok"], ("--", "dim"))  # type: ignore[call-overload]
+                mark, style = {True: ("ok", "green"), False: ("no", "red")}.get(item["ok"], ("--", "dim"))
                 console.print(f"  {mark}  ", style=style, end="")
                 say(console, f"{item['item']:<{width}}  {text(item['value'])}")
                 if item["hint"]:

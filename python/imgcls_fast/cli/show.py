@@ -39,21 +39,25 @@ def say(console: Any, line: str, style: str = "") -> None:
     console.print(line, style=style or None, soft_wrap=True)
 
 
-def facts(console: Any, values: Mapping[str, Any], indent: int = 0) -> None:
-    """Names and values; nested mappings are indented, lists of mappings become tables."""
+def facts(console: Any, values: Mapping[str, Any], indent: int = 0, *, names: bool = False) -> None:
+    """Names and values; nested mappings are indented, lists of mappings become tables.
+
+    With `names`, the keys are names of the user's (classes), which are shown as they are.
+    """
+    shown = str if names else words
     plain = {name: value for name, value in values.items() if not isinstance(value, Mapping) and not _is_table(value)}
     width = max((len(name) for name in plain), default=0)
     for name, value in values.items():
         if isinstance(value, Mapping):
             if value:
-                say(console, " " * indent + words(name), "bold")
-                facts(console, value, indent + 2)
+                say(console, " " * indent + shown(name), "bold")
+                facts(console, value, indent + 2, names=True)
         elif _is_table(value):
             say(console, " " * indent + words(name), "bold")
             heads = list(dict.fromkeys(key for row in value for key in row))
             table(console, heads, ([row.get(head) for head in heads] for row in value))
         else:
-            say(console, f"{' ' * indent}{words(name):<{width}}  {text(value)}")
+            say(console, f"{' ' * indent}{shown(name):<{width}}  {text(value)}")
 
 
 def words(name: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
 Auto = Literal["auto"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -40,6 +40,12 @@ def _listed(value: Any) -> Any:
     return parts if len(parts) > 1 else value
 
 
+def _sums_to_one(fractions: tuple[float, float, float]) -> tuple[float, float, float]:
+    if abs(sum(fractions) - 1) > 1e-6:
+        raise ValueError(f"data.split must sum to 1, got {sum(fractions):g}")
+    return fractions
+
+
 Seconds = Annotated[float, BeforeValidator(parse_seconds), Field(ge=0)]
 
 
@@ -53,7 +59,7 @@ class DataConfig(Section):
     """Which images, and how they are checked and divided."""
 
     source: str | None = Field(None, description="folder, CSV, JSONL, zip or tar; none: the embedded digits")
-    split: Annotated[tuple[Fraction, Fraction, Fraction], BeforeValidator(_listed)] = Field(
+    split: Annotated[tuple[Fraction, Fraction, Fraction], BeforeValidator(_listed), AfterValidator(_sums_to_one)] = Field(
         (0.8, 0.1, 0.1), description="train, val and test fractions, where the data has no splits of its own"
     )
     split_seed: int = Field(1998, ge=0, description="seed of the split; the training seed does not move it")
@@ -68,12 +74,6 @@ class DataConfig(Section):
     verify: Literal["suspect", "full"] = Field("suspect", description="full: decode every image at the scan")
     duplicates: Literal["drop", "keep", "error"] = Field("drop", description="copies of an image in two splits")
     near_duplicates: bool = Field(False, description="also treat near copies (64-bit dHash) as duplicates")
-
-    @model_validator(mode="after")
-    def _fractions_sum_to_one(self) -> DataConfig:
-        if abs(sum(self.split) - 1) > 1e-6:
-            raise ValueError(f"data.split must sum to 1, got {sum(self.split):g}")
-        return self
 
 
 class PixelsConfig(Section):
@@ -117,7 +117,9 @@ class ModelConfig(Section):
     args: dict[str, int | float | bool | str] = Field(default_factory=dict, description="arguments of the architecture")
     drop_rate: Annotated[float, Field(ge=0, lt=1)] | Auto = Field("auto", description="dropout before the head")
     drop_path: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="stochastic depth, where the family has it")
-    freeze: Literal["none", "backbone"] | PositiveInt = Field("none", description="backbone, or the first K children")
+    freeze: Literal["none", "backbone"] | Annotated[int, Field(ge=1, le=4)] = Field(
+        "none", description="backbone, or the first K of its four stages"
+    )
 
 
 class LossConfig(Section):
@@ -179,7 +181,9 @@ class TrainConfig(Section):
 class EvaluateConfig(Section):
     """How a model is judged."""
 
-    top_k: Annotated[tuple[PositiveInt, ...], BeforeValidator(_listed)] = Field((1, 5), json_schema_extra=FREE)
+    top_k: Annotated[tuple[PositiveInt, ...], BeforeValidator(_listed)] = Field(
+        (1, 5), description="also report whether the truth is among the K most probable", json_schema_extra=FREE
+    )
     bootstrap: PositiveInt = Field(1000, description="resamples behind a confidence interval", json_schema_extra=FREE)
     batch_size: PositiveInt | Auto = Field("auto", description="images per forward pass", json_schema_extra=FREE)
     calibrate: bool = Field(True, description="fit a temperature on the validation rows", json_schema_extra=FREE)

@@ -40,7 +40,7 @@ def explained_write(path: Path) -> Iterator[None]:
         ) from error
 
 
-def write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
+def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Call `write` on a new file beside `path`, sync it, and rename it into place.
 
     Going through a file object in the target directory keeps the system's error number (a full disk says so) and makes

@@ -142,6 +142,8 @@ def _explain(error: ValidationError, origin: dict[str, str]) -> ConfigError:
     others = sorted({n for n, _ in problems if n != name})
     if others:
         message += f" (also wrong: {', '.join(others)})"
+    if item["type"] == "value_error" and name not in setting_names():  # a rule about several settings of a section
+        return ConfigError("C004", message, where=_where(name, origin))
     range_error = any(i["type"].startswith(("greater", "less", "literal", "value_error")) for i in same)
     return ConfigError("C003" if range_error else "C002", message, where=_where(name, origin))
 

@@ -3,6 +3,10 @@
 DALI cannot skip a bad image: one undecodable file makes the whole pipeline invalid (NVIDIA/DALI issue 3913). So files
 are checked before they come here, and a file that slips through is found, quarantined, and the pipeline rebuilt at the
 next undelivered batch, which needs no saved state because the sampler is a pure function.
+
+Pixels are within 2 levels of Pillow's (mean 0.16), with two exceptions in less than 0.1 % of the values: at the very
+edge of an image DALI repeats the last pixel where Pillow renormalises its filter (up to 15 levels, outermost row or
+column), and bicubic overshoot at hard edges is clipped after both passes, not between them (up to 14 levels).
 """
 
 from __future__ import annotations
@@ -125,7 +129,7 @@ class DaliLoader:
         ]
         side = self.sampler.pixels.size
         wanted, whole = (request.resize, (side, side, 0, 0)) if request.crop is None else (request.crop, (0, 0, 1, 1))
-        place = np.where(own[:, None], wanted, whole).astype(np.int32)
+        place = np.where(own[:, None], np.asarray(wanted), whole).astype(np.int32)
         columns = [names, list(place[:, :2]), list(place[:, 2:])]
         if request.crop is not None:
             columns.append(list(request.flip.astype(np.int32)))

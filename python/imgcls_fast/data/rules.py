@@ -65,7 +65,7 @@ class ScanResult:
             parts.append(f"smallest {counts.min():,}")
         parts.append(f"{len(self.quarantine):,} quarantined")
         if self.dropped:
-            parts.append(f"{self.dropped:,} duplicates across splits removed")
+            parts.append(f"{self.dropped:,} duplicate{'s' * (self.dropped != 1)} across splits removed")
         return ", ".join(parts)
 
 
@@ -119,7 +119,7 @@ class Tabulation:
         self._check_classes(rows)
         skipped = int(self.files.skip.sum()) + self.listing.skipped
         if skipped:
-            self.notices.append(f"{skipped:,} files that are not images were skipped")
+            self.notices.append(f"{skipped:,} file{'s' * (skipped != 1)} that {'are not images were' if skipped != 1 else 'is no image was'} skipped")
         manifest = self._manifest(rows)
         return ScanResult(manifest, bad, tuple(self.problems), tuple(self.notices), skipped, self.dropped)
 

@@ -72,9 +72,7 @@ def render(image: np.ndarray, request: Request, position: int, pixels: Pixels) -
     return out
 
 
-def decode_batch(
-    sampler: Sampler, request: Request, threads: int = 1
-) -> tuple[np.ndarray, Request, dict[int, str]]:
+def decode_batch(sampler: Sampler, request: Request, threads: int = 1) -> tuple[np.ndarray, Request, dict[int, str]]:
     """Decode a request with Pillow: pixels (B, S, S, C) uint8, the request as delivered, row -> reason of failures."""
     pixels, manifest = sampler.pixels, sampler.manifest
     size = len(request.rows)
@@ -121,7 +119,7 @@ def _check_size(sampler: Sampler, row: int, image: np.ndarray) -> None:
         raise Undecodable(str(sampler.manifest.path(row)), reason)
 
 
-class _Batches(Dataset):  # type: ignore[type-arg]
+class _Batches(Dataset):
     """Key (epoch, index, bad rows) -> a finished batch; lives in the workers."""
 
     def __init__(self, sampler: Sampler) -> None:
@@ -133,7 +131,7 @@ class _Batches(Dataset):  # type: ignore[type-arg]
         return make_batch(self.sampler.manifest, delivered, pixels), failed
 
 
-class _Keys(KeySampler):  # type: ignore[type-arg]
+class _Keys(KeySampler):
     """The keys of the epoch that was asked for, made while the DataLoader hands out the work."""
 
     def __init__(self, sampler: Sampler, bad: dict[int, str]) -> None:

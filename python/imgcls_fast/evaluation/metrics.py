@@ -202,7 +202,7 @@ def _check_rows(predictions: Predictions) -> None:
         text = f"{bad.sum()} of {len(scores)} rows have scores outside [0, 1]; the first holds {low} .. {high}"
         raise DataError("D014", text, where=f"row {predictions.rows[first]}, {predictions.paths[first]}", why=why)
     predictions.truth  # noqa: B018  (D004 where there are no labels)
-    unknown = ~(predictions.targets > 0).any(1)
+    unknown = ~(np.asarray(predictions.targets) > 0).any(1)
     if unknown.any():
         first = int(unknown.argmax())
         text = f"{unknown.sum()} of {len(scores)} rows have no label, so they cannot be judged"

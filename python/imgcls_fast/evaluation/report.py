@@ -7,9 +7,10 @@ import csv
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
@@ -124,7 +125,11 @@ def write_plots(directory: Path, pictures: Mapping[str, bytes]) -> None:
     """Write each picture as `<name>.png`."""
     directory.mkdir(parents=True, exist_ok=True)
     for name, picture in pictures.items():
-        write_whole(directory / f"{name}.png", lambda file, picture=picture: file.write(picture) and None)
+        write_whole(directory / f"{name}.png", partial(_put, picture))
+
+
+def _put(picture: bytes, file: BinaryIO) -> None:
+    file.write(picture)
 
 
 def _csv(rows: Sequence[Sequence[Any]]) -> str:

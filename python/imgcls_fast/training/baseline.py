@@ -42,7 +42,7 @@ def image_features(pixels: np.ndarray) -> np.ndarray:
     cell = np.minimum(np.arange(size) * 4 // size, 3)
     where = (cell[:, None] * 4 + cell[None, :])[None] * 9 + angle + np.arange(n)[:, None, None] * 144
     orientation = np.bincount(where.ravel(), strength.ravel(), minlength=n * 144).reshape(n, 144)
-    orientation /= orientation.sum(1, keepdims=True) + 1e-6
+    orientation = orientation / (orientation.sum(1, keepdims=True) + 1e-6)
     return np.concatenate([thumbnail, 2 * histogram, 10 * orientation], 1).astype(np.float32)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ from ..core.files import explained_write, sha256_file, sync_directory, write_jso
 
 SCHEMA = 1
 TENSORS, STATE, DIGESTS = "tensors.safetensors", "state.json", "manifest.json"
+_NAMES = ("last", "previous", "best")  # the newest first
 
 
 @dataclass
@@ -63,7 +65,7 @@ def save_checkpoint(folder: Path, tensors: dict[str, Tensor], progress: Progress
         try:
             # dense copies: the file knows no strides, and a shared or permuted tensor would be refused
             blob = save({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
-            write_whole(temporary / TENSORS, lambda file: file.write(blob) and None)
+            write_whole(temporary / TENSORS, lambda file: file.write(blob))
             write_json(temporary / STATE, state)
             write_json(temporary / DIGESTS, {name: sha256_file(temporary / name) for name in (TENSORS, STATE)})
             sync_directory(temporary)
@@ -79,7 +81,7 @@ def save_checkpoint(folder: Path, tensors: dict[str, Tensor], progress: Progress
 
 def _sweep(folder: Path) -> None:
     """Clear what a process that was killed while it saved has left; a directory that it had set aside goes back."""
-    for name in ("last", "previous", "best"):
+    for name in _NAMES:
         for aside in folder.glob(f".old.{name}.*"):
             if not (folder / name).exists():
                 os.rename(aside, folder / name)
@@ -138,16 +140,23 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], Progress, dict[str, 
         raise ModelError("M005", f"{path} is not a readable checkpoint: {error}") from error
 
 
+def has_checkpoint(folder: Path) -> bool:
+    """Whether anything was saved, intact or not."""
+    if folder.is_dir():
+        _sweep(folder)
+    return any((folder / name).exists() for name in _NAMES)
+
+
 def find_checkpoint(folder: Path) -> tuple[Path, tuple[dict[str, Tensor], Progress, dict[str, Any]], list[str]] | None:
     """The newest intact checkpoint for resuming, with what was wrong with newer ones; None where none was written.
 
     Raises:
         ModelError: M005 when checkpoints exist and none of them is intact.
     """
-    wrong = []
+    wrong: list[str] = []
     if folder.is_dir():
         _sweep(folder)
-    for name in ("last", "previous", "best"):
+    for name in _NAMES:
         if (folder / name).exists():
             try:
                 return folder / name, read_checkpoint(folder / name), wrong
@@ -158,7 +167,7 @@ def find_checkpoint(folder: Path) -> tuple[Path, tuple[dict[str, Tensor], Progre
     return None
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[Tensor, str]) -> dict[str, Tensor]:
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Any, str]) -> dict[str, Tensor]:
     """The optimizer's state as named tensors: "optim.<parameter>.<what>"."""
     return {
         f"optim.{names[parameter]}.{key}": value
@@ -168,7 +177,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[Tensor, str]
     }
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, names: dict[Tensor, str], tensors: dict[str, Tensor]) -> None:
+def restore_optimizer(optimizer: torch.optim.Optimizer, names: Mapping[Any, str], tensors: dict[str, Tensor]) -> None:
     """Put back what `optimizer_tensors` took, with the memory format of each parameter."""
     parameters = {name: parameter for parameter, name in names.items()}
     for full, value in tensors.items():

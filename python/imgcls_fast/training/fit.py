@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from . import checkpoint
 from .checkpoint import Progress
 from .objectives import CrossEntropy, class_weights
 from .optim import Averaged, Schedule, build_optimizer, set_rates
-from .plan import Plan
+from .plan import Plan, Start
 from .signals import StopRequest
 
 Emit = Callable[[dict[str, Any]], None]
@@ -83,7 +83,8 @@ class Fit:
         self._seen = 0
 
     def _build_model(self) -> Classifier:
-        start = self.plan.start
+        # a checkpoint holds every weight: the file that the run began with need not exist any more
+        start = Start("scratch") if checkpoint.has_checkpoint(self.run_directory.checkpoints) else self.plan.start
         model = build_model(
             ModelSpec.from_dict(self.plan.spec),
             weights=start.path if start.kind == "file" else None,
@@ -93,7 +94,7 @@ class Fit:
         freeze = self.config.model.freeze
         if freeze != "none":
             model.freeze(freeze)
-        return model.to(self.device, memory_format=torch.channels_last)
+        return model.to(self.device)  # the weights are channels-last already
 
     def _loader(self, split: str) -> Loader:
         train = self.config.train
@@ -358,12 +359,13 @@ class Fit:
             try_=command,
         )
 
-    def _diverged(self) -> None:
+    def _diverged(self) -> NoReturn:
+        last = self.run_directory.checkpoints / "last"
         raise ModelError(
             "M008",
             f"training diverged in epoch {self.progress.epoch + 1}: the loss is not finite",
             why=f"learning rate {self.schedule.lr(self.progress.step):g}, precision {self.config.train.precision}",
-            where=f"the last good checkpoint is {self.run_directory.checkpoints / 'last'}",
+            where=f"the last good checkpoint is {last}" if last.exists() else "before the first checkpoint",
             try_=f"--lr {float(self.config.optim.lr) / 5:g}   (or --clip 1.0, or --precision fp32)",
         )
 

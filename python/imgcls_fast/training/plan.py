@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..core.config import RunConfig
-from ..core.errors import ConfigError, HardwareError
+from ..core.errors import ConfigError, HardwareError, ModelError
 from ..core.manifest import Manifest
 from ..core.pixels import CHANNELS, Pixels
 from ..core.settings import replace_settings
@@ -22,6 +22,7 @@ _AT_HAND = {
     "cpu": ("torchvision/mobilenet_v3_large", "torchvision/resnet18", "torchvision/resnet50", "timm/mobilenetv3_large_100"),
     "cuda": ("torchvision/convnext_tiny", "torchvision/resnet50", "timm/convnext_tiny"),
 }
+_WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 _PILLOW_SHARE = 0.05  # above it DALI would wait for Pillow
 
 
@@ -184,6 +185,8 @@ def _start(init: str) -> Start | None:
     path = Path(init)
     if path.is_file():
         return Start("file", path)
+    if path.suffix in _WEIGHT_SUFFIXES:
+        raise ModelError("M003", f"no such weights file: {path}", try_="--init pretrained   (or scratch, or a run)")
     from ..core.bundle import read_bundle
     from ..core.run import find_run
 
@@ -292,7 +295,7 @@ def _augment(notes: _Notes, recipe: Recipe, pixels: Pixels) -> Augment:
     else:
         policy = notes.decide("augment.policy", recipe.augment, "recipe")
     strengths = POLICIES[policy]
-    values = {}
+    values: dict[str, Any] = {}
     for name, value in strengths.items():
         if pixels.color == "gray" and name in ("saturation", "hue"):
             value = 0.0
@@ -300,7 +303,7 @@ def _augment(notes: _Notes, recipe: Recipe, pixels: Pixels) -> Augment:
         values[name] = notes.decide(f"augment.{name}", value, f"policy {policy}")
         if notes.rows[before][2] != "as asked" and asked != "auto":
             notes.rows[before] = (*notes.rows[before][:2], f"policy {policy}")
-    return Augment(**{name: tuple(v) if isinstance(v, list | tuple) else v for name, v in values.items()})
+    return Augment.from_dict(values)
 
 
 def _lengths(notes: _Notes, n: int, recipe: Recipe, device: str) -> None:
@@ -343,11 +346,14 @@ def _class_weights(notes: _Notes, manifest: Manifest) -> None:
     asked = notes.config.loss.class_weights
     if asked == "none":
         return
-    weights = class_weights(notes.config.loss, manifest.labels.classes, manifest.counts("train"))
+    weights = class_weights(notes.config.loss, manifest.labels.classes, manifest.counts("train"))  # refuses here, not in the run
+    if not isinstance(asked, str):
+        notes.rows.append(("loss.class_weights", str(asked), "as asked"))
+        return
     assert weights is not None
     values = [float(f"{w:.6g}") for w in weights]
-    reason = {"auto": "inverse frequency", "effective": "effective number of images"}.get(asked, "as asked") if isinstance(asked, str) else "as asked"
     notes.changes["loss.class_weights"] = values
+    reason = {"auto": "inverse frequency", "effective": "effective number of images"}[asked]
     notes.rows.append(("loss.class_weights", _text(values), f"{reason}; mean 1 over the training images"))
 
 

@@ -30,7 +30,7 @@ from ..engines.runtimes import TorchEngine
 from ..evaluation.metrics import Metrics, judge
 from ..evaluation.plots import training_curves
 from ..evaluation.report import write_evaluation, write_plots
-from ..models.build import ModelSpec, build_model
+from ..models.build import ModelSpec, build_model, resolve_arch
 from ..track import LogSink, Sinks
 from .baseline import MOST_ROWS, image_features, linear_probe
 from .fit import Fit
@@ -76,6 +76,8 @@ def start(config: RunConfig, sinks: Sequence[Callable[[Event], Any]] = (), comma
         early.append(event)
         listeners(event)
 
+    if config.model.arch != "auto":
+        resolve_arch(config.model.arch)  # a typing mistake should not cost the scan of a million files
     prepared = prepare(config.data, config.pixels.exif, env.cache_dir())
     tell({"event": "data", **prepared.facts()})
     _require_splits(prepared)
@@ -116,7 +118,7 @@ def resume(run: Run, changes: dict[str, Any], sinks: Sequence[Callable[[Event], 
             config,
             tuple((name, value, reason) for name, value, reason in facts["plan"]),
             Pixels.from_dict(facts["pixels"]),
-            Augment(**{k: tuple(v) if isinstance(v, list) else v for k, v in facts["augment"].items()}),
+            Augment.from_dict(facts["augment"]),
             facts["spec"],
             Start(facts["start_kind"], Path(facts["start_path"]) if facts["start_path"] else None, facts["start_download"]),
         )
@@ -230,7 +232,7 @@ def _write_beginning(stage: _Stage, prepared: Prepared, command: Sequence[str] |
         "start_kind": start_from.kind, "start_path": str(start_from.path.resolve()) if start_from.path else None,
         "start_download": start_from.download, "parameters": _count_parameters(spec),
     })  # fmt: skip
-    run.save_config(replace_settings(plan.config, {"out": str(run.directory)}))
+    run.save_config(replace_settings(plan.config, {"out": None}))  # so that -c makes a new run of it
     manifest.save(run.manifest_path)
     run.mark_last()
 
@@ -275,12 +277,16 @@ def _work(stage: _Stage, *, resumed: bool) -> Run:
     if baseline is not None and not resumed:
         stage.emit({"event": "baseline", **baseline})
     if not run.finished:
-        fit = Fit(plan, stage.manifest, run, stage.emit)
-        for note in fit.restore() if resumed else ():
-            stage.emit({"event": "warning", "text": note})
-        fit.run()
+        _train(stage, resumed=resumed)
     _finish(stage, baseline)
     return run
+
+
+def _train(stage: _Stage, *, resumed: bool) -> None:
+    fit = Fit(stage.plan, stage.manifest, stage.run, stage.emit)
+    for note in fit.restore() if resumed else ():
+        stage.emit({"event": "warning", "text": note})
+    fit.run()
 
 
 def _baseline(stage: _Stage) -> dict[str, Any]:
@@ -293,8 +299,8 @@ def _baseline(stage: _Stage) -> dict[str, Any]:
     loaders = []
     for part in (rows, manifest.rows(split)):
         sampler = Sampler(manifest, part, plan.pixels, min(64, int(plan.config.evaluate.batch_size)))
-        loader = plan.config.train.loader if plan.config.train.loader != "dali-gpu" else "dali-cpu"
-        loaders.append(open_loader(sampler, loader, workers=int(plan.config.train.workers), once=True))  # type: ignore[arg-type]
+        backend = plan.config.train.loader if plan.config.train.loader != "dali-gpu" else "dali-cpu"
+        loaders.append(open_loader(sampler, backend, workers=int(plan.config.train.workers), once=True))  # type: ignore[arg-type]
     try:
         return linear_probe(
             features, loaders[0].epoch(0), loaders[1].epoch(0), manifest.labels, name=name, split=split, seed=plan.config.train.seed
