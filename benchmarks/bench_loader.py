@@ -2,7 +2,7 @@
 
     python benchmarks/bench_loader.py [FOLDER] [--workers 2] [--repeats 7] [--copies 3] [--out FILE]
 
-Everybody makes the same thing: random-resized-crop 224 with a flip, batches of 64 images as uint8 (float32 would cost the
+Everybody makes the same thing: random-resized-crop 224 with a flip, batches of 64 as uint8 (float32 would cost the
 rival more). CPU time is that of this process and its children, which holds on a busy machine where images per
 second do not. The contenders take turns; one ratio is formed per turn, so a machine that slows down for a while slows
 down all. Start-up (imports, workers, pipeline) is not counted: each contender has delivered a first epoch before the

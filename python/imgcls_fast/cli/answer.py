@@ -40,12 +40,14 @@ class Answer:
         show: prints the same for people, on a rich console; None where everything has been said.
         line: the result in one line, for `--quiet`.
         exit_code: 0, or why not.
+        text: printed as it is, instead of `show`, so that no console has to be imported.
     """
 
     value: dict[str, Any]
     show: Callable[[Any], None] | None = None
     line: str = ""
     exit_code: int = 0
+    text: str = ""
 
 
 @dataclass
@@ -75,6 +77,8 @@ class Session:
         elif self.quiet:
             if found.line:
                 print(found.line, file=self.stdout)
+        elif found.text:
+            print(found.text, file=self.stdout)
         elif found.show is not None:
             from ..track import make_console
 

@@ -75,12 +75,12 @@ def parse(words: list[str]) -> tuple[Request, list[str]]:
 
 def _run(words: list[str], session: Session) -> Answer:
     if not words or words[0] in ("-h", "--help"):
-        return Answer({"help": overview()}, lambda console: print(overview()))
+        return Answer({"help": overview()}, text=overview())
     if words[0] == "--version":
         from ..core.env import package_version
 
         version = package_version()
-        return Answer({"version": version}, lambda console: print(f"{PROGRAM} {version}"), version)
+        return Answer({"version": version}, line=version, text=f"{PROGRAM} {version}")
     request, notes = parse(words)
     for note in dict.fromkeys(notes):
         session.note(note)

@@ -20,7 +20,8 @@ def train(request: Request, session: Session) -> Answer:
     if request.get("dump_config"):
         from ..core.settings import to_yaml
 
-        return Answer({"config": config.model_dump(mode="json")}, lambda console: print(to_yaml(config), end=""), to_yaml(config).rstrip("\n"))
+        text = to_yaml(config).rstrip("\n")
+        return Answer({"config": config.model_dump(mode="json")}, line=text, text=text)
     if not resume:
         _refuse_a_run_as_data(thing)
     if request.get("dry_run"):
