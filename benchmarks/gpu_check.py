@@ -88,7 +88,9 @@ def manifest_of(folder: Path) -> Manifest:
     return prepare(config.data, "apply", Path(tempfile.gettempdir()) / "imgcls-gpu-check").manifest
 
 
-def batches(manifest: Manifest, loader: str, device: str, *, size: int = 224, augment: Augment | None = None, start: int = 0) -> Iterator[Any]:
+def batches(
+    manifest: Manifest, loader: str, device: str, *, size: int = 224, augment: Augment | None = None, start: int = 0
+) -> Iterator[Any]:
     pixels = Pixels(size, 0.875, "bilinear", "rgb", "apply", *IMAGENET)
     sampler = Sampler(manifest, manifest.rows("train"), pixels, 64, seed=3, augment=augment)
     source = open_loader(sampler, loader, workers=min(8, env.usable_cpus()), device=device, once=True)  # type: ignore[arg-type]
@@ -101,9 +103,16 @@ def batches(manifest: Manifest, loader: str, device: str, *, size: int = 224, au
 def pixels_agree(check: Check) -> None:
     """Evaluation pixels of the GPU decoder against Pillow's; training crops against the CPU decoder's."""
     manifest = manifest_of(photos())
-    for name, augment, promise in (("evaluation", None, (2, 0.25)), ("training crops", Augment((0.08, 1.0)), (None, 1.0))):
+    for name, augment, promise in (
+        ("evaluation", None, (2, 0.25)),
+        ("training crops", Augment((0.08, 1.0)), (None, 1.0)),
+    ):
         worst, means, rows_equal = 0, [], True
-        pairs = zip(batches(manifest, check.loader, check.device, augment=augment), batches(manifest, "torch", "cpu", augment=augment), strict=True)
+        pairs = zip(
+            batches(manifest, check.loader, check.device, augment=augment),
+            batches(manifest, "torch", "cpu", augment=augment),
+            strict=True,
+        )
         for k, (ours, reference) in enumerate(pairs):
             difference = (ours.pixels.cpu().int() - reference.pixels.int()).abs()
             worst, rows_equal = max(worst, int(difference.max())), rows_equal and torch.equal(ours.rows, reference.rows)
@@ -112,7 +121,12 @@ def pixels_agree(check: Check) -> None:
                 break
         mean = statistics.mean(means)
         holds = rows_equal and mean <= promise[1] and (promise[0] is None or worst <= promise[0])
-        check.row(f"{check.loader} against Pillow, {name}", f"max {worst}, mean {mean:.3f}, rows equal {rows_equal}", f"max {promise[0]}, mean {promise[1]}", holds)
+        check.row(
+            f"{check.loader} against Pillow, {name}",
+            f"max {worst}, mean {mean:.3f}, rows equal {rows_equal}",
+            f"max {promise[0]}, mean {promise[1]}",
+            holds,
+        )
 
 
 def restart_is_equal(check: Check) -> None:
@@ -131,12 +145,20 @@ def loader_speed(check: Check) -> None:
     for _ in range(2 if check.small else 5):
         for name in (check.loader, "dali-cpu", "torch"):
             begin = time.perf_counter()
-            count = sum(len(b) for b in batches(manifest, name, check.device if name == check.loader else "cpu", augment=augment))
+            count = sum(
+                len(b)
+                for b in batches(manifest, name, check.device if name == check.loader else "cpu", augment=augment)
+            )
             if check.device == "cuda":
                 torch.cuda.synchronize()
             rates.setdefault(name, []).append(count / (time.perf_counter() - begin))
     for name, found in rates.items():
-        check.row(f"loader {name}, 224 pixels, opening included", f"{statistics.median(found):,.0f} img/s [{min(found):,.0f}, {max(found):,.0f}]", "", None)
+        check.row(
+            f"loader {name}, 224 pixels, opening included",
+            f"{statistics.median(found):,.0f} img/s [{min(found):,.0f}, {max(found):,.0f}]",
+            "",
+            None,
+        )
 
 
 def make_fit(check: Check, folder: Path, **settings: Any) -> fitting.Fit:
@@ -154,15 +176,28 @@ def make_fit(check: Check, folder: Path, **settings: Any) -> fitting.Fit:
 
 def training_works(check: Check) -> None:
     """Digits in every precision, with and without torch.compile."""
-    plans = [("fp32", False), ("bf16", False)] if check.small else [(p, c) for p in ("fp32", "bf16", "fp16") for c in (False, True)]
+    plans = (
+        [("fp32", False), ("bf16", False)]
+        if check.small
+        else [(p, c) for p in ("fp32", "bf16", "fp16") for c in (False, True)]
+    )
     for precision, compiled in plans:
         with tempfile.TemporaryDirectory() as folder:
-            fit = make_fit(check, Path(folder) / "run", **{"train.precision": precision, "train.compile": compiled, "train.loader": check.loader})
+            fit = make_fit(
+                check,
+                Path(folder) / "run",
+                **{"train.precision": precision, "train.compile": compiled, "train.loader": check.loader},
+            )
             begin = time.monotonic()
             fit.run()
             last = fit.progress.history[-1]
             text = f"val accuracy {last['val_accuracy']:.3f}, {time.monotonic() - begin:.0f} s, {last['images_per_s']:,.0f} img/s"
-            check.row(f"digits, 3 epochs, {precision}{', compiled' if compiled else ''}", text, "accuracy >= 0.9", last["val_accuracy"] >= 0.9)
+            check.row(
+                f"digits, 3 epochs, {precision}{', compiled' if compiled else ''}",
+                text,
+                "accuracy >= 0.9",
+                last["val_accuracy"] >= 0.9,
+            )
 
 
 def no_host_sync(check: Check) -> None:
@@ -171,13 +206,20 @@ def no_host_sync(check: Check) -> None:
         check.row("host syncs between log points", "needs a GPU", "none", None)
         return
     with tempfile.TemporaryDirectory() as folder:
-        fit = make_fit(check, Path(folder) / "run", **{"train.precision": "bf16", "train.compile": False, "train.loader": "dali-cpu"})
+        fit = make_fit(
+            check,
+            Path(folder) / "run",
+            **{"train.precision": "bf16", "train.compile": False, "train.loader": "dali-cpu"},
+        )
         fit.model.train()
         source = fit.train_loader.epoch(0)
         for batch in (next(source) for _ in range(3)):
             fit._step(batch)
         ready = [next(source) for _ in range(4)]
-        pinned = [replace(b, pixels=b.pixels.pin_memory(), targets=b.targets.pin_memory(), weight=b.weight.pin_memory()) for b in ready]
+        pinned = [
+            replace(b, pixels=b.pixels.pin_memory(), targets=b.targets.pin_memory(), weight=b.weight.pin_memory())
+            for b in ready
+        ]
         torch.cuda.set_sync_debug_mode("error")
         try:
             for batch in pinned:
@@ -200,9 +242,21 @@ def step_against_bare_loop(check: Check) -> None:
         })  # fmt: skip
         pixels = torch.randint(0, 256, (count, size, size, 3), dtype=torch.uint8, device=check.device)
         targets = torch.eye(10)[torch.arange(count) % 10].to(check.device)
-        batch = type("B", (), {"pixels": pixels, "targets": targets.cpu(), "weight": torch.ones(count), "rows": torch.arange(count), "__len__": lambda s: count})()
+        batch = type(
+            "B",
+            (),
+            {
+                "pixels": pixels,
+                "targets": targets.cpu(),
+                "weight": torch.ones(count),
+                "rows": torch.arange(count),
+                "__len__": lambda s: count,
+            },
+        )()
         bare = build(num_classes=10).to(check.device, memory_format=torch.channels_last).train()
-        optimizer = torch.optim.SGD(bare.parameters(), lr=0.01, momentum=0.9, nesterov=True, fused=check.device == "cuda")
+        optimizer = torch.optim.SGD(
+            bare.parameters(), lr=0.01, momentum=0.9, nesterov=True, fused=check.device == "cuda"
+        )
         run = bare if check.small else torch.compile(bare)
 
         def by_hand() -> None:
@@ -228,7 +282,12 @@ def step_against_bare_loop(check: Check) -> None:
         ratios = [a / b for a, b in zip(times["ours"], times["by hand"], strict=True)]
         rate = count / statistics.median(times["ours"])
         text = f"ratio {statistics.median(ratios):.3f} [{min(ratios):.3f}, {max(ratios):.3f}], ours {rate:,.0f} img/s"
-        check.row(f"{arch.split('/')[1]} step, batch {count}, bf16", text, "time <= 1.05x by hand", None if check.small else statistics.median(ratios) <= 1.05)
+        check.row(
+            f"{arch.split('/')[1]} step, batch {count}, bf16",
+            text,
+            "time <= 1.05x by hand",
+            None if check.small else statistics.median(ratios) <= 1.05,
+        )
 
 
 def _sync(check: Check) -> None:
@@ -248,7 +307,12 @@ def main() -> int:
     machine = "rehearsal" if options.rehearse else torch.cuda.get_device_name().lower().replace(" ", "-")
     for work in (pixels_agree, restart_is_equal, training_works, no_host_sync, loader_speed, step_against_bare_loop):
         check.part(work)
-    facts = {"machine": machine, **env.machine_facts(), "seconds": round(time.monotonic() - check.begin, 1), "rows": check.rows}
+    facts = {
+        "machine": machine,
+        **env.machine_facts(),
+        "seconds": round(time.monotonic() - check.begin, 1),
+        "rows": check.rows,
+    }
     out = options.out or (None if options.rehearse else Path(__file__).parent / "results" / machine / "gpu_check.json")
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)

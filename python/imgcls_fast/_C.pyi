@@ -58,4 +58,3 @@ def build_info() -> BuildInfo:
 
 def cuda_status() -> CudaStatus:
     """Count the GPUs. Starts the CUDA driver, so only `doctor` and its like call it."""
-

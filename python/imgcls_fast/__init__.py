@@ -23,7 +23,7 @@ _HOMES = {
     "Interrupted": "core.errors",
 }  # fmt: skip
 
-__all__ = ["__version__", *_HOMES]  # noqa: PLE0604 - the strings are in the table above
+__all__ = ["__version__", *_HOMES]
 
 
 def __getattr__(name: str) -> Any:

@@ -162,7 +162,9 @@ def predict(
         predictor.close()
 
 
-def Predictor(run: RunLike = None, *, runtime: str = "torch", batch: int = 32, top_k: int = 1, device: str | None = None) -> _Predictor:  # noqa: N802
+def Predictor(
+    run: RunLike = None, *, runtime: str = "torch", batch: int = 32, top_k: int = 1, device: str | None = None
+) -> _Predictor:
     """A loaded model that answers about paths, bytes, Pillow images, arrays, lists and folders.
 
     Args:
@@ -195,7 +197,9 @@ def load_model(run: RunLike = None, *, runtime: str = "torch") -> _Predictor:
     return Predictor(run, runtime=runtime)
 
 
-def export(run: RunLike = None, target: str = "onnx", *, opset: int | None = None, out: str | Path | None = None) -> dict[str, Any]:
+def export(
+    run: RunLike = None, target: str = "onnx", *, opset: int | None = None, out: str | Path | None = None
+) -> dict[str, Any]:
     """Write the model for another runtime, and compare it with the original on real images before it is called done.
 
     Args:
@@ -220,14 +224,20 @@ def export(run: RunLike = None, target: str = "onnx", *, opset: int | None = Non
     bundle = read_bundle(found.bundle_path)
     settings = found.config.export
     batches = export_batches(bundle, found.manifest, settings.verify_images)
-    made = export_onnx(bundle, found.exports, batches, opset=opset or settings.opset, max_score_diff=settings.max_score_diff)
+    made = export_onnx(
+        bundle, found.exports, batches, opset=opset or settings.opset, max_score_diff=settings.max_score_diff
+    )
     if out is not None:
         from .core.files import write_whole
 
         content = Path(made["path"]).read_bytes()
         write_whole(Path(out), lambda file: file.write(content))
         made["copy"] = str(out)
-    return {"path": made["path"], **made["comparison"], **{k: made[k] for k in ("opset", "bytes", "sha256", "copy") if k in made}}
+    return {
+        "path": made["path"],
+        **made["comparison"],
+        **{k: made[k] for k in ("opset", "bytes", "sha256", "copy") if k in made},
+    }
 
 
 def report(run: RunLike = None) -> Path:
@@ -286,7 +296,10 @@ def split_data(data: str | Path | None = None, *, out: str | Path | None = None,
     path = Path(out) if out else Path("split.csv")
     write_split_csv(path, prepared.manifest)
     facts = prepared.facts()
-    return {"path": str(path), **{name: facts[name] for name in ("images", "splits", "quarantined", "duplicates_removed", "notices")}}
+    return {
+        "path": str(path),
+        **{name: facts[name] for name in ("images", "splits", "quarantined", "duplicates_removed", "notices")},
+    }
 
 
 def data_stats(data: str | Path | None = None, **arguments: Any) -> dict[str, Any]:
@@ -392,13 +405,17 @@ def _rows_to_judge(run: Run, data: str | Path | None, split: str, engine: Any) -
         manifest = run.manifest
         rows = manifest.rows(split)
         if not len(rows):
-            raise DataError("D014", f"{run.name} has no {split} images", try_=f"imgcls-fast eval {run.directory} --split val")
+            raise DataError(
+                "D014", f"{run.name} has no {split} images", try_=f"imgcls-fast eval {run.directory} --split val"
+            )
         return manifest, rows
     from .data.prepare import scan_options
     from .data.scan import scan
 
     config = run.config
-    options = scan_options(config.data, engine.pixels.exif, env.cache_dir(), purpose="judge", classes=engine.labels.classes)
+    options = scan_options(
+        config.data, engine.pixels.exif, env.cache_dir(), purpose="judge", classes=engine.labels.classes
+    )
     manifest = scan(Path(data), options).manifest
     return manifest, np.arange(len(manifest), dtype=np.int64)
 

@@ -51,7 +51,7 @@ class Sinks:
     def _guarded(self, sink: Any, action: Callable[[], Any]) -> None:
         try:
             action()
-        except Exception as error:  # a tracker's network, a full disk: hours of work weigh more
+        except Exception as error:  # noqa: BLE001 - a tracker's network, a full disk: hours of work weigh more
             if id(sink) in self._failed:
                 return
             self._failed.add(id(sink))
@@ -88,7 +88,9 @@ class ConsoleSink:
         console: a rich console to use instead (its width and recording).
     """
 
-    def __init__(self, stream: IO[str] | None = None, *, quiet: bool = False, json: bool = False, console: Console | None = None) -> None:
+    def __init__(
+        self, stream: IO[str] | None = None, *, quiet: bool = False, json: bool = False, console: Console | None = None
+    ) -> None:
         self.console = console or make_console(stream or (sys.stderr if json else sys.stdout))
         self.quiet = quiet
         self.warnings: list[str] = []
@@ -141,7 +143,11 @@ class ConsoleSink:
         self._say(plain_lines(event)[0], "cyan")
 
     def _progress(self, event: Event) -> None:
-        parts = [f"loss {short(event.get('loss'))}", _rate(event.get("images_per_s")), f"data {_share(event.get('data_share'))}"]
+        parts = [
+            f"loss {short(event.get('loss'))}",
+            _rate(event.get("images_per_s")),
+            f"data {_share(event.get('data_share'))}",
+        ]
         parts.append(f"eta {clock(event.get('eta_s'))}")
         self._live(f"ep {event['epoch']}/{event['epochs']}", event["step"], event["steps"], "  ".join(parts))
 
@@ -154,7 +160,12 @@ class ConsoleSink:
         if self._bar is None:
             from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
-            columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), TaskProgressColumn(), TextColumn("{task.fields[facts]}"))
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=None),
+                TaskProgressColumn(),
+                TextColumn("{task.fields[facts]}"),
+            )
             self._bar = Progress(*columns, console=self.console, transient=True, refresh_per_second=4, expand=True)
             self._task = self._bar.add_task(what, total=total, facts=facts)
             self._bar.start()
@@ -207,7 +218,14 @@ class ConsoleSink:
         for name, value in done_facts(event):
             table.add_row(name, Text(value, style="bold" if name == "accuracy" else ""))
         title = Text(f" {event['split']}: {event['n']:,} images ", style="bold")
-        return Panel(table, title=title, title_align="left", expand=False, width=None if self.console.width <= MAX_BOX else MAX_BOX, padding=(0, 1))
+        return Panel(
+            table,
+            title=title,
+            title_align="left",
+            expand=False,
+            width=None if self.console.width <= MAX_BOX else MAX_BOX,
+            padding=(0, 1),
+        )
 
 
 SINKS: dict[str, Callable[..., Sink]] = {"console": ConsoleSink, "log": LogSink}
@@ -248,7 +266,10 @@ def epoch_line(event: Event, width: int = 0) -> str:
 def plan_line(event: Event) -> str:
     """Size and place of what is about to be trained."""
     parts = [f"{event['parameters'] / 1e6:.1f} M parameters" if event.get("parameters") else ""]
-    parts += [f"about {size(event['memory_mb'])} of memory" if event.get("memory_mb") else "", str(event.get("device") or "")]
+    parts += [
+        f"about {size(event['memory_mb'])} of memory" if event.get("memory_mb") else "",
+        str(event.get("device") or ""),
+    ]
     facts = ", ".join(part for part in parts if part)
     return f"plan: {facts}" + (f" -> {event['run']}" if event.get("run") else "")
 
@@ -295,23 +316,38 @@ def _data_lines(event: Event) -> list[str]:
         removed = event["duplicates_removed"]
         parts.append(f"{removed:,} duplicate{'s' * (removed != 1)} across splits removed")
     splits = "  ".join(f"{name} {count:,}" for name, count in (event.get("splits") or {}).items())
-    return [", ".join(parts), *([f"  {splits}"] if splits else []), *(f"  {notice}" for notice in event.get("notices") or ())]
+    return [
+        ", ".join(parts),
+        *([f"  {splits}"] if splits else []),
+        *(f"  {notice}" for notice in event.get("notices") or ()),
+    ]
 
 
 def _plan_lines(event: Event) -> list[str]:
-    return [plan_line(event), *(f"  {name} = {value}   ({reason})" for name, value, reason in interesting(event["rows"]))]
+    return [
+        plan_line(event),
+        *(f"  {name} = {value}   ({reason})" for name, value, reason in interesting(event["rows"])),
+    ]
 
 
 def _baseline_lines(event: Event) -> list[str]:
     seconds = event.get("seconds")
-    took = f" in {seconds:.0f} s" if seconds is not None and seconds >= 1 else f" in {seconds:.1f} s" if seconds is not None else ""
+    took = (
+        f" in {seconds:.0f} s"
+        if seconds is not None and seconds >= 1
+        else f" in {seconds:.1f} s"
+        if seconds is not None
+        else ""
+    )
     found = f"{_fixed(event['accuracy'])}{_interval(event.get('ci'))}{took}"
     return [f"linear probe on {event['features']}: {found} - your model must beat this"]
 
 
 def _start_lines(event: Event) -> list[str]:
     if event.get("resumed"):
-        return [f"resumed in epoch {event['epoch']}/{event['epochs']} after step {event.get('step', 0)} of {event['steps_per_epoch']}"]
+        return [
+            f"resumed in epoch {event['epoch']}/{event['epochs']} after step {event.get('step', 0)} of {event['steps_per_epoch']}"
+        ]
     return [f"training for {event['epochs']} epochs of {event['steps_per_epoch']} steps"]
 
 
@@ -338,7 +374,13 @@ _PLAIN: dict[str, Callable[[Event], list[str]]] = {
 
 def short(number: float | None) -> str:
     """0.4123 -> ".412", 1.5 -> "1.500", nothing or NaN -> "-"."""
-    return "-" if _missing(number) else _fixed(number).replace("0.", ".", 1) if abs(number or 0) < 0.9995 else _fixed(number)
+    return (
+        "-"
+        if _missing(number)
+        else _fixed(number).replace("0.", ".", 1)
+        if abs(number or 0) < 0.9995
+        else _fixed(number)
+    )
 
 
 def clock(seconds: float | None) -> str:

@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader went away, as in `imgcls-fast runs list | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 141
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - one of the four places: what nobody foresaw gets a code too
         return _failed(session, _internal(error, words))
 
 
@@ -112,7 +112,12 @@ def _verb(words: list[str]) -> tuple[Verb, list[str]]:
         hint = f"{PROGRAM} train DATA {first} ..." if is_old(first) or _anywhere(first) else f"{PROGRAM} --help"
         raise UsageError("U001", f"a command line begins with a verb, got {first}", try_=hint)
     if os.path.exists(first):
-        raise UsageError("U001", f"unknown command {first}", why="it is a path; a command line begins with a verb", try_=f"{PROGRAM} train {first}")
+        raise UsageError(
+            "U001",
+            f"unknown command {first}",
+            why="it is a path; a command line begins with a verb",
+            try_=f"{PROGRAM} train {first}",
+        )
     guess = near(first, tuple(sorted({name.split()[0] for name in table})))
     raise UsageError("U001", f"unknown command {first}", try_=f"{PROGRAM} {guess}" if guess else f"{PROGRAM} --help")
 
@@ -215,13 +220,21 @@ def overview() -> str:
     width = max(len(f"{verb.name} {verb.things}") for verb in VERBS) + 2
     lines = [f"usage: {PROGRAM} VERB [THING] [options]", "", "Train, judge and export image classifiers.", "", "verbs:"]
     lines += [f"  {f'{verb.name} {verb.things}'.rstrip():<{width}}{verb.help}" for verb in VERBS]
-    lines += ["", "RUN is a directory or a name in runs/; without it the last run is meant. Every verb has --help and --json.", ""]
+    lines += [
+        "",
+        "RUN is a directory or a name in runs/; without it the last run is meant. Every verb has --help and --json.",
+        "",
+    ]
     lines += ["first steps:", f"  {PROGRAM} demo", f"  {PROGRAM} train my-photos/", f"  {PROGRAM} predict photo.jpg"]
     return "\n".join(lines)
 
 
 def _group_help(group: str) -> str:
-    lines = [f"  {PROGRAM} {f'{verb.name} {verb.things}'.rstrip():<24}{verb.help}" for verb in VERBS if verb.name.startswith(f"{group} ")]
+    lines = [
+        f"  {PROGRAM} {f'{verb.name} {verb.things}'.rstrip():<24}{verb.help}"
+        for verb in VERBS
+        if verb.name.startswith(f"{group} ")
+    ]
     return "\n".join([f"usage: {PROGRAM} {group} VERB [THING] [options]", "", *lines])
 
 

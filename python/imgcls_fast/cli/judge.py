@@ -26,7 +26,9 @@ def evaluate(request: Request, session: Session) -> Answer:
     from .. import api
 
     split, runtime = request.get("split", "test"), request.get("runtime", "torch")
-    found = api.evaluate(run, rest[0] if rest else None, split=split, runtime=runtime, batch_size=batch_size, out=request.get("out"))
+    found = api.evaluate(
+        run, rest[0] if rest else None, split=split, runtime=runtime, batch_size=batch_size, out=request.get("out")
+    )
     metrics = plain(found)
     what = rest[0] if rest else split
     line = f"{what} accuracy {share(metrics['accuracy'])} {_interval(metrics.get('accuracy_ci'))}on {metrics['n']:,} images"
@@ -39,18 +41,28 @@ def predict(request: Request, session: Session) -> Answer:
     top_k, batch_size = whole_number(request, "top_k") or 1, whole_number(request, "batch_size")
     out = Path(request.get("out")) if request.get("out") else None
     if out is not None and out.suffix not in (".csv", ".jsonl"):
-        raise UsageError("U002", f"--out must end in .csv or .jsonl, got {out}", try_=f"--out {out.with_suffix('.csv')}")
+        raise UsageError(
+            "U002", f"--out must end in .csv or .jsonl, got {out}", try_=f"--out {out.with_suffix('.csv')}"
+        )
     run, images = _run_and_rest(request.things)
     if not images:
-        raise UsageError("U002", f"{run} is a run; predict needs images as well", try_=f"imgcls-fast predict {run} IMAGES...")
+        raise UsageError(
+            "U002", f"{run} is a run; predict needs images as well", try_=f"imgcls-fast predict {run} IMAGES..."
+        )
     from .. import api
 
-    answers = plain(api.predict(run, images, runtime=request.get("runtime", "torch"), top_k=top_k, batch_size=batch_size))
+    answers = plain(
+        api.predict(run, images, runtime=request.get("runtime", "torch"), top_k=top_k, batch_size=batch_size)
+    )
     bad = [answer for answer in answers if answer.get("error")]
     if out is not None:
-        write_lines(out, _as_csv(answers, top_k) if out.suffix == ".csv" else [json.dumps(answer) for answer in answers])
+        write_lines(
+            out, _as_csv(answers, top_k) if out.suffix == ".csv" else [json.dumps(answer) for answer in answers]
+        )
     value = {"run": run or "last", "predictions": answers, "failed": len(bad), "out": str(out) if out else None}
-    line = f"{len(answers) - len(bad):,} images answered, {len(bad):,} could not be read" + (f" -> {out}" if out else "")
+    line = f"{len(answers) - len(bad):,} images answered, {len(bad):,} could not be read" + (
+        f" -> {out}" if out else ""
+    )
 
     def show(console: Any) -> None:
         if out is None:
@@ -110,7 +122,9 @@ def _run_and_rest(things: Sequence[str], *, data: bool = True) -> tuple[str | No
         run = first
     missing = [thing for thing in rest if not Path(thing).exists()]
     if missing and len(missing) == len(rest):
-        raise DataError("D001", f"{missing[0]} does not exist" + (f", nor do {len(missing) - 1} more" if len(missing) > 1 else ""))
+        raise DataError(
+            "D001", f"{missing[0]} does not exist" + (f", nor do {len(missing) - 1} more" if len(missing) > 1 else "")
+        )
     return run, rest
 
 

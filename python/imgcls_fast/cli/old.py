@@ -88,7 +88,12 @@ def _finish(reading: _Reading) -> list[str]:
         text = "attention modules arrive with `--attention`; they are not in this version"
         raise UsageError("U001", text, where=f"--attention_name {reading.attention}", try_="imgcls-fast train DATA")
     if reading.folds or (reading.splits and reading.folds is None and reading.splits.strip().lower() not in FALSE):
-        raise UsageError("U001", "cross-validation (--folds) is not in this version", where="--cross_validation", try_="imgcls-fast train DATA")
+        raise UsageError(
+            "U001",
+            "cross-validation (--folds) is not in this version",
+            where="--cross_validation",
+            try_="imgcls-fast train DATA",
+        )
     if reading.root or reading.dataset:
         place = os.path.join(reading.root, reading.dataset) if reading.dataset else reading.root
         reading.notes.append(f"--root and --dataset_name are now the first word: imgcls-fast train {place}")
@@ -149,13 +154,20 @@ def _dropped(reading: _Reading, name: str, value: str) -> None:
 
 def _train(reading: _Reading, name: str, value: str) -> None:
     if not truth(name, value):
-        raise UsageError("U002", "`imgcls-fast train` trains; --train False asks for another verb", where=f"{name} {value}", try_="imgcls-fast eval RUN")
+        raise UsageError(
+            "U002",
+            "`imgcls-fast train` trains; --train False asks for another verb",
+            where=f"{name} {value}",
+            try_="imgcls-fast eval RUN",
+        )
     reading.new(f"{name} {value}")
 
 
 def _always(what: str) -> Callable[[_Reading, str, str], None]:
     def say(reading: _Reading, name: str, value: str) -> None:
-        reading.notes.append(f"{name} {value} is not needed any more" if truth(name, value) else f"{name} {value} has no effect: {what}")
+        reading.notes.append(
+            f"{name} {value} is not needed any more" if truth(name, value) else f"{name} {value} has no effect: {what}"
+        )
 
     return say
 
@@ -166,7 +178,9 @@ def _printing(reading: _Reading, name: str, value: str) -> None:
 
 def _overwrite(reading: _Reading, name: str, value: str) -> None:
     what = "a run is never overwritten; choose another directory with --out"
-    reading.notes.append(f"{name} {value} has no effect: {what}" if truth(name, value) else f"{name} {value} is not needed any more")
+    reading.notes.append(
+        f"{name} {value} has no effect: {what}" if truth(name, value) else f"{name} {value} is not needed any more"
+    )
 
 
 _OLD: dict[str, Callable[[_Reading, str, str], None]] = {

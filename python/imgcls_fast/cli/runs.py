@@ -19,7 +19,9 @@ def listing(request: Request, session: Session) -> Answer:
         if not runs:
             say(console, "no runs yet: imgcls-fast train DATA")
             return
-        cells = ([share(run["accuracy"]) if head == "accuracy" else text(run.get(head)) for head in heads] for run in runs)
+        cells = (
+            [share(run["accuracy"]) if head == "accuracy" else text(run.get(head)) for head in heads] for run in runs
+        )
         table(console, heads, cells, numbers=(3, 4), limit=None)
 
     return Answer({"runs": runs}, show, "\n".join(run["name"] for run in runs))

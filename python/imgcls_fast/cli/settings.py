@@ -32,7 +32,12 @@ def settings_of(request: Request, source: str | None = None) -> tuple[RunConfig,
     flags = flags_of(request.verb)
     changes = overrides(request.options, flags)
     config = Path(request.get("config")) if request.get("config") else None
-    arguments = {"config": config, "preset": request.get("preset"), "sets": tuple(request.get("set") or ()), "overrides": changes}
+    arguments = {
+        "config": config,
+        "preset": request.get("preset"),
+        "sets": tuple(request.get("set") or ()),
+        "overrides": changes,
+    }
     named = {"data.source": source} if source else {}
     try:
         merged = build_config({**changes, **named}, preset=arguments["preset"], file=config, sets=arguments["sets"])
@@ -56,7 +61,9 @@ def whole_number(request: Request, keyword: str, least: int = 1) -> int | None:
     except ValueError:
         number = least - 1
     if number < least:
-        raise UsageError("U002", f"{flag.long} must be a whole number >= {least}, got {text!r}", try_=f"{flag.long} {least}")
+        raise UsageError(
+            "U002", f"{flag.long} must be a whole number >= {least}, got {text!r}", try_=f"{flag.long} {least}"
+        )
     return number
 
 

@@ -8,7 +8,14 @@ from typing import Any
 MAX_ROWS = 40  # of one table on a terminal; files and --json hold all
 
 
-def table(console: Any, heads: Sequence[str], rows: Iterable[Sequence[Any]], *, numbers: Iterable[int] = (), limit: int | None = MAX_ROWS) -> None:
+def table(
+    console: Any,
+    heads: Sequence[str],
+    rows: Iterable[Sequence[Any]],
+    *,
+    numbers: Iterable[int] = (),
+    limit: int | None = MAX_ROWS,
+) -> None:
     """A table on a terminal, tab-separated lines in a pipe.
 
     Args:

@@ -83,7 +83,9 @@ def write_bundle(
         HardwareError: H003 when the disk refuses.
     """
     if directory.exists():
-        raise ModelError("M004", f"{directory} already exists, and a bundle is never rewritten", try_="choose another run directory")
+        raise ModelError(
+            "M004", f"{directory} already exists, and a bundle is never rewritten", try_="choose another run directory"
+        )
     temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
     with explained_write(directory):
         for left in directory.parent.glob(f".{directory.name}.*.tmp"):  # by a process that was killed
@@ -125,7 +127,13 @@ def read_bundle(directory: Path, *, verify: bool = True) -> Bundle:
         )
         for name, digest in bundle.digests.items() if verify else ():
             if sha256_file(directory / name) != digest:
-                raise ModelError("M004", f"{directory / name} is damaged: its SHA-256 is not the one in bundle.json", try_="restore the file from a copy")
+                raise ModelError(
+                    "M004",
+                    f"{directory / name} is damaged: its SHA-256 is not the one in bundle.json",
+                    try_="restore the file from a copy",
+                )
         return bundle
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError("M004", f"{directory} is not a readable bundle: {error}", try_="imgcls-fast runs list") from error
+        raise ModelError(
+            "M004", f"{directory} is not a readable bundle: {error}", try_="imgcls-fast runs list"
+        ) from error

@@ -8,7 +8,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 Auto = Literal["auto"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -59,8 +68,8 @@ class DataConfig(Section):
     """Which images, and how they are checked and divided."""
 
     source: str | None = Field(None, description="folder, CSV, JSONL, zip or tar; none: the embedded digits")
-    split: Annotated[tuple[Fraction, Fraction, Fraction], BeforeValidator(_listed), AfterValidator(_sums_to_one)] = Field(
-        (0.8, 0.1, 0.1), description="train, val and test fractions, where the data has no splits of its own"
+    split: Annotated[tuple[Fraction, Fraction, Fraction], BeforeValidator(_listed), AfterValidator(_sums_to_one)] = (
+        Field((0.8, 0.1, 0.1), description="train, val and test fractions, where the data has no splits of its own")
     )
     split_seed: int = Field(1998, ge=0, description="seed of the split; the training seed does not move it")
     group_by: str | None = Field(None, description="regular expression on the path; rows of one group never part")
@@ -80,7 +89,9 @@ class PixelsConfig(Section):
     """How a file becomes pixels; stored in the bundle and obeyed everywhere."""
 
     size: Annotated[int, Field(ge=8, le=2048)] | Auto = Field("auto", description="side of the square input, pixels")
-    crop_pct: Annotated[float, Field(gt=0, le=1)] | Auto = Field("auto", description="evaluation crop / resized short side")
+    crop_pct: Annotated[float, Field(gt=0, le=1)] | Auto = Field(
+        "auto", description="evaluation crop / resized short side"
+    )
     interpolation: Literal["bilinear", "bicubic"] | Auto = Field("auto", description="resize filter, antialiased")
     color: Literal["gray", "rgb", "rgba"] = Field("rgb", description="channels of the input: 1, 3 or 4")
     exif: Literal["apply", "ignore"] = Field("apply", description="turn images as their EXIF orientation says")
@@ -125,9 +136,12 @@ class ModelConfig(Section):
 class LossConfig(Section):
     """What is minimised."""
 
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] | Auto = Field("auto", description="mass spread over all classes")
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] | Auto = Field(
+        "auto", description="mass spread over all classes"
+    )
     class_weights: Annotated[
-        Literal["none", "auto", "effective"] | tuple[PositiveFloat, ...] | dict[str, PositiveFloat], BeforeValidator(_listed)
+        Literal["none", "auto", "effective"] | tuple[PositiveFloat, ...] | dict[str, PositiveFloat],
+        BeforeValidator(_listed),
     ] = Field("none", description="auto: inverse frequency; effective: effective number; cat=1,dog=2.5; or one a class")
 
 
@@ -145,7 +159,9 @@ class OptimConfig(Section):
     plateau_patience: PositiveInt = Field(5, description="plateau: epochs without improvement before a drop")
     min_lr: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="floor, as a fraction of lr")
     clip: PositiveFloat | None = Field(None, description="largest norm of the whole gradient")
-    ema: Annotated[float, Field(ge=0, lt=1)] | Auto = Field("auto", description="decay a step of averaged weights; 0: off")
+    ema: Annotated[float, Field(ge=0, lt=1)] | Auto = Field(
+        "auto", description="decay a step of averaged weights; 0: off"
+    )
 
 
 class TrainConfig(Section):
@@ -160,7 +176,9 @@ class TrainConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to train")
     threads: PositiveInt | Auto = Field("auto", description="CPU threads of the training process")
     loader: Literal["auto", "torch", "dali-cpu", "dali-gpu"] = Field("auto", description="who decodes")
-    workers: Annotated[int, Field(ge=0)] | Auto = Field("auto", description="loader processes or threads", json_schema_extra=FREE)
+    workers: Annotated[int, Field(ge=0)] | Auto = Field(
+        "auto", description="loader processes or threads", json_schema_extra=FREE
+    )
     seed: int = Field(0, ge=0, description="of weights, order and augmentation")
     deterministic: bool = Field(False, description="refuse operations without a deterministic form")
     monitor: Literal["val/accuracy", "val/macro_f1", "val/balanced_accuracy", "val/loss"] = Field(
@@ -168,7 +186,9 @@ class TrainConfig(Section):
     )
     patience: PositiveInt | None = Field(None, description="epochs without improvement before stopping; none: never")
     baseline: bool = Field(True, description="first fit a linear probe on frozen features", json_schema_extra=FREE)
-    save_every: Seconds = Field(600.0, description="seconds between checkpoints inside an epoch", json_schema_extra=FREE)
+    save_every: Seconds = Field(
+        600.0, description="seconds between checkpoints inside an epoch", json_schema_extra=FREE
+    )
     log_every: Seconds = Field(1.0, description="seconds between looks at the loss", json_schema_extra=FREE)
 
     @model_validator(mode="after")

@@ -77,12 +77,15 @@ def package_version() -> str:
 
 def git_revision(folder: Path) -> str | None:
     """The commit that `folder` stands at (with "+dirty"), or None outside a repository."""
+
+    def git(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=5)
+
     try:
-        run = lambda *words: subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=5)  # noqa: E731
-        head = run("rev-parse", "HEAD")
+        head = git("rev-parse", "HEAD")
         if head.returncode:
             return None
-        dirty = run("status", "--porcelain", "--untracked-files=no").stdout.strip()
+        dirty = git("status", "--porcelain", "--untracked-files=no").stdout.strip()
         return head.stdout.strip() + ("+dirty" if dirty else "")
     except (OSError, subprocess.TimeoutExpired):
         return None
@@ -115,7 +118,9 @@ def build_info() -> dict[str, Any]:
         from imgcls_fast import _C
     except ImportError as error:
         raise HardwareError(
-            "H004", f"the compiled extension imgcls_fast._C cannot be loaded: {error}", try_="pip install --force-reinstall imgcls-fast"
+            "H004",
+            f"the compiled extension imgcls_fast._C cannot be loaded: {error}",
+            try_="pip install --force-reinstall imgcls-fast",
         ) from error
     return dict(_C.build_info())
 
@@ -132,5 +137,7 @@ def require(module: str, extra: str, purpose: str) -> Any:
         return import_module(module)
     except ImportError as error:
         raise HardwareError(
-            "H004", f"{module.split('.')[0]} is not installed, and {purpose} needs it", try_=f"pip install 'imgcls-fast[{extra}]'"
+            "H004",
+            f"{module.split('.')[0]} is not installed, and {purpose} needs it",
+            try_=f"pip install 'imgcls-fast[{extra}]'",
         ) from error

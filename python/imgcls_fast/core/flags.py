@@ -168,8 +168,33 @@ FLAGS: tuple[Flag, ...] = (
 )  # fmt: skip
 
 # Words that people look for and that this version answers with a clear "not yet".
-LATER_VERBS = ("bench", "serve", "tune", "auto", "leaderboard", "compare", "verify", "explain", "ensemble", "extend", "drift", "deploy")
-LATER_FLAGS = ("--folds", "--gpus", "--track", "--attention", "--balance", "--mixup", "--cutmix", "--trt", "--torchscript", "--pt2", "--tta")
+LATER_VERBS = (
+    "bench",
+    "serve",
+    "tune",
+    "auto",
+    "leaderboard",
+    "compare",
+    "verify",
+    "explain",
+    "ensemble",
+    "extend",
+    "drift",
+    "deploy",
+)
+LATER_FLAGS = (
+    "--folds",
+    "--gpus",
+    "--track",
+    "--attention",
+    "--balance",
+    "--mixup",
+    "--cutmix",
+    "--trt",
+    "--torchscript",
+    "--pt2",
+    "--tta",
+)
 
 
 def flags_of(verb: str) -> tuple[Flag, ...]:
@@ -202,7 +227,10 @@ def setting_value(flag: Flag, value: Any, written: str) -> Any:
         guess = near(str(value), flag.choices) or flag.choices[0]
         legal = ", ".join(repr(choice) for choice in flag.choices)
         raise ConfigError(
-            "C003", f"{flag.setting or flag.long} must be one of {legal}, got {str(value)!r}", where=written, try_=f"{flag.long} {guess}"
+            "C003",
+            f"{flag.setting or flag.long} must be one of {legal}, got {str(value)!r}",
+            where=written,
+            try_=f"{flag.long} {guess}",
         )
     if not isinstance(value, bool) and str(value) in table:
         return table[str(value)]
@@ -245,7 +273,9 @@ def python_overrides(kwargs: Mapping[str, Any]) -> dict[str, Any]:
             )
         flag = known[keyword]
         if flag.setting in changes:
-            raise ConfigError("C004", f"{flag.setting} is given twice", where=f"{keyword}={value!r}", try_=f"{flag.keyword}=...")
+            raise ConfigError(
+                "C004", f"{flag.setting} is given twice", where=f"{keyword}={value!r}", try_=f"{flag.keyword}=..."
+            )
         changes[str(flag.setting)] = setting_value(flag, value, f"{keyword}={value!r}")
     return changes
 

@@ -183,12 +183,18 @@ class Run:
 
     def append_event(self, event: dict[str, Any]) -> None:
         """Add one line to events.jsonl."""
-        with explained_write(self.directory / "events.jsonl"), open(self.directory / "events.jsonl", "a", encoding="utf-8") as file:
+        with (
+            explained_write(self.directory / "events.jsonl"),
+            open(self.directory / "events.jsonl", "a", encoding="utf-8") as file,
+        ):
             file.write(json.dumps({"time": round(time.time(), 3), **event}, default=str) + "\n")
 
     def append_log(self, line: str) -> None:
         """Add one line to log.txt."""
-        with explained_write(self.directory / "log.txt"), open(self.directory / "log.txt", "a", encoding="utf-8") as file:
+        with (
+            explained_write(self.directory / "log.txt"),
+            open(self.directory / "log.txt", "a", encoding="utf-8") as file,
+        ):
             file.write(line + "\n")
 
     def write_epochs(self, epochs: list[dict[str, Any]]) -> None:
@@ -253,7 +259,9 @@ def find_run(name: str | Path | None) -> Run:
             return Run(path.parent)
     known = [run.name for run in list_runs()]
     guess = near(str(name), known)
-    raise UsageError("U003", f"{name} is not a run", try_=f"imgcls-fast runs show {guess}" if guess else "imgcls-fast runs list")
+    raise UsageError(
+        "U003", f"{name} is not a run", try_=f"imgcls-fast runs show {guess}" if guess else "imgcls-fast runs list"
+    )
 
 
 def is_run(path: Path) -> bool:

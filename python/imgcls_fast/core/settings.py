@@ -99,7 +99,9 @@ def _merge(merged: dict[str, Any], origin: dict[str, str], tree: Any, lines: dic
     if tree is None:
         return
     if not isinstance(tree, dict):
-        raise ConfigError("C005", f"{source} must hold sections (data:, train:, ...), got {type(tree).__name__}", where=source)
+        raise ConfigError(
+            "C005", f"{source} must hold sections (data:, train:, ...), got {type(tree).__name__}", where=source
+        )
     sections = {name.partition(".")[0] for name in setting_names() if "." in name}
     for section, value in tree.items():
         if section in sections and isinstance(value, dict):
@@ -108,7 +110,9 @@ def _merge(merged: dict[str, Any], origin: dict[str, str], tree: Any, lines: dic
         elif section in sections and value is None:
             continue
         elif section in sections:
-            raise ConfigError("C002", f"{section} must be a section with settings, got {value!r}", where=lines.get(section, source))
+            raise ConfigError(
+                "C002", f"{section} must be a section with settings, got {value!r}", where=lines.get(section, source)
+            )
         else:
             _put(merged, origin, str(section), value, lines.get(str(section), source))
 
@@ -150,7 +154,9 @@ def _explain(error: ValidationError, origin: dict[str, str]) -> ConfigError:
 
 def _where(name: str, origin: dict[str, str]) -> str:
     """Where a setting came from; for a rule about a whole section, where any setting of it did."""
-    return origin.get(name) or next((place for key, place in origin.items() if key.startswith(f"{name}.") and place), "")
+    return origin.get(name) or next(
+        (place for key, place in origin.items() if key.startswith(f"{name}.") and place), ""
+    )
 
 
 def _wanted(item: Any) -> str:
@@ -187,7 +193,9 @@ def _file_text(path: Path) -> str:
     try:
         return path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError("C005", f"cannot read the configuration {path}: {error}", try_="imgcls-fast train --dump-config > run.yaml") from error
+        raise ConfigError(
+            "C005", f"cannot read the configuration {path}: {error}", try_="imgcls-fast train --dump-config > run.yaml"
+        ) from error
 
 
 def _read_yaml(text: str, source: str) -> tuple[Any, dict[str, str], str]:
@@ -195,13 +203,19 @@ def _read_yaml(text: str, source: str) -> tuple[Any, dict[str, str], str]:
     try:
         for token in yaml.scan(text, Loader=yaml.SafeLoader):
             if isinstance(token, yaml.AliasToken | yaml.AnchorToken):
-                raise ConfigError("C005", f"{source} uses YAML anchors, which are not allowed", where=f"line {token.start_mark.line + 1}")
+                raise ConfigError(
+                    "C005",
+                    f"{source} uses YAML anchors, which are not allowed",
+                    where=f"line {token.start_mark.line + 1}",
+                )
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         tree = yaml.safe_load(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f"{source}, line {mark.line + 1}" if mark else source
-        raise ConfigError("C005", f"{source} is not valid YAML: {getattr(error, 'problem', error)}", where=line) from error
+        raise ConfigError(
+            "C005", f"{source} is not valid YAML: {getattr(error, 'problem', error)}", where=line
+        ) from error
     lines: dict[str, str] = {}
     _walk(node, "", source, lines)
     return tree, lines, source

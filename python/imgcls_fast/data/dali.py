@@ -27,7 +27,7 @@ from PIL import Image
 from ..core.batch import Batch
 from ..core.pixels import Pixels
 from .augment import NO_COLOR_CHANGE
-from .loader import Backend, OnBad, make_batch
+from .loader import OnBad, make_batch
 from .quarantine import examine
 from .sampler import Request, Sampler
 from .torch_loader import decode_batch, fill
@@ -43,7 +43,7 @@ class DaliLoader:
     def __init__(
         self,
         sampler: Sampler,
-        backend: Backend,
+        backend: str,
         workers: int,
         bad: dict[int, str],
         on_bad: OnBad | None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from ..core.errors import ConfigError, HardwareError
 from ..core.manifest import Manifest
 from .sampler import Request, Sampler
 
-Backend = Literal["torch", "dali-cpu", "dali-gpu"]
+BACKENDS = ("torch", "dali-cpu", "dali-gpu")
 OnBad = Callable[[int, str, int], None]  # row, reason, epoch
 
 
@@ -58,7 +58,7 @@ def dali_missing() -> str | None:
 
 def open_loader(
     sampler: Sampler,
-    backend: Backend,
+    backend: str,
     *,
     workers: int,
     bad: dict[int, str] | None = None,
@@ -79,8 +79,12 @@ def open_loader(
 
     Raises:
         HardwareError: H004 when DALI is not installed, H001 when `dali-gpu` has no GPU.
-        ConfigError: C004 when the backend cannot deliver the wanted channels.
+        ConfigError: C003 for an unknown backend, C004 when it cannot deliver the wanted channels.
     """
+    if backend not in BACKENDS:
+        raise ConfigError(
+            "C003", f"the loader must be one of {', '.join(BACKENDS)}, got {backend!r}", try_="--loader torch"
+        )
     if backend == "torch":
         from .torch_loader import TorchLoader
 

@@ -119,7 +119,9 @@ class Tabulation:
         self._check_classes(rows)
         skipped = int(self.files.skip.sum()) + self.listing.skipped
         if skipped:
-            self.notices.append(f"{skipped:,} file{'s' * (skipped != 1)} that {'are not images were' if skipped != 1 else 'is no image was'} skipped")
+            self.notices.append(
+                f"{skipped:,} file{'s' * (skipped != 1)} that {'are not images were' if skipped != 1 else 'is no image was'} skipped"
+            )
         manifest = self._manifest(rows)
         return ScanResult(manifest, bad, tuple(self.problems), tuple(self.notices), skipped, self.dropped)
 

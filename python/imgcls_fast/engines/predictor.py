@@ -43,7 +43,12 @@ class Prediction:
     def to_dict(self) -> dict[str, Any]:
         if self.error:
             return {"path": self.path, "error": self.error}
-        return {"path": self.path, "label": self.label, "confidence": self.confidence, "top": [list(pair) for pair in self.top]}
+        return {
+            "path": self.path,
+            "label": self.label,
+            "confidence": self.confidence,
+            "top": [list(pair) for pair in self.top],
+        }
 
 
 class Predictor:
@@ -78,7 +83,9 @@ class Predictor:
             return list(self.stream(image))
         (answer,) = self.stream([image])
         if answer.error:
-            raise DataError("D012", f"{answer.path} cannot be decoded: {answer.error}", try_="imgcls-fast data check DATA")
+            raise DataError(
+                "D012", f"{answer.path} cannot be decoded: {answer.error}", try_="imgcls-fast data check DATA"
+            )
         return answer
 
     def stream(self, images: Iterable[Image] | str | Path) -> Iterator[Prediction]:
@@ -126,7 +133,9 @@ class Predictor:
         try:
             return self._pixels(image)
         except Undecodable as error:
-            raise DataError("D012", f"{error.path} cannot be decoded: {error.reason}", try_="imgcls-fast data check DATA") from error
+            raise DataError(
+                "D012", f"{error.path} cannot be decoded: {error.reason}", try_="imgcls-fast data check DATA"
+            ) from error
 
     def close(self) -> None:
         """Free the engine."""

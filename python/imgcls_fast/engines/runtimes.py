@@ -45,7 +45,12 @@ class TorchEngine:
         max_batch: int = 1024,
     ) -> None:
         self.model, self.labels, self.pixels = model, labels, pixels
-        self.temperature, self.device, self.precision, self.max_batch = temperature, torch.device(device), precision, max_batch
+        self.temperature, self.device, self.precision, self.max_batch = (
+            temperature,
+            torch.device(device),
+            precision,
+            max_batch,
+        )
 
     @torch.inference_mode()
     def scores(self, pixels: Any) -> np.ndarray:
@@ -55,7 +60,9 @@ class TorchEngine:
         was_training = self.model.training
         self.model.eval()
         try:
-            with torch.autocast(self.device.type, AUTOCAST.get(self.precision, torch.bfloat16), enabled=self.precision in AUTOCAST):
+            with torch.autocast(
+                self.device.type, AUTOCAST.get(self.precision, torch.bfloat16), enabled=self.precision in AUTOCAST
+            ):
                 logits = self.model(x)
         finally:
             if was_training:
@@ -76,7 +83,9 @@ class OnnxEngine:
     runtime = "onnx"
     precision = "fp32"
 
-    def __init__(self, path: Path, labels: LabelSpace, pixels: Pixels, *, threads: int = 0, max_batch: int = 1024) -> None:
+    def __init__(
+        self, path: Path, labels: LabelSpace, pixels: Pixels, *, threads: int = 0, max_batch: int = 1024
+    ) -> None:
         onnxruntime = env.require("onnxruntime", "onnx", "the runtime onnx")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
@@ -105,11 +114,17 @@ def load_model(bundle: Bundle) -> nn.Module:
     model = build_model(ModelSpec.from_dict(bundle.arch))
     report = load_weights(model, bundle.weights)
     if report.fresh:
-        raise ModelError("M004", f"{bundle.weights} lacks {len(report.fresh)} tensors, first {report.fresh[0]}", try_="imgcls-fast runs list")
+        raise ModelError(
+            "M004",
+            f"{bundle.weights} lacks {len(report.fresh)} tensors, first {report.fresh[0]}",
+            try_="imgcls-fast runs list",
+        )
     return model.eval()
 
 
-def open_engine(bundle: Bundle, runtime: str = "torch", *, device: str = "cpu", exports: Path | None = None) -> TorchEngine | OnnxEngine:
+def open_engine(
+    bundle: Bundle, runtime: str = "torch", *, device: str = "cpu", exports: Path | None = None
+) -> TorchEngine | OnnxEngine:
     """An engine for a bundle.
 
     Args:
@@ -125,7 +140,9 @@ def open_engine(bundle: Bundle, runtime: str = "torch", *, device: str = "cpu", 
         model = load_model(bundle).to(device)
         return TorchEngine(model, bundle.labels, bundle.pixels, temperature=bundle.temperature, device=device)
     if runtime == "onnx":
-        return OnnxEngine(find_export(exports or bundle.directory.parent / "exports", bundle, "onnx"), bundle.labels, bundle.pixels)
+        return OnnxEngine(
+            find_export(exports or bundle.directory.parent / "exports", bundle, "onnx"), bundle.labels, bundle.pixels
+        )
     raise ConfigError("C003", f"runtime must be one of 'torch', 'onnx', got {runtime!r}", try_="--runtime torch")
 
 

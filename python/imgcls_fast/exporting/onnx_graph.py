@@ -87,7 +87,9 @@ def export_onnx(
     for module in ("onnx", "onnxscript", "onnxruntime"):
         env.require(module, "onnx", "export --onnx")
     versions = env.versions(("torch", "onnx", "onnxscript", "onnxruntime"))
-    key = sha256_json({"bundle": bundle.digest, "temperature": bundle.temperature, "opset": opset, "versions": versions})[:8]
+    key = sha256_json(
+        {"bundle": bundle.digest, "temperature": bundle.temperature, "opset": opset, "versions": versions}
+    )[:8]
     folder = exports / f"onnx-fp32-{key}"
     temporary = exports / f".onnx-fp32-{key}.{os.getpid()}"
     with explained_write(exports):
@@ -108,7 +110,11 @@ def export_onnx(
                 "bundle": bundle.digest,
                 "temperature": bundle.temperature,
                 "opset": opset,
-                "input": {"name": "pixels", "dtype": "uint8", "shape": ["batch", bundle.pixels.size, bundle.pixels.size, bundle.pixels.channels]},
+                "input": {
+                    "name": "pixels",
+                    "dtype": "uint8",
+                    "shape": ["batch", bundle.pixels.size, bundle.pixels.size, bundle.pixels.channels],
+                },
                 "output": {"name": "scores", "dtype": "float32", "shape": ["batch", bundle.labels.size]},
                 "classes": list(bundle.labels.classes),
                 "pixels": bundle.pixels.to_dict(),
@@ -147,7 +153,9 @@ def _write_graph(scorer: nn.Module, bundle: Bundle, path: Path, opset: int) -> N
     except (torch.onnx.OnnxExporterError, RuntimeError, ValueError, TypeError, AssertionError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ExportError(
-            "E001", f"{bundle.arch.get('arch')} cannot be exported to ONNX opset {opset}: {first}", try_="imgcls-fast export --onnx --opset 18 --debug"
+            "E001",
+            f"{bundle.arch.get('arch')} cannot be exported to ONNX opset {opset}: {first}",
+            try_="imgcls-fast export --onnx --opset 18 --debug",
         ) from error
 
 
@@ -166,7 +174,11 @@ def _check_graph(path: Path) -> None:
 
 def _judge(result: Comparison, max_score_diff: float) -> None:
     if result.images == 0:
-        raise ExportError("E001", "there are no images to compare the exported model on", try_="imgcls-fast export RUN --onnx   (with the images in place)")
+        raise ExportError(
+            "E001",
+            "there are no images to compare the exported model on",
+            try_="imgcls-fast export RUN --onnx   (with the images in place)",
+        )
     if result.max_score_diff > max_score_diff or result.same_top1 < result.images:
         raise GateFailed(
             "E901",

@@ -47,7 +47,14 @@ def image_features(pixels: np.ndarray) -> np.ndarray:
 
 
 def linear_probe(
-    features: Any, fit_on: Iterable[Batch], judge_on: Iterable[Batch], labels: LabelSpace, *, name: str, split: str, seed: int
+    features: Any,
+    fit_on: Iterable[Batch],
+    judge_on: Iterable[Batch],
+    labels: LabelSpace,
+    *,
+    name: str,
+    split: str,
+    seed: int,
 ) -> dict[str, Any]:
     """Fit logistic regression on frozen features and judge it.
 

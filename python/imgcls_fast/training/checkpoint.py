@@ -50,7 +50,9 @@ class Progress:
     history: list[dict[str, Any]] = field(default_factory=list)  # one dict an epoch
 
 
-def save_checkpoint(folder: Path, tensors: dict[str, Tensor], progress: Progress, environment: dict[str, Any], *, best: bool) -> Path:
+def save_checkpoint(
+    folder: Path, tensors: dict[str, Tensor], progress: Progress, environment: dict[str, Any], *, best: bool
+) -> Path:
     """Write `folder`/last, keeping the former one as `folder`/previous; with `best`, also as `folder`/best.
 
     Raises:
@@ -163,7 +165,11 @@ def find_checkpoint(folder: Path) -> tuple[Path, tuple[dict[str, Tensor], Progre
             except ModelError as error:
                 wrong.append(error.message)
     if wrong:
-        raise ModelError("M005", f"no intact checkpoint in {folder}: " + "; ".join(wrong), try_="imgcls-fast train DATA   (start again)")
+        raise ModelError(
+            "M005",
+            f"no intact checkpoint in {folder}: " + "; ".join(wrong),
+            try_="imgcls-fast train DATA   (start again)",
+        )
     return None
 
 

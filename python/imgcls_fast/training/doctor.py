@@ -39,7 +39,9 @@ def _extension() -> list[Row]:
         info = env.build_info()
     except HardwareError as error:
         return [("imgcls_fast._C", error.message, False, error.try_)]
-    rows: list[Row] = [(name, str(value), True, "") for name, value in info.items() if name not in ("cuda", "why_no_cuda")]
+    rows: list[Row] = [
+        (name, str(value), True, "") for name, value in info.items() if name not in ("cuda", "why_no_cuda")
+    ]
     if info.get("cuda"):
         rows.append(("CUDA half", "built", True, ""))
     else:
@@ -58,14 +60,24 @@ def _gpu() -> list[Row]:
     rows: list[Row] = [("CUDA of torch", str(torch.version.cuda), True, "")]
     for index in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(index)
-        rows.append((f"GPU {index}", f"{facts.name}, {facts.total_memory / 1e9:.0f} GB, sm_{facts.major}{facts.minor}", True, ""))
+        rows.append(
+            (
+                f"GPU {index}",
+                f"{facts.name}, {facts.total_memory / 1e9:.0f} GB, sm_{facts.major}{facts.minor}",
+                True,
+                "",
+            )
+        )
     return rows
 
 
 def _loaders() -> list[Row]:
     missing = dali_missing()
     if missing:
-        return [("dali", missing, False, "pip install nvidia-dali-cuda130   (Linux x86-64)"), ("torch", "ready", True, "")]
+        return [
+            ("dali", missing, False, "pip install nvidia-dali-cuda130   (Linux x86-64)"),
+            ("torch", "ready", True, ""),
+        ]
     import torch
 
     gpu = torch.cuda.is_available()
@@ -83,7 +95,14 @@ def _libraries() -> list[Row]:
         if version is None and name == "tensorrt":
             rows.append((name, "not installed", True, "not used by this version"))
         elif version is None:
-            rows.append((name, "not installed", name in extras, f"pip install 'imgcls-fast[{extras[name]}]'" if name in extras else "pip install imgcls-fast"))
+            rows.append(
+                (
+                    name,
+                    "not installed",
+                    name in extras,
+                    f"pip install 'imgcls-fast[{extras[name]}]'" if name in extras else "pip install imgcls-fast",
+                )
+            )
         else:
             rows.append((name, version, True, ""))
     return rows
@@ -98,5 +117,12 @@ def _places() -> list[Row]:
     shared = Path("/dev/shm")
     if shared.is_dir():
         free = shutil.disk_usage(shared).free / 1e9
-        rows.append(("/dev/shm", f"{free:.1f} GB free", free > 0.25, "" if free > 0.25 else "start the container with --shm-size 4g, or use --loader dali-cpu"))
+        rows.append(
+            (
+                "/dev/shm",
+                f"{free:.1f} GB free",
+                free > 0.25,
+                "" if free > 0.25 else "start the container with --shm-size 4g, or use --loader dali-cpu",
+            )
+        )
     return rows

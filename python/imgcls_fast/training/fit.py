@@ -72,7 +72,7 @@ class Fit:
         self.forward: Any = torch.compile(self.model) if train.compile else self.model
         judged = self.averaged.model if self.averaged else self.model
         self.engine = TorchEngine(
-            torch.compile(judged) if train.compile else judged,  # type: ignore[arg-type]
+            torch.compile(judged) if train.compile else judged,
             manifest.labels, plan.pixels, device=self.device, precision=train.precision,
         )  # fmt: skip
         self.names = {parameter: name for name, parameter in self.model.named_parameters()}
@@ -109,12 +109,19 @@ class Fit:
         )
         bad = {int(row): reason for row, reason in self.progress.quarantined.items()}
         return open_loader(
-            sampler, train.loader, workers=int(train.workers), bad=bad, on_bad=self._on_bad, device=str(self.device)  # type: ignore[arg-type]
+            sampler,
+            train.loader,
+            workers=int(train.workers),
+            bad=bad,
+            on_bad=self._on_bad,
+            device=str(self.device),
         )
 
     def _on_bad(self, row: int, reason: str, epoch: int) -> None:
         self.progress.quarantined[str(row)] = reason
-        self.emit({"event": "quarantine", "path": self.manifest.paths[row], "reason": reason, "epoch": epoch + 1, "row": row})
+        self.emit(
+            {"event": "quarantine", "path": self.manifest.paths[row], "reason": reason, "epoch": epoch + 1, "row": row}
+        )
 
     # state
     def restore(self) -> list[str]:
@@ -243,24 +250,38 @@ class Fit:
         return lr
 
     def _gradients(self, batch: Batch, total: float) -> Tensor:
-        """Accumulate the gradient of the batch's mean loss; returns the sum of its row losses. Halves the micro-batch when memory runs out."""
+        """Accumulate the gradient of the batch's mean loss; returns the sum of its row losses.
+
+        When memory runs out the micro-batch is halved, for good, and the batch is done again.
+        """
         while True:
             try:
                 return self._accumulate(batch, total)
             except torch.OutOfMemoryError as error:
                 if self.progress.micro_batch <= 1:
-                    raise ModelError("H002", f"one image at a time does not fit into memory: {error}", try_="--img-size 160   (or a smaller --model)") from error
+                    raise ModelError(
+                        "H002",
+                        f"one image at a time does not fit into memory: {error}",
+                        try_="--img-size 160   (or a smaller --model)",
+                    ) from error
             self.optimizer.zero_grad(set_to_none=True)
             self.progress.micro_batch = (self.progress.micro_batch + 1) // 2
             torch.cuda.empty_cache()
-            self.emit({"event": "warning", "text": f"out of memory: from here on {self.progress.micro_batch} images per forward pass; the batch size stays"})
+            self.emit(
+                {
+                    "event": "warning",
+                    "text": f"out of memory: from here on {self.progress.micro_batch} images per forward pass; the batch size stays",
+                }
+            )
 
     def _accumulate(self, batch: Batch, total: float) -> Tensor:
         size = self.progress.micro_batch
         summed = torch.zeros_like(self.loss_sum)
         for first in range(0, len(batch), size):
             part = slice(first, first + size)
-            pixels, targets, weight = (x[part].to(self.device, non_blocking=True) for x in (batch.pixels, batch.targets, batch.weight))
+            pixels, targets, weight = (
+                x[part].to(self.device, non_blocking=True) for x in (batch.pixels, batch.targets, batch.weight)
+            )
             with self._autocast():
                 outputs = self.forward(pixels)
             logits, *aux = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -311,7 +332,12 @@ class Fit:
         former = max((e["val_accuracy"] for e in progress.history), default=None)
         progress.history.append(record)
         if best:
-            progress.best, progress.best_loss, progress.best_epoch, progress.wait = value, metrics.log_loss, progress.epoch, 0
+            progress.best, progress.best_loss, progress.best_epoch, progress.wait = (
+                value,
+                metrics.log_loss,
+                progress.epoch,
+                0,
+            )
         else:
             progress.wait += 1
         self.schedule.after_epoch(value)
@@ -353,7 +379,11 @@ class Fit:
         ended = progress.epoch == self.config.train.epochs
         raise Interrupted(
             "X130",
-            ("stopped after the last epoch" if ended else f"stopped at epoch {progress.epoch + 1}, batch {progress.index} of {self.steps}")
+            (
+                "stopped after the last epoch"
+                if ended
+                else f"stopped at epoch {progress.epoch + 1}, batch {progress.index} of {self.steps}"
+            )
             + "; the work is saved",
             where=str(self.run_directory.checkpoints / "last"),
             try_=command,
@@ -373,7 +403,9 @@ class Fit:
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What two environment keys disagree on, one text each."""
     flat = [{**{k: v for k, v in key.items() if k != "versions"}, **key.get("versions", {})} for key in (before, now)]
-    return [f"{name} was {flat[0].get(name)}, is {value}" for name, value in flat[1].items() if flat[0].get(name) != value]
+    return [
+        f"{name} was {flat[0].get(name)}, is {value}" for name, value in flat[1].items() if flat[0].get(name) != value
+    ]
 
 
 def _finite(model: nn.Module) -> bool:
@@ -428,4 +460,8 @@ def final_state(run: Run) -> tuple[dict[str, Tensor], Progress]:
 
 def progress_facts(progress: Progress) -> dict[str, Any]:
     """What a report says about the training itself."""
-    return {key: value for key, value in asdict(progress).items() if key in ("best", "best_epoch", "seconds", "step", "epoch")}
+    return {
+        key: value
+        for key, value in asdict(progress).items()
+        if key in ("best", "best_epoch", "seconds", "step", "epoch")
+    }

@@ -46,9 +46,11 @@ def score_rows(
     sampler = Sampler(manifest, rows, engine.pixels, min(batch_size, engine.max_batch))
     device = str(getattr(engine, "device", "cpu"))
     backend = loader if device != "cpu" or loader != "dali-gpu" else "dali-cpu"
-    source = open_loader(sampler, backend, workers=workers, bad=bad, on_bad=on_bad, device=device, once=True)  # type: ignore[arg-type]
+    source = open_loader(sampler, backend, workers=workers, bad=bad, on_bad=on_bad, device=device, once=True)
     try:
-        return predict(engine, source.epoch(0), paths=manifest.paths, fingerprint=manifest.fingerprint, labelled=labelled)
+        return predict(
+            engine, source.epoch(0), paths=manifest.paths, fingerprint=manifest.fingerprint, labelled=labelled
+        )
     finally:
         source.close()
 
@@ -68,14 +70,18 @@ def best_model(run: Run) -> tuple[Classifier, dict[str, Any], Progress]:
     """
     facts = run.read_json("model.json")
     if facts is None:
-        raise ModelError("M005", f"{run.directory} has no model yet", try_=f"imgcls-fast train {run.directory} --resume")
+        raise ModelError(
+            "M005", f"{run.directory} has no model yet", try_=f"imgcls-fast train {run.directory} --resume"
+        )
     tensors, progress = final_state(run)
     model = build_model(ModelSpec.from_dict(facts["spec"]))
     load_weights(model, tensors)
     return model.eval(), facts, progress
 
 
-def make_bundle(run: Run, manifest: Manifest, model: Classifier, facts: dict[str, Any], progress: Progress, validation: Predictions) -> Bundle:
+def make_bundle(
+    run: Run, manifest: Manifest, model: Classifier, facts: dict[str, Any], progress: Progress, validation: Predictions
+) -> Bundle:
     """Fit the temperature on the validation rows, and write the bundle: weights, labels, pixels, provenance."""
     config = run.config
     temperature = 1.0
@@ -110,7 +116,9 @@ def make_bundle(run: Run, manifest: Manifest, model: Classifier, facts: dict[str
 def calibrated(predictions: Predictions, temperature: float) -> Predictions:
     """The same predictions as a model with this temperature gives them."""
     scores = apply_temperature(np.log(np.maximum(predictions.scores, _TINY)), temperature)
-    return Predictions(predictions.rows, scores, predictions.targets, predictions.labels, predictions.paths, predictions.fingerprint)
+    return Predictions(
+        predictions.rows, scores, predictions.targets, predictions.labels, predictions.paths, predictions.fingerprint
+    )
 
 
 def run_engine(run: Run, runtime: str = "torch", device: str = "cpu") -> tuple[Engine, str]:
@@ -123,16 +131,25 @@ def run_engine(run: Run, runtime: str = "torch", device: str = "cpu") -> tuple[E
     if run.finished:
         return open_engine(read_bundle(run.bundle_path), runtime, device=device, exports=run.exports), ""
     if runtime != "torch":
-        raise ConfigError("C004", f"{run.directory} is not finished, so only the runtime torch can answer", try_=f"imgcls-fast train {run.directory} --resume")
+        raise ConfigError(
+            "C004",
+            f"{run.directory} is not finished, so only the runtime torch can answer",
+            try_=f"imgcls-fast train {run.directory} --resume",
+        )
     model, facts, progress = best_model(run)
     engine = TorchEngine(model.to(device), run.manifest.labels, Pixels.from_dict(facts["pixels"]), device=device)
-    return engine, f"{run.name} is not finished: answers come from its best checkpoint so far (epoch {progress.best_epoch + 1}), not calibrated"
+    return (
+        engine,
+        f"{run.name} is not finished: answers come from its best checkpoint so far (epoch {progress.best_epoch + 1}), not calibrated",
+    )
 
 
 def export_batches(bundle: Bundle, manifest: Manifest, images: int, batch_size: int = 16) -> Any:
     """Up to `images` real images as the model sees them, (n, S, S, C) uint8: test rows first, then val, then train."""
     order = np.concatenate([manifest.rows(split) for split in ("test", "val", "train")])[:images]
-    loader = open_loader(Sampler(manifest, order, bundle.pixels, batch_size), usual_loader(bundle.pixels, "cpu"), workers=2, once=True)  # type: ignore[arg-type]
+    loader = open_loader(
+        Sampler(manifest, order, bundle.pixels, batch_size), usual_loader(bundle.pixels, "cpu"), workers=2, once=True
+    )
     try:
         for batch in loader.epoch(0):
             keep = np.asarray(batch.weight) > 0

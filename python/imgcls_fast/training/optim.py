@@ -25,14 +25,19 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def _sgd(groups: list[dict[str, Any]], config: OptimConfig, fused: bool) -> torch.optim.Optimizer:
-    return torch.optim.SGD(groups, lr=_number(config.lr), momentum=config.momentum, nesterov=config.momentum > 0, fused=fused)
+    return torch.optim.SGD(
+        groups, lr=_number(config.lr), momentum=config.momentum, nesterov=config.momentum > 0, fused=fused
+    )
 
 
 def _adamw(groups: list[dict[str, Any]], config: OptimConfig, fused: bool) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=_number(config.lr), fused=fused)
 
 
-OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], OptimConfig, bool], torch.optim.Optimizer]] = {"sgd": _sgd, "adamw": _adamw}
+OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], OptimConfig, bool], torch.optim.Optimizer]] = {
+    "sgd": _sgd,
+    "adamw": _adamw,
+}
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig, device: torch.device) -> torch.optim.Optimizer:

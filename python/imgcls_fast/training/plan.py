@@ -19,7 +19,12 @@ from .recipes import POLICIES, RECIPES, Recipe
 
 # tried in this order when the user names no model: published weights that already lie on this machine
 _AT_HAND = {
-    "cpu": ("torchvision/mobilenet_v3_large", "torchvision/resnet18", "torchvision/resnet50", "timm/mobilenetv3_large_100"),
+    "cpu": (
+        "torchvision/mobilenet_v3_large",
+        "torchvision/resnet18",
+        "torchvision/resnet50",
+        "timm/mobilenetv3_large_100",
+    ),
     "cuda": ("torchvision/convnext_tiny", "torchvision/resnet50", "timm/convnext_tiny"),
 }
 _WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
@@ -160,7 +165,9 @@ def _model(notes: _Notes, device: str) -> tuple[str, Start]:
         arch = notes.decide("model.arch", start.spec["arch"], "the architecture of the starting weights")
     elif start is not None and start.kind == "file":
         raise ConfigError(
-            "C004", f"model.init is the weights file {start.path}, which does not say its architecture", try_="--model resnet50 --init FILE"
+            "C004",
+            f"model.init is the weights file {start.path}, which does not say its architecture",
+            try_="--model resnet50 --init FILE",
         )
     else:
         arch = _arch_at_hand(notes, device, start)
@@ -170,7 +177,9 @@ def _model(notes: _Notes, device: str) -> tuple[str, Start]:
         start = _published(arch)
     if notes.config.model.init == "auto":
         notes.changes["model.init"] = start.kind
-    notes.rows.append(("model.init", start.kind if start.path is None else f"{start.kind} {start.path.name}", _start_reason(start)))
+    notes.rows.append(
+        ("model.init", start.kind if start.path is None else f"{start.kind} {start.path.name}", _start_reason(start))
+    )
     return arch, start
 
 
@@ -238,12 +247,18 @@ def _pixels(notes: _Notes, manifest: Manifest, arch: str, start: Start, recipe: 
         size, reason = own["size"], "the size that the starting weights were trained at"
     size = notes.decide("pixels.size", size, reason)
     crop_pct = own["crop_pct"] if start.kind != "scratch" else recipe.crop_pct
-    crop_pct = notes.decide("pixels.crop_pct", round(crop_pct, 4), "with the starting weights" if start.kind != "scratch" else "recipe")
+    crop_pct = notes.decide(
+        "pixels.crop_pct", round(crop_pct, 4), "with the starting weights" if start.kind != "scratch" else "recipe"
+    )
     filter_ = own["interpolation"] if own["interpolation"] in ("bilinear", "bicubic") else "bicubic"
-    interpolation = notes.decide("pixels.interpolation", filter_ if start.kind != "scratch" else "bilinear", "antialiased")
+    interpolation = notes.decide(
+        "pixels.interpolation", filter_ if start.kind != "scratch" else "bilinear", "antialiased"
+    )
     color = notes.config.pixels.color
     mean, std = _normalisation(notes, manifest, own, CHANNELS[color])
-    return Pixels(size, crop_pct, interpolation, color, notes.config.pixels.exif, mean, std, notes.config.data.max_megapixels)
+    return Pixels(
+        size, crop_pct, interpolation, color, notes.config.pixels.exif, mean, std, notes.config.data.max_megapixels
+    )
 
 
 def _scratch_size(manifest: Manifest, recipe: Recipe, usual: int) -> tuple[int, str]:
@@ -255,7 +270,9 @@ def _scratch_size(manifest: Manifest, recipe: Recipe, usual: int) -> tuple[int, 
     return size, f"the median image has a short side of {short:.0f}"
 
 
-def _normalisation(notes: _Notes, manifest: Manifest, own: dict[str, Any], channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _normalisation(
+    notes: _Notes, manifest: Manifest, own: dict[str, Any], channels: int
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
     out = []
     measured: tuple[tuple[float, ...], tuple[float, ...]] | None = None
     for index, name in enumerate(("mean", "std")):
@@ -312,12 +329,18 @@ def _lengths(notes: _Notes, n: int, recipe: Recipe, device: str) -> None:
     batch = notes.decide("train.batch_size", fitting, f"recipe; {n:,} training images")
     if batch > n:
         notes.changes["train.batch_size"] = batch = n
-        notes.rows[-1] = ("train.batch_size", str(n), f"lowered from {train.batch_size}: there are {n:,} training images")
+        notes.rows[-1] = (
+            "train.batch_size",
+            str(n),
+            f"lowered from {train.batch_size}: there are {n:,} training images",
+        )
     wanted = recipe.images if notes.config.data.source is not None else recipe.images // 2  # digits are easy
     epochs = int(np.clip(round(wanted / max(n, 1)), *recipe.epochs))
     notes.decide("train.epochs", epochs, f"about {epochs * n:,} images seen")
     micro = math.ceil(batch / train.accum) if train.accum else batch
-    notes.decide("train.micro_batch", micro, f"{train.accum} forward passes a step" if train.accum else "the whole batch at once")
+    notes.decide(
+        "train.micro_batch", micro, f"{train.accum} forward passes a step" if train.accum else "the whole batch at once"
+    )
     if notes.value("train.micro_batch") > batch:
         notes.changes["train.micro_batch"] = batch
         notes.rows[-1] = ("train.micro_batch", str(batch), f"lowered from {train.micro_batch}: no more than a batch")
@@ -346,7 +369,9 @@ def _class_weights(notes: _Notes, manifest: Manifest) -> None:
     asked = notes.config.loss.class_weights
     if asked == "none":
         return
-    weights = class_weights(notes.config.loss, manifest.labels.classes, manifest.counts("train"))  # refuses here, not in the run
+    weights = class_weights(
+        notes.config.loss, manifest.labels.classes, manifest.counts("train")
+    )  # refuses here, not in the run
     if not isinstance(asked, str):
         notes.rows.append(("loss.class_weights", str(asked), "as asked"))
         return
@@ -360,13 +385,19 @@ def _class_weights(notes: _Notes, manifest: Manifest) -> None:
 def _speed(notes: _Notes, manifest: Manifest, machine: Machine, device: str) -> None:
     asked = notes.config.train.precision
     if device == "cuda":
-        precision, reason = ("bf16", "the GPU has bf16") if machine.bf16 else ("fp16", "the GPU has no bf16; losses are scaled")
+        precision, reason = (
+            ("bf16", "the GPU has bf16") if machine.bf16 else ("fp16", "the GPU has no bf16; losses are scaled")
+        )
     else:
         precision, reason = "fp32", "CPU"
     if asked == "fp16" and device == "cpu":
         raise ConfigError("C004", "train.precision fp16 needs a GPU", try_="--precision bf16   (or fp32)")
     notes.decide("train.precision", precision, reason)
-    notes.decide("train.compile", device == "cuda", "on for a GPU" if device == "cuda" else "off: compiling costs more than a short CPU run")
+    notes.decide(
+        "train.compile",
+        device == "cuda",
+        "on for a GPU" if device == "cuda" else "off: compiling costs more than a short CPU run",
+    )
     notes.decide("train.threads", machine.cpus, "all usable cores")
     loader = notes.decide("train.loader", *_loader(manifest, machine, device, notes.config.pixels.color))
     if loader == "dali-gpu" and device != "cuda":

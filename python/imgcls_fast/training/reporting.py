@@ -22,7 +22,15 @@ def judged(run: Run) -> dict[str, tuple[Predictions, Metrics]]:
     for split in _JUDGED:
         if (run.evaluation(split) / "predictions.json").exists():
             predictions = Predictions.load(run.evaluation(split))
-            out[split] = predictions, judge(predictions, top_k=config.evaluate.top_k, bootstrap=config.evaluate.bootstrap, seed=config.train.seed)
+            out[split] = (
+                predictions,
+                judge(
+                    predictions,
+                    top_k=config.evaluate.top_k,
+                    bootstrap=config.evaluate.bootstrap,
+                    seed=config.train.seed,
+                ),
+            )
     return out
 
 
@@ -43,9 +51,17 @@ def report_run(run: Run) -> Path:
     """
     splits = judged(run)
     if not splits:
-        raise UsageError("U003", f"{run.directory} was not judged yet, so there is nothing to report", try_=f"imgcls-fast train {run.directory} --resume")
+        raise UsageError(
+            "U003",
+            f"{run.directory} was not judged yet, so there is nothing to report",
+            try_=f"imgcls-fast train {run.directory} --resume",
+        )
     manifest = run.manifest
-    data, environment, model = run.read_json("data.json") or {}, run.read_json("env.json") or {}, run.read_json("model.json") or {}
+    data, environment, model = (
+        run.read_json("data.json") or {},
+        run.read_json("env.json") or {},
+        run.read_json("model.json") or {},
+    )
     bundle = run.read_json("bundle/bundle.json") or {}
     bad = read_quarantine(run.directory / "quarantine.csv") if (run.directory / "quarantine.csv").exists() else []
     facts = ReportFacts(

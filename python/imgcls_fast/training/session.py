@@ -113,19 +113,27 @@ def resume(run: Run, changes: dict[str, Any], sinks: Sequence[Callable[[Event], 
         manifest = run.manifest
         facts = run.read_json("model.json")
         if facts is None:
-            raise ModelError("M005", f"{run.directory} stopped before its plan was written", try_=f"imgcls-fast train {manifest.source}")
+            raise ModelError(
+                "M005",
+                f"{run.directory} stopped before its plan was written",
+                try_=f"imgcls-fast train {manifest.source}",
+            )
         plan = Plan(
             config,
             tuple((name, value, reason) for name, value, reason in facts["plan"]),
             Pixels.from_dict(facts["pixels"]),
             Augment.from_dict(facts["augment"]),
             facts["spec"],
-            Start(facts["start_kind"], Path(facts["start_path"]) if facts["start_path"] else None, facts["start_download"]),
+            Start(
+                facts["start_kind"], Path(facts["start_path"]) if facts["start_path"] else None, facts["start_download"]
+            ),
         )
         stage = _Stage(plan, manifest, run, Sinks([*sinks, LogSink(run)]))
         if run.finished and run.report_path.exists():
             more = f"imgcls-fast train {manifest.source} --init {run.directory}"
-            stage.emit({"event": "warning", "text": f"{run.name} is finished; to go on training, begin a new run: {more}"})
+            stage.emit(
+                {"event": "warning", "text": f"{run.name} is finished; to go on training, begin a new run: {more}"}
+            )
             return run
         _require_same_files(run, manifest)
         if config != run.config:
@@ -203,7 +211,9 @@ def _changed_config(run: Run, changes: dict[str, Any]) -> RunConfig:
             + (f" (also: {', '.join(refused[1:])})" if refused[1:] else ""),
             try_=f"imgcls-fast train DATA --init {run.directory}   (a new run that begins with these weights)",
         )
-    return replace_settings(stored, {name: after[name] for name in differing if name != "out"})  # a run stays where it is
+    return replace_settings(
+        stored, {name: after[name] for name in differing if name != "out"}
+    )  # a run stays where it is
 
 
 def _require_same_files(run: Run, manifest: Manifest) -> None:
@@ -260,7 +270,12 @@ def _conduct(stage: _Stage, *, resumed: bool) -> Run:
     except KeyboardInterrupt:
         command = f"imgcls-fast train {stage.run.directory} --resume"
         stage.emit({"event": "interrupted", "command": command, "path": str(stage.run.checkpoints / "last")})
-        raise Interrupted("X130", f"{stage.run.name} was stopped; what was done is saved", where=str(stage.run.directory), try_=command) from None
+        raise Interrupted(
+            "X130",
+            f"{stage.run.name} was stopped; what was done is saved",
+            where=str(stage.run.directory),
+            try_=command,
+        ) from None
 
 
 def _work(stage: _Stage, *, resumed: bool) -> Run:
@@ -300,10 +315,16 @@ def _baseline(stage: _Stage) -> dict[str, Any]:
     for part in (rows, manifest.rows(split)):
         sampler = Sampler(manifest, part, plan.pixels, min(64, int(plan.config.evaluate.batch_size)))
         backend = plan.config.train.loader if plan.config.train.loader != "dali-gpu" else "dali-cpu"
-        loaders.append(open_loader(sampler, backend, workers=int(plan.config.train.workers), once=True))  # type: ignore[arg-type]
+        loaders.append(open_loader(sampler, backend, workers=int(plan.config.train.workers), once=True))
     try:
         return linear_probe(
-            features, loaders[0].epoch(0), loaders[1].epoch(0), manifest.labels, name=name, split=split, seed=plan.config.train.seed
+            features,
+            loaders[0].epoch(0),
+            loaders[1].epoch(0),
+            manifest.labels,
+            name=name,
+            split=split,
+            seed=plan.config.train.seed,
         )
     finally:
         for loader in loaders:
@@ -329,7 +350,10 @@ def _probe_features(plan: Plan) -> tuple[Callable[[Any], np.ndarray], str]:
         with torch.inference_mode():
             return model.features(torch.as_tensor(pixels).to(device)).float().cpu().numpy()
 
-    return features, f"frozen features of the starting weights ({start_from.path.name if start_from.path else plan.spec['arch']})"
+    return (
+        features,
+        f"frozen features of the starting weights ({start_from.path.name if start_from.path else plan.spec['arch']})",
+    )
 
 
 def _finish(stage: _Stage, baseline: dict[str, Any] | None) -> None:
@@ -343,7 +367,9 @@ def _finish(stage: _Stage, baseline: dict[str, Any] | None) -> None:
 
     def on_bad(row: int, reason: str, epoch: int) -> None:
         bad[row] = reason
-        stage.emit({"event": "quarantine", "path": manifest.paths[row], "reason": reason, "epoch": progress.epoch, "row": row})
+        stage.emit(
+            {"event": "quarantine", "path": manifest.paths[row], "reason": reason, "epoch": progress.epoch, "row": row}
+        )
 
     def score(split: str) -> Predictions:
         return score_rows(
@@ -352,12 +378,16 @@ def _finish(stage: _Stage, baseline: dict[str, Any] | None) -> None:
         )  # fmt: skip
 
     validation = score("val")
-    bundle = read_bundle(run.bundle_path) if run.finished else make_bundle(run, manifest, model, facts, progress, validation)
+    bundle = (
+        read_bundle(run.bundle_path) if run.finished else make_bundle(run, manifest, model, facts, progress, validation)
+    )
     judged: dict[str, Metrics] = {}
     for split in ("val", "test"):
         if len(manifest.rows(split)):
             predictions = calibrated(validation if split == "val" else score(split), bundle.temperature)
-            judged[split] = judge(predictions, top_k=config.evaluate.top_k, bootstrap=config.evaluate.bootstrap, seed=config.train.seed)
+            judged[split] = judge(
+                predictions, top_k=config.evaluate.top_k, bootstrap=config.evaluate.bootstrap, seed=config.train.seed
+            )
             write_evaluation(run.evaluation(split), predictions, judged[split], run.plots)
     write_plots(run.plots, {"curves": training_curves(run.epochs)})
     _add_quarantined(run, manifest, bad)
@@ -374,7 +404,9 @@ def _add_quarantined(run: Run, manifest: Manifest, bad: dict[int, str]) -> None:
             with suppress(OSError):
                 size = manifest.path(row).stat().st_size
                 split = ("train", "val", "test")[manifest.split[row]]
-                known[path] = BadFile(path, reason, split, manifest.labels.classes[manifest.label[row]], size, found="training")
+                known[path] = BadFile(
+                    path, reason, split, manifest.labels.classes[manifest.label[row]], size, found="training"
+                )
     write_quarantine(run.directory / "quarantine.csv", known.values())
 
 
@@ -383,7 +415,9 @@ def _done_event(stage: _Stage, judged: dict[str, Metrics], baseline: dict[str, A
     metrics = judged[split]
     notes = list(metrics.warnings)
     if split == "val":
-        notes.append("the data has no test split: this is the validation split, which also chose the epoch, so it is optimistic")
+        notes.append(
+            "the data has no test split: this is the validation split, which also chose the epoch, so it is optimistic"
+        )
     worst = sorted((c for c in metrics.per_class if c.support), key=lambda c: c.f1)[:3]
     return {
         "event": "done",
@@ -401,5 +435,3 @@ def _done_event(stage: _Stage, judged: dict[str, Metrics], baseline: dict[str, A
         "commands": [list(pair) for pair in next_commands(stage.run)],
         "notes": notes,
     }
-
-
