@@ -217,7 +217,7 @@ class ConsoleSink:
         table.add_column(overflow="fold")
         for name, value in done_facts(event):
             table.add_row(name, Text(value, style="bold" if name == "accuracy" else ""))
-        title = Text(f" {event['split']}: {event['n']:,} images ", style="bold")
+        title = Text(f" {event['split']}: {counted(event['n'], 'image')} ", style="bold")
         return Panel(
             table,
             title=title,
@@ -287,7 +287,7 @@ def done_facts(event: Event) -> list[tuple[str, str]]:
         facts.append(("baseline", f"{_fixed(baseline)}, {_against(event, baseline)}"))
     facts.append(("macro F1", _fixed(event.get("macro_f1"))))
     facts.append(("calibration", f"ECE {_fixed(event.get('ece'))} (0: confidence and accuracy agree)"))
-    worst = [f"{name} F1 {_fixed(f1)} ({support:,} images)" for name, f1, support in event.get("worst") or ()]
+    worst = [f"{name} F1 {_fixed(f1)} ({counted(support, 'image')})" for name, f1, support in event.get("worst") or ()]
     if worst:
         facts.append(("worst", "\n".join(worst)))
     facts.append(("time", clock(event.get("seconds"))))
@@ -297,7 +297,8 @@ def done_facts(event: Event) -> list[tuple[str, str]]:
 def _against(event: Event, baseline: float) -> str:
     """Better or worse than the baseline, or inside the interval and so neither."""
     gain = event["accuracy"] - baseline
-    low, high = event.get("ci") or (event["accuracy"], event["accuracy"])
+    ci = event.get("ci")
+    low, high = ci if ci and not any(map(_missing, ci)) else (event["accuracy"], event["accuracy"])
     if low <= baseline <= high:
         return f"inside the interval: no clear difference ({gain:+.3f})"
     return f"so {abs(gain):.3f} {'better' if gain > 0 else 'worse'}"
@@ -305,16 +306,20 @@ def _against(event: Event, baseline: float) -> str:
 
 def done_line(event: Event) -> str:
     """The result in one line."""
-    return f"{event['split']} accuracy {_fixed(event['accuracy'])}{_interval(event.get('ci'))} on {event['n']:,} images -> {event['run']}"
+    return f"{event['split']} accuracy {_fixed(event['accuracy'])}{_interval(event.get('ci'))} on {counted(event['n'], 'image')} -> {event['run']}"
 
 
 def _data_lines(event: Event) -> list[str]:
-    parts = [f"{event['images']:,} images", f"{len(event['classes'])} classes", f"smallest {event['smallest']:,}"]
+    classes = len(event["classes"])
+    parts = [
+        counted(event["images"], "image"),
+        f"{classes:,} class{'es' * (classes != 1)}",
+        f"smallest {event['smallest']:,}",
+    ]
     if event.get("quarantined"):
         parts.append(f"{event['quarantined']:,} quarantined")
     if event.get("duplicates_removed"):
-        removed = event["duplicates_removed"]
-        parts.append(f"{removed:,} duplicate{'s' * (removed != 1)} across splits removed")
+        parts.append(f"{counted(event['duplicates_removed'], 'duplicate')} across splits removed")
     splits = "  ".join(f"{name} {count:,}" for name, count in (event.get("splits") or {}).items())
     return [
         ", ".join(parts),
@@ -348,7 +353,7 @@ def _start_lines(event: Event) -> list[str]:
         return [
             f"resumed in epoch {event['epoch']}/{event['epochs']} after step {event.get('step', 0)} of {event['steps_per_epoch']}"
         ]
-    return [f"training for {event['epochs']} epochs of {event['steps_per_epoch']} steps"]
+    return [f"training for {counted(event['epochs'], 'epoch')} of {counted(event['steps_per_epoch'], 'step')}"]
 
 
 def _done_lines(event: Event) -> list[str]:
@@ -381,6 +386,11 @@ def short(number: float | None) -> str:
         if abs(number or 0) < 0.9995
         else _fixed(number)
     )
+
+
+def counted(number: int, noun: str) -> str:
+    """(1, "image") -> "1 image", (1200, "image") -> "1,200 images"."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def clock(seconds: float | None) -> str:

@@ -148,7 +148,8 @@ def test_workers_die_with_their_parent(tmp_path, kit, photo, number):
 
 
 @pytest.mark.slow
-def test_ctrl_c_reaches_the_parent_only(tmp_path, photo):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_group_stops_the_parent_only(tmp_path, photo, number):
     names = [f"{k}.jpg" for k in range(12)]
     for k, name in enumerate(names):
         photo(k).save(tmp_path / name)
@@ -158,7 +159,7 @@ def test_ctrl_c_reaches_the_parent_only(tmp_path, photo):
     try:
         assert parent.stdin is not None and parent.stdout is not None
         for pid in map(int, parent.stdout.readline().split()):
-            os.kill(pid, signal.SIGINT)
+            os.kill(pid, number)
         assert parent.communicate("\n", timeout=120)[0].strip() == "6"
     finally:
         parent.kill()

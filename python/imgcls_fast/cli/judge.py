@@ -24,6 +24,7 @@ def evaluate(request: Request, session: Session) -> Answer:
     if len(rest) > 1:
         raise UsageError("U003", f"{request.things[0]} is not a run", try_="imgcls-fast runs list")
     from .. import api
+    from ..track import counted
 
     split, runtime = request.get("split", "test"), request.get("runtime", "torch")
     found = api.evaluate(
@@ -31,7 +32,7 @@ def evaluate(request: Request, session: Session) -> Answer:
     )
     metrics = plain(found)
     what = rest[0] if rest else split
-    line = f"{what} accuracy {share(metrics['accuracy'])} {_interval(metrics.get('accuracy_ci'))}on {metrics['n']:,} images"
+    line = f"{what} accuracy {share(metrics['accuracy'])} {_interval(metrics.get('accuracy_ci'))}on {counted(metrics['n'], 'image')}"
     return Answer({"run": run or "last", "data": rest[0] if rest else None, "split": split, "runtime": runtime, "metrics": metrics},
                   lambda console: _show_metrics(console, line, metrics), line)  # fmt: skip
 
@@ -50,6 +51,7 @@ def predict(request: Request, session: Session) -> Answer:
             "U002", f"{run} is a run; predict needs images as well", try_=f"imgcls-fast predict {run} IMAGES..."
         )
     from .. import api
+    from ..track import counted
 
     answers = plain(
         api.predict(run, images, runtime=request.get("runtime", "torch"), top_k=top_k, batch_size=batch_size)
@@ -60,7 +62,7 @@ def predict(request: Request, session: Session) -> Answer:
             out, _as_csv(answers, top_k) if out.suffix == ".csv" else [json.dumps(answer) for answer in answers]
         )
     value = {"run": run or "last", "predictions": answers, "failed": len(bad), "out": str(out) if out else None}
-    line = f"{len(answers) - len(bad):,} images answered, {len(bad):,} could not be read" + (
+    line = f"{counted(len(answers) - len(bad), 'image')} answered, {len(bad):,} could not be read" + (
         f" -> {out}" if out else ""
     )
 

@@ -41,6 +41,8 @@ def parse_seconds(value: Any) -> Any:
 
 def _listed(value: Any) -> Any:
     """Accept "0.8,0.1,0.1" for lists and "cat=1,dog=2.5" for tables, as a command line writes them."""
+    if isinstance(value, dict):  # in YAML the classes of digits are numbers
+        return {str(key) if type(key) is int else key: inner for key, inner in value.items()}
     if not isinstance(value, str):
         return value
     parts = [part.strip() for part in value.split(",")]
@@ -61,7 +63,7 @@ Seconds = Annotated[float, BeforeValidator(parse_seconds), Field(ge=0)]
 class Section(BaseModel):
     """A frozen group of settings; an unknown name is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class DataConfig(Section):

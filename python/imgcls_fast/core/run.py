@@ -193,7 +193,9 @@ class Run:
         """Add one line to log.txt."""
         with (
             explained_write(self.directory / "log.txt"),
-            open(self.directory / "log.txt", "a", encoding="utf-8") as file,
+            open(
+            self.directory / "log.txt", "a", encoding="utf-8", errors="surrogateescape"
+        ) as file,
         ):
             file.write(line + "\n")
 

@@ -119,7 +119,12 @@ def _merge(merged: dict[str, Any], origin: dict[str, str], tree: Any, lines: dic
 
 def _unknown(name: str, where: str) -> ConfigError:
     known = setting_names()
-    guess = near(name, known) or near(name.split(".")[-1], [k.split(".")[-1] for k in known])
+    section = near(name, sorted({k.partition(".")[0] for k in known if "." in k}))
+    if section and section != name and "." not in name:
+        return ConfigError("C001", f"unknown section {name}", where=where, try_=f"rename it to {section}")
+    last = name.split(".")[-1]
+    same = [k for k in known if k.endswith(f".{last}")]  # the right field in the wrong section
+    guess = same[0] if len(same) == 1 else near(name, known) or near(last, [k.split(".")[-1] for k in known])
     full = guess if guess in known else next((k for k in known if guess and k.endswith("." + guess)), "")
     return ConfigError(
         "C001",
@@ -148,7 +153,7 @@ def _explain(error: ValidationError, origin: dict[str, str]) -> ConfigError:
         message += f" (also wrong: {', '.join(others)})"
     if item["type"] == "value_error" and name not in setting_names():  # a rule about several settings of a section
         return ConfigError("C004", message, where=_where(name, origin))
-    range_error = any(i["type"].startswith(("greater", "less", "literal", "value_error")) for i in same)
+    range_error = any(i["type"].startswith(("greater", "less", "literal", "finite", "value_error")) for i in same)
     return ConfigError("C003" if range_error else "C002", message, where=_where(name, origin))
 
 
@@ -163,6 +168,8 @@ def _wanted(item: Any) -> str:
     context = item.get("ctx") or {}
     if "expected" in context and item["type"] == "literal_error":
         return f"one of {context['expected']}"
+    if item["type"] == "missing":
+        return "a longer list"
     text = item["msg"].removeprefix("Input should be ").removeprefix("a valid ")
     return text.split(", unable to parse")[0]
 
@@ -174,7 +181,7 @@ def _got(item: Any) -> Any:
 def _scalar(text: str) -> Any:
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: 2001-99-99 looks like a date and is none
         return text
 
 
@@ -206,11 +213,15 @@ def _read_yaml(text: str, source: str) -> tuple[Any, dict[str, str], str]:
                 raise ConfigError(
                     "C005",
                     f"{source} uses YAML anchors, which are not allowed",
-                    where=f"line {token.start_mark.line + 1}",
+                    where=f"{source}, line {token.start_mark.line + 1}",
                 )
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (
+        yaml.YAMLError,
+        ValueError,
+        RecursionError,
+    ) as error:  # ValueError: 2001-99-99 looks like a date and is none
         mark = getattr(error, "problem_mark", None)
         line = f"{source}, line {mark.line + 1}" if mark else source
         raise ConfigError(

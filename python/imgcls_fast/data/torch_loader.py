@@ -187,10 +187,14 @@ class TorchLoader:
 
 
 def _start_worker(worker: int) -> None:
-    """A worker decodes on one thread, leaves Ctrl-C to the main process, and dies of SIGTERM whatever that one does."""
+    """A worker decodes on one thread and leaves signals to the main process.
+
+    Service managers send SIGTERM to the whole group; a worker that dies of it makes the main process fail wherever it
+    stands, instead of saving at the next step. Workers end when they are told to, or when their parent is gone.
+    """
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _as_it_is(item: Any) -> Any:

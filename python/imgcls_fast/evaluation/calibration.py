@@ -91,7 +91,11 @@ def apply_temperature(log_scores: np.ndarray, temperature: float) -> np.ndarray:
     """softmax(log_scores / temperature), (n, K) float32, of logits or log-probabilities; the argmax never changes."""
     z = _finite(log_scores) / temperature
     e = np.exp(z - z.max(1, keepdims=True))
-    return np.asarray(e / e.sum(1, keepdims=True), np.float32)
+    scores = np.asarray(e / e.sum(1, keepdims=True), np.float32)
+    best = z.argmax(1)
+    tied = np.flatnonzero(scores.argmax(1) != best)  # rounding made a lower score equal to the highest
+    scores[tied, best[tied]] = np.nextafter(scores[tied, best[tied]], np.float32(1))
+    return scores
 
 
 def fit_temperature(log_scores: np.ndarray, truth: np.ndarray) -> float:

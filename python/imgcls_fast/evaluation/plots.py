@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,7 +37,8 @@ def training_curves(epochs: Sequence[Mapping[str, Any]]) -> bytes:
         epochs: one mapping per epoch with keys like epoch, train_loss, val_loss, val_accuracy, val_macro_f1, lr.
             Missing keys and None are gaps; other keys are ignored.
     """
-    step = np.array([float(e.get("epoch", i + 1)) for i, e in enumerate(epochs)])
+    step = _column(epochs, "epoch")
+    step = np.where(np.isfinite(step), step, np.arange(1, len(epochs) + 1))
     losses = {"training": "train_loss", "validation": "val_loss"}
     keys = sorted({key for e in epochs for key in e if key.startswith("val_") and key != "val_loss"})
     shares = {key[4:].replace("_", " "): key for key in keys if _bounded(_column(epochs, key))}
@@ -243,7 +245,7 @@ def _which(title: str, shown: Sequence[int], defined: Sequence[int]) -> str:
 
 def _column(epochs: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
     values = [e.get(key) for e in epochs]
-    return np.array([float(v) if isinstance(v, int | float) else np.nan for v in values])
+    return np.array([float(v) if isinstance(v, Real) else np.nan for v in values])
 
 
 def _bounded(values: np.ndarray) -> bool:

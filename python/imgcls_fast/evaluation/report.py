@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from ..core.files import write_json, write_text, write_whole
+from ..core.files import explained_write, write_json, write_text, write_whole
 from ..core.predictions import Predictions
 from . import plots as draw
 from .metrics import Metrics
@@ -105,7 +105,7 @@ def write_evaluation(directory: Path, predictions: Predictions, metrics: Metrics
     Raises:
         HardwareError: H003 when a file cannot be written.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    _make(directory)
     facts = metrics.to_dict()
     del facts["confusion"]  # K x K numbers have a file of their own
     write_json(directory / "metrics.json", facts)
@@ -123,9 +123,14 @@ def write_evaluation(directory: Path, predictions: Predictions, metrics: Metrics
 
 def write_plots(directory: Path, pictures: Mapping[str, bytes]) -> None:
     """Write each picture as `<name>.png`."""
-    directory.mkdir(parents=True, exist_ok=True)
+    _make(directory)
     for name, picture in pictures.items():
         write_whole(directory / f"{name}.png", partial(_put, picture))
+
+
+def _make(directory: Path) -> None:
+    with explained_write(directory):
+        directory.mkdir(parents=True, exist_ok=True)
 
 
 def _put(picture: bytes, file: BinaryIO) -> None:
@@ -201,7 +206,9 @@ def _verdict(metrics: Metrics, baseline: Mapping[str, Any] | None) -> dict[str, 
         return None
     low, high = metrics.accuracy_ci
     accuracy, points = float(baseline["accuracy"]), 100 * (metrics.accuracy - float(baseline["accuracy"]))
-    if accuracy < low:
+    if low != low:
+        kind, text = "even", f"differs from the baseline by {points:+.1f} points (no interval was computed)"
+    elif accuracy < low:
         kind, text = "good", f"beats the baseline by {points:.1f} points"
     elif accuracy > high:
         kind, text = "bad", f"is {-points:.1f} points below the baseline: check settings and data before anything else"

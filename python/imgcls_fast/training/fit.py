@@ -71,8 +71,9 @@ class Fit:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=train.precision == "fp16")
         self.forward: Any = torch.compile(self.model) if train.compile else self.model
         judged = self.averaged.model if self.averaged else self.model
+        asked: Any = torch.compile(judged) if train.compile else judged
         self.engine = TorchEngine(
-            torch.compile(judged) if train.compile else judged,
+            asked,
             manifest.labels, plan.pixels, device=self.device, precision=train.precision,
         )  # fmt: skip
         self.names = {parameter: name for name, parameter in self.model.named_parameters()}

@@ -1,0 +1,138 @@
+"""Pictures come out as PNG bytes whatever is missing, and leave no global state behind."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from imgcls_fast.evaluation import plots
+from imgcls_fast.evaluation.metrics import judge
+
+EPOCH = {"epoch": 1, "train_loss": 0.9, "val_loss": 0.8, "val_accuracy": 0.7, "val_macro_f1": 0.6, "lr": 1e-3}
+NAMES = ("confusion", "coverage", "precision_recall", "reliability", "roc")
+
+
+def size_of(png: bytes) -> tuple[int, int]:
+    """Width and height of a PNG on white paper in which something is drawn."""
+    assert png.startswith(b"\x89PNG\r\n\x1a\n")
+    with Image.open(io.BytesIO(png)) as image:
+        values = np.asarray(image.convert("RGB"))
+        assert image.format == "PNG" and (values[0, 0] == 255).all() and values.std() > 1
+        return image.size
+
+
+def drawn_all(predictions) -> dict[str, bytes]:
+    pictures = plots.judgement_plots(predictions, judge(predictions, bootstrap=0))
+    assert sorted(pictures) == list(NAMES)
+    for png in pictures.values():
+        width, height = size_of(png)
+        assert 300 < width < 2600 and 300 < height < 2600
+    return pictures
+
+
+def test_every_picture_of_a_judgement_is_a_png(drawn, predictions_of):
+    drawn_all(predictions_of(*drawn(120, 4)))
+
+
+@pytest.mark.parametrize("kind", ["absent", "one row", "one true class", "perfect"])
+def test_odd_predictions_are_drawn_without_a_warning(kind, drawn, predictions_of):
+    scores, truth = drawn(1 if kind == "one row" else 40, 3)
+    truth = {"absent": np.where(truth == 2, 0, truth), "one true class": truth * 0}.get(kind, truth)
+    if kind == "perfect":
+        scores = np.eye(3, dtype=np.float32)[truth]
+    with np.errstate(all="raise"):
+        drawn_all(predictions_of(scores, truth))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("size", [12, 60])
+def test_many_classes_fit_and_only_the_lowest_ten_have_curves(size, drawn, predictions_of):
+    ours = predictions_of(*drawn(10 * size, size))
+    pictures = drawn_all(ours)
+    few = judge(predictions_of(*drawn(60, 3)), bootstrap=0)
+    assert size_of(pictures["confusion"])[1] > size_of(plots.confusion(few.confusion, few.classes))[1]
+    curves = [c.roc_auc for c in judge(ours, bootstrap=0).per_class]
+    shown = plots._worst(range(size), curves)
+    assert len(shown) == 10 and max(curves[k] for k in shown) <= min(set(curves) - {curves[k] for k in shown})
+
+
+@pytest.mark.filterwarnings("error")
+def test_any_class_name_can_be_drawn(drawn, predictions_of):
+    names = [r"$\frac{$", "_hidden", "花 🐱", "two\nlines", os.fsdecode(b"caf\xe9"), "x" * 300, "$a$ & <b>", ""]
+    drawn_all(predictions_of(*drawn(80, len(names)), names))
+    assert plots._labels(["plain", "_hidden", "花", "a$b"]) == ["plain", " _hidden", "class 2", r"a\$b"]
+
+
+def test_a_cell_of_the_confusion_is_darker_the_larger_its_share():
+    def middle(counts) -> np.ndarray:
+        png = plots.confusion(np.array(counts), ["a", "b"])
+        return np.asarray(Image.open(io.BytesIO(png)).convert("L"), np.float64)
+
+    diagonal, reverse = middle([[90, 10], [10, 90]]), middle([[10, 90], [90, 10]])
+    height, width = diagonal.shape
+    upper_left = np.s_[height // 8 : height // 4, width // 4 : width // 3]
+    assert diagonal[upper_left].mean() < reverse[upper_left].mean() - 30
+
+
+@pytest.mark.parametrize(
+    "epochs",
+    [
+        [],
+        [{}],
+        [EPOCH],
+        [{"epoch": 1, "train_loss": 2.0}, {"epoch": 2, "val_loss": 1.0}],
+        [EPOCH | {"epoch": None, "val_loss": None}, EPOCH | {"epoch": 2}],
+        [EPOCH | {"epoch": k, "train_loss": math.nan, "val_loss": math.inf, "note": "text"} for k in (1, 2)],
+        [EPOCH | {"epoch": k} for k in range(1, 60)],
+    ],
+    ids=["none", "empty", "one epoch", "gaps", "null", "not finite", "many"],
+)
+def test_training_curves_tolerate_missing_values_and_one_epoch(epochs):
+    width, height = size_of(plots.training_curves(epochs))
+    assert width > 300 and height > 300
+
+
+def test_panels_without_values_are_left_out():
+    widths = [size_of(plots.training_curves([{k: EPOCH[k] for k in keys}] * 2))[0] for keys in
+              (["train_loss"], ["train_loss", "lr"], ["train_loss", "lr", "val_accuracy"])]  # fmt: skip
+    assert widths == sorted(widths) and widths[2] > 2 * widths[0]
+
+
+def test_numbers_of_numpy_are_numbers_and_equal_input_gives_equal_bytes():
+    plain = [EPOCH | {"epoch": k, "train_loss": 1 / k} for k in (1, 2, 4)]
+    numpy = [{key: np.float64(value) for key, value in epoch.items()} for epoch in plain]
+    single = [epoch | {"train_loss": np.float32(epoch["train_loss"])} for epoch in numpy]
+    assert plots.training_curves(plain) == plots.training_curves(numpy) == plots.training_curves(single)
+    assert plots.training_curves(plain) != plots.training_curves(plain[:2])
+
+
+def test_threads_can_draw_at_the_same_time(drawn, predictions_of):
+    metrics = judge(predictions_of(*drawn(50, 3)), bootstrap=0)
+    with ThreadPoolExecutor(3) as pool:
+        pictures = list(pool.map(lambda _: plots.coverage(metrics), range(6)))
+    assert set(pictures) == {plots.coverage(metrics)}
+
+
+def test_pyplot_is_never_imported_and_matplotlib_only_where_something_is_drawn():
+    code = """
+import sys, numpy as np
+from imgcls_fast.core.manifest import LabelSpace
+from imgcls_fast.core.predictions import Predictions
+from imgcls_fast.evaluation import metrics, plots, report
+assert not any(name.split(".")[0] in ("matplotlib", "jinja2", "sklearn", "torch") for name in sys.modules)
+scores = np.float32([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4]])
+ours = Predictions(np.arange(3), scores, np.eye(2, dtype=np.float32)[[0, 1, 1]], LabelSpace.single("ab"), ("x",) * 3)
+plots.judgement_plots(ours, metrics.judge(ours, bootstrap=0))
+plots.training_curves([{"train_loss": 1.0}])
+assert "matplotlib.figure" in sys.modules and "matplotlib.pyplot" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,384 @@
+"""What training says: to a person at a terminal, into a pipe, into the files of a run, and to nobody when a sink fails."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from imgcls_fast.core.run import Run
+from imgcls_fast.track import (
+    ConsoleSink,
+    LogSink,
+    Sinks,
+    clock,
+    counted,
+    done_facts,
+    done_line,
+    epoch_line,
+    make_console,
+    plain_lines,
+    short,
+    size,
+)
+
+Event = dict[str, Any]
+ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+COLOUR = re.compile(r"\x1b\[[0-9;]*(?:3[0-7]|9[0-7]|4[0-7])(?:;\d+)*m")
+
+DATA: Event = {
+    "event": "data", "images": 3670, "classes": ["daisy", "roses", "tulips"], "smallest": 633, "quarantined": 9, "duplicates_removed": 2,
+    "splits": {"train": 2936, "val": 367, "test": 367}, "notices": ["class folder 'empty' is empty"],
+}  # fmt: skip
+PLAN: Event = {
+    "event": "plan", "parameters": 11_180_000, "memory_mb": 7270.0, "device": "cpu", "run": "runs/1",
+    "rows": [("model.arch", "resnet18", "the default for this size"), ("optim.lr", 0.0010000001, "because [of] :smile: " + "words " * 30),
+             ("train.seed", 0, "")],
+}  # fmt: skip
+BASELINE: Event = {"event": "baseline", "features": "resnet18", "accuracy": 0.85312, "ci": [0.81, 0.89], "seconds": 4.2}
+START: Event = {"event": "start", "epoch": 1, "epochs": 30, "steps_per_epoch": 92, "resumed": False}
+PROGRESS: Event = {"event": "progress", "epoch": 3, "epochs": 30, "step": 40, "steps": 92, "loss": 0.5, "images_per_s": 1204.0,
+                   "data_share": 0.031, "eta_s": 250.0}  # fmt: skip
+VALIDATE: Event = {"event": "validate", "epoch": 3, "done": 10, "total": 367}
+EPOCH: Event = {
+    "event": "epoch", "epoch": 3, "epochs": 30, "train_loss": 0.4123, "val_accuracy": 0.9034, "val_macro_f1": 0.8991, "delta": 0.0121,
+    "images_per_s": 1204.4, "data_share": 0.031, "memory_mb": 7270.0, "eta_s": 250.0, "best": True,
+}  # fmt: skip
+WARNING: Event = {"event": "warning", "text": "the learning rate is odd [bold]"}
+QUARANTINE: Event = {"event": "quarantine", "path": "daisy/[red]1.jpg", "reason": "truncated", "epoch": 1, "row": 7}
+CHECKPOINT: Event = {"event": "checkpoint", "path": "runs/1/checkpoints/last", "epoch": 1, "step": 5}
+INTERRUPTED: Event = {
+    "event": "interrupted",
+    "command": "imgcls-fast train runs/1 --resume",
+    "path": "runs/1/checkpoints/last",
+}
+DONE: Event = {
+    "event": "done", "split": "test", "n": 1367, "accuracy": 0.9123, "ci": [0.88, 0.94], "baseline": 0.85312, "macro_f1": 0.9011, "ece": 0.0213,
+    "worst": [("roses", 0.8112, 64), ("daisy", 0.9, 1)], "seconds": 3725.0, "run": "runs/1", "report": "runs/1/report.html",
+    "notes": ["a note"], "commands": [("predict", "imgcls-fast predict runs/1 IMAGES")],
+}  # fmt: skip
+UNKNOWN: Event = {"event": "of a later version", "x": 1}
+ALL = [
+    DATA,
+    PLAN,
+    BASELINE,
+    START,
+    PROGRESS,
+    EPOCH,
+    VALIDATE,
+    WARNING,
+    QUARANTINE,
+    CHECKPOINT,
+    UNKNOWN,
+    DONE,
+    INTERRUPTED,
+]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture(autouse=True)
+def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "COLUMNS", "LINES"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+
+
+def shown(stream: io.StringIO, events: list[Event], **options: Any) -> str:
+    sink = ConsoleSink(stream, **options)
+    for event in events:
+        sink(event)
+    sink.close()
+    return stream.getvalue()
+
+
+# ---- the lines ----
+
+
+def test_the_data_line_counts_what_was_found_and_taken_out() -> None:
+    assert plain_lines(DATA) == [
+        "3,670 images, 3 classes, smallest 633, 9 quarantined, 2 duplicates across splits removed",
+        "  train 2,936  val 367  test 367",
+        "  class folder 'empty' is empty",
+    ]
+
+
+def test_nothing_quarantined_is_not_mentioned() -> None:
+    assert (
+        plain_lines(DATA | {"quarantined": 0, "duplicates_removed": 0, "notices": []})[0]
+        == "3,670 images, 3 classes, smallest 633"
+    )
+
+
+def test_one_of_a_kind_is_singular() -> None:
+    line = plain_lines(DATA | {"images": 1, "classes": ["a"], "smallest": 1, "duplicates_removed": 1})[0]
+    assert line == "1 image, 1 class, smallest 1, 9 quarantined, 1 duplicate across splits removed"
+    assert plain_lines(START | {"epochs": 1, "steps_per_epoch": 1}) == ["training for 1 epoch of 1 step"]
+    assert plain_lines(START) == ["training for 30 epochs of 92 steps"]
+    assert "on 1 image ->" in done_line(DONE | {"n": 1})
+    assert "on 1,367 images ->" in done_line(DONE)
+    assert dict(done_facts(DONE))["worst"] == "roses F1 0.811 (64 images)\ndaisy F1 0.900 (1 image)"
+    assert [counted(n, "step") for n in (0, 1, 2, 1000)] == ["0 steps", "1 step", "2 steps", "1,000 steps"]
+
+
+def test_the_baseline_line_says_what_must_be_beaten() -> None:
+    assert plain_lines(BASELINE) == ["linear probe on resnet18: 0.853 [0.81, 0.89] in 4 s - your model must beat this"]
+    assert "in 0.2 s" in plain_lines(BASELINE | {"seconds": 0.2})[0]
+    assert plain_lines({k: v for k, v in BASELINE.items() if k not in ("ci", "seconds")})[0].startswith(
+        "linear probe on resnet18: 0.853 - "
+    )
+
+
+def test_the_epoch_line_says_every_number() -> None:
+    assert epoch_line(EPOCH) == (
+        "ep  3/30  loss .412  val acc .903 (+.012) f1 .899  1,204 img/s  data 3%  mem 7.1G  eta 4:10  *best"
+    )
+    assert "(-.012)" in epoch_line(EPOCH | {"delta": -0.0121, "best": False})
+    assert "best" not in epoch_line(EPOCH | {"best": False})
+    assert "(" not in epoch_line(EPOCH | {"delta": None})
+
+
+@pytest.mark.parametrize("width", [50, 60, 70, 80, 100, 120])
+def test_an_epoch_line_fits_its_terminal_and_keeps_what_matters(width: int) -> None:
+    line = epoch_line(EPOCH, width)
+    assert len(line) <= max(width, 57)
+    assert all(part in line for part in ("ep  3/30", "val acc .903 (+.012)", "f1 .899", "*best"))
+    assert ("mem 7.1G" in line) == (width >= 100)
+
+
+def test_numbers_that_are_missing_are_dashes() -> None:
+    line = epoch_line(
+        EPOCH | {"train_loss": float("nan"), "val_accuracy": None, "images_per_s": None, "eta_s": float("inf")}
+    )
+    assert all(part in line for part in ("loss -", "val acc -", "- img/s", "eta -"))
+
+
+@pytest.mark.parametrize(
+    ("baseline", "ci", "said"),
+    [
+        (0.85312, [0.88, 0.94], "0.853, so 0.059 better"),
+        (0.95, [0.88, 0.94], "0.950, so 0.038 worse"),
+        (0.9, [0.88, 0.94], "0.900, inside the interval: no clear difference (+0.012)"),
+        (0.94, [0.88, 0.94], "0.940, inside the interval: no clear difference (-0.028)"),
+        (0.9, None, "0.900, so 0.012 better"),
+        (0.9, [None, None], "0.900, so 0.012 better"),
+        (0.9, [float("nan"), float("nan")], "0.900, so 0.012 better"),
+    ],
+)
+def test_the_model_is_held_against_its_baseline_honestly(baseline: float, ci: Any, said: str) -> None:
+    assert dict(done_facts(DONE | {"baseline": baseline, "ci": ci}))["baseline"] == said
+
+
+def test_no_baseline_is_not_mentioned() -> None:
+    assert "baseline" not in dict(done_facts(DONE | {"baseline": None}))
+
+
+def test_the_result_is_one_line() -> None:
+    assert done_line(DONE) == "test accuracy 0.912 [0.88, 0.94] on 1,367 images -> runs/1"
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (0.4123, ".412"),
+        (1.5, "1.500"),
+        (0.9999, "1.000"),
+        (0.0, ".000"),
+        (10.25, "10.250"),
+        (-0.5, "-.500"),
+        (None, "-"),
+    ],
+)
+def test_short_numbers(number: float | None, text: str) -> None:
+    assert short(number) == text
+
+
+def test_times_and_sizes() -> None:
+    assert [clock(s) for s in (0, 59.6, 250, 3599.7, 3725, None, float("inf"))] == [
+        "0:00",
+        "1:00",
+        "4:10",
+        "1:00:00",
+        "1:02:05",
+        "-",
+        "-",
+    ]
+    assert [size(m) for m in (812, 7270)] == ["812M", "7.1G"]
+
+
+# ---- the console ----
+
+
+def test_a_pipe_gets_every_fact_and_no_escape_codes() -> None:
+    text = shown(io.StringIO(), ALL)
+    assert "\x1b" not in text
+    assert "\r" not in text
+    for event in (DATA, BASELINE, START, EPOCH, WARNING, QUARANTINE, INTERRUPTED):
+        for line in plain_lines(event):
+            assert line in text
+    assert "ep 3/30" not in text  # no live bar
+    assert "plan: 11.2 M parameters, about 7.1G of memory, cpu -> runs/1" in text
+    assert "because [of] :smile: words" in text  # neither markup nor emoji
+    assert "0.001 " in text
+    assert "train.seed" not in text  # it has no reason
+
+
+@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize("colour", [True, False])
+def test_a_terminal_gets_lines_that_fit(width: int, colour: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    if not colour:
+        monkeypatch.setenv("NO_COLOR", "1")
+    text = shown(Terminal(), [event for event in ALL if event not in (PROGRESS, VALIDATE)])
+    assert bool(COLOUR.search(text)) == colour
+    lines = ESCAPE.sub("", text).splitlines()
+    kept = [
+        line for line in lines if line not in plain_lines(DATA)
+    ]  # the first is longer than 80 columns and is never cut
+    assert max(map(len, kept)) <= width, max(kept, key=len)
+    assert max(len(line) for line in lines if line.startswith(("╭", "│", "╰"))) <= 100
+    for fact in (
+        " test: 1,367 images ",
+        "0.912 [0.88, 0.94]",
+        "0.853, so 0.059 better",
+        "0.901",
+        "0.021",
+        "roses F1 0.811 (64 images)",
+        "1:02:05",
+    ):
+        assert any(fact in line for line in lines), fact
+    assert any(line == epoch_line(EPOCH, width) for line in lines)
+
+
+def test_the_live_bar_comes_and_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    stream = Terminal()
+    sink = ConsoleSink(stream)
+    sink(PROGRESS)
+    sink(VALIDATE)
+    sink(EPOCH)
+    seen = ESCAPE.sub("", stream.getvalue())
+    assert "ep 3/30" in seen
+    assert epoch_line(EPOCH, 100) in seen
+    sink(PROGRESS)
+    sink.close()
+    sink.close()
+    assert stream.getvalue().count("\x1b[?25l") == stream.getvalue().count("\x1b[?25h")  # the cursor is back
+
+
+def test_a_dumb_terminal_gets_no_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    assert shown(Terminal(), [PROGRESS, VALIDATE]) == ""
+
+
+def test_quiet_says_only_warnings_and_the_result() -> None:
+    text = shown(io.StringIO(), ALL[:-1], quiet=True)
+    assert text.splitlines() == [
+        f"warning: {WARNING['text']}",
+        f"warning: {plain_lines(QUARANTINE)[0]}",
+        done_line(DONE),
+    ]
+
+
+def test_warnings_are_kept_for_the_end() -> None:
+    sink = ConsoleSink(io.StringIO())
+    sink(WARNING)
+    sink(QUARANTINE)
+    assert sink.warnings == [WARNING["text"], plain_lines(QUARANTINE)[0]]
+
+
+def test_long_paths_and_commands_are_never_cut() -> None:
+    path = "runs/" + "very-long-" * 30
+    text = shown(
+        io.StringIO(),
+        [INTERRUPTED | {"command": f"imgcls-fast train {path} --resume"}, DONE | {"report": f"{path}/report.html"}],
+    )
+    assert f"continue with: imgcls-fast train {path} --resume\n" in text
+    assert f"report   {path}/report.html\n" in text
+
+
+def test_with_json_stdout_stays_empty(capsys: pytest.CaptureFixture[str]) -> None:
+    sink = ConsoleSink(json=True)
+    for event in ALL:
+        sink(event)
+    sink.close()
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert epoch_line(EPOCH) in err
+
+
+def test_a_console_takes_every_text_as_it_is() -> None:
+    stream = io.StringIO()
+    make_console(stream).print("[red]x[/red] :smile: 1.5 ü", soft_wrap=True)
+    assert stream.getvalue() == "[red]x[/red] :smile: 1.5 ü\n"
+
+
+# ---- the files of a run ----
+
+
+def test_the_log_holds_every_event_but_the_live_ones(tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "run")
+    sink = LogSink(run)
+    try:
+        for event in ALL:
+            sink(event)
+        sink.close()
+    finally:
+        run.unlock()
+    stored = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text("utf-8").splitlines()]
+    kept = [event for event in ALL if event["event"] not in ("progress", "validate")]
+    assert [{k: v for k, v in event.items() if k != "time"} for event in stored] == json.loads(json.dumps(kept))
+    assert [event["time"] for event in stored] == sorted(event["time"] for event in stored)
+    log = (tmp_path / "run" / "log.txt").read_text("utf-8").splitlines()
+    assert [line[21:] for line in log] == [line for event in kept for line in plain_lines(event)]
+    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  ", line) for line in log)
+
+
+# ---- several sinks ----
+
+
+class Failing:
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, event: Event) -> None:
+        self.calls += 1
+        raise OSError("disk full")
+
+    def close(self) -> None:
+        raise OSError("still full")
+
+
+def test_a_failing_sink_is_told_once_and_the_others_go_on() -> None:
+    failing, before, after = Failing(), [], []
+    sinks = Sinks([before.append, failing, after.append])
+    for event in (DATA, EPOCH, DONE):
+        sinks(event)
+    sinks.close()
+    text = "Failing failed and may miss events: OSError: disk full"
+    for heard in (before, after):
+        assert [event for event in heard if event["event"] == "warning"] == [{"event": "warning", "text": text}]
+        assert [event for event in heard if event["event"] != "warning"] == [DATA, EPOCH, DONE]
+    assert failing.calls == 3  # it may recover
+
+
+def test_sinks_that_all_fail_stop_nothing() -> None:
+    sinks = Sinks([Failing(), Failing()])
+    sinks(DATA)
+    sinks(DONE)
+    sinks.close()
+
+
+def test_an_interrupt_inside_a_sink_is_not_swallowed() -> None:
+    def pressed(event: Event) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Sinks([pressed])(DATA)
