@@ -207,7 +207,9 @@ def main() -> int:
     print(f"{'loader':<10} {'kills':>5} {'runs':>5} {'differing':>9} {'unreadable':>10} {'litter':>6}  where")
     for o in outcomes:
         places = ", ".join(f"{n} {place}" for place, n in o.places.most_common())
-        print(f"{o.loader:<10} {o.kills:>5} {o.runs:>5} {o.differing:>9} {o.unreadable:>10} {len(o.litter):>6}  {places}")
+        print(
+            f"{o.loader:<10} {o.kills:>5} {o.runs:>5} {o.differing:>9} {o.unreadable:>10} {len(o.litter):>6}  {places}"
+        )
         for text in (*o.litter, *o.failures):
             print(f"  {text}")
     return 0 if all(o.ok for o in outcomes) else 1

@@ -266,7 +266,7 @@ def test_a_reader_that_goes_away_is_no_error(
 
 def test_json_is_one_object_though_libraries_print_and_warn(doctor_does: Callable[..., None], capsys: Capture) -> None:
     def noisy() -> dict[str, Any]:
-        print("a library prints")
+        sys.stdout.write("a library prints\n")
         return MACHINE
 
     doctor_does(noisy)

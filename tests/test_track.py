@@ -57,7 +57,8 @@ INTERRUPTED: Event = {
     "path": "runs/1/checkpoints/last",
 }
 DONE: Event = {
-    "event": "done", "split": "test", "n": 1367, "accuracy": 0.9123, "ci": [0.88, 0.94], "baseline": 0.85312, "macro_f1": 0.9011, "ece": 0.0213,
+    "event": "done", "split": "test", "n": 1367, "accuracy": 0.9123, "ci": [0.88, 0.94], "baseline": 0.85312, "macro_f1": 0.9011,
+    "ece": 0.0213,
     "worst": [("roses", 0.8112, 64), ("daisy", 0.9, 1)], "seconds": 3725.0, "run": "runs/1", "report": "runs/1/report.html",
     "notes": ["a note"], "commands": [("predict", "imgcls-fast predict runs/1 IMAGES")],
 }  # fmt: skip

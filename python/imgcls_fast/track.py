@@ -306,7 +306,8 @@ def _against(event: Event, baseline: float) -> str:
 
 def done_line(event: Event) -> str:
     """The result in one line."""
-    return f"{event['split']} accuracy {_fixed(event['accuracy'])}{_interval(event.get('ci'))} on {counted(event['n'], 'image')} -> {event['run']}"
+    found = f"{_fixed(event['accuracy'])}{_interval(event.get('ci'))}"
+    return f"{event['split']} accuracy {found} on {counted(event['n'], 'image')} -> {event['run']}"
 
 
 def _data_lines(event: Event) -> list[str]:

@@ -17,7 +17,9 @@ from imgcls_fast.core.predictions import Predictions
 from imgcls_fast.evaluation.metrics import average, confusion_matrix, judge
 
 ODD = ("usual", "two classes", "one row", "absent", "never", "absent and never", "ties", "perfect", "wrong", "unequal")
-pytestmark = [pytest.mark.filterwarnings(f"ignore:{text}") for text in ("y_pred contains classes", "A single label was")]
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:{text}") for text in ("y_pred contains classes", "A single label was")
+]
 
 
 def odd(kind: str, drawn) -> tuple[np.ndarray, np.ndarray]:

@@ -193,9 +193,7 @@ class Run:
         """Add one line to log.txt."""
         with (
             explained_write(self.directory / "log.txt"),
-            open(
-            self.directory / "log.txt", "a", encoding="utf-8", errors="surrogateescape"
-        ) as file,
+            open(self.directory / "log.txt", "a", encoding="utf-8", errors="surrogateescape") as file,
         ):
             file.write(line + "\n")
 

@@ -151,7 +151,9 @@ def _environment() -> Environment:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=lambda value: printable(value) if type(value) is str else value,  # not Markup: that is escaped already
+        finalize=lambda value: (
+            value if hasattr(value, "__html__") else printable(str(value))
+        ),  # Markup is escaped already
     )
     environment.filters |= {
         "percent": _percent,
