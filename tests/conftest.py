@@ -50,7 +50,9 @@ def bundle_of(tmp_path: Path) -> Callable[..., Any]:
         mean, std = (0.5,) * channels, (0.25,) * channels
         torch.manual_seed(len(made))
         own = args if args is not None else {"width": 8} if arch == "small-cnn" else {}
-        spec = ModelSpec(arch, num_outputs=classes, channels=channels, mean=mean, std=std, image_size=size, arch_args=own)
+        spec = ModelSpec(
+            arch, num_outputs=classes, channels=channels, mean=mean, std=std, image_size=size, arch_args=own
+        )
         model = build_model(spec)
         with torch.no_grad():  # untrained heads answer 1/K to everything, which would agree with anything
             for parameter in model.head_parameters():
@@ -85,7 +87,13 @@ def pictures() -> list[np.ndarray]:
     out = []
     for k, digit in enumerate(load_digits().images[:40]):
         side = 48 + 4 * (k % 5)
-        shape = np.asarray(Image.fromarray((digit * 15).astype(np.uint8)).resize((side, side), Image.Resampling.BICUBIC), np.float32) / 255
+        shape = (
+            np.asarray(
+                Image.fromarray((digit * 15).astype(np.uint8)).resize((side, side), Image.Resampling.BICUBIC),
+                np.float32,
+            )
+            / 255
+        )
         ramp = np.linspace(0, 100, side)[:, None, None] * draw.random(3)
         picture = ramp + shape[:, :, None] * draw.integers(60, 155, 3) + draw.normal(0, 6, (side, side, 3))
         out.append(np.pad(picture, ((0, 8), (0, 0), (0, 0)), "edge").clip(0, 255).astype(np.uint8))

@@ -24,12 +24,23 @@ class Shell:
 
     def __init__(self, folder: Path, cache: Path) -> None:
         self.folder = folder
-        self.environment = {**os.environ, "IMGCLS_CACHE": str(cache), "OMP_NUM_THREADS": "1", "NO_COLOR": "1", "COLUMNS": "120"}
+        self.environment = {
+            **os.environ,
+            "IMGCLS_CACHE": str(cache),
+            "OMP_NUM_THREADS": "1",
+            "NO_COLOR": "1",
+            "COLUMNS": "120",
+        }
         self.environment.pop("IMGCLS_RUNS", None)
 
     def __call__(self, *words: str, code: int = 0) -> tuple[str, str]:
         done = subprocess.run(
-            [sys.executable, "-m", "imgcls_fast", *words], cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=500
+            [sys.executable, "-m", "imgcls_fast", *words],
+            cwd=self.folder,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=500,
         )
         assert done.returncode == code, f"{words}: {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done.stdout, done.stderr
@@ -47,7 +58,11 @@ def shell(tmp_path_factory: pytest.TempPathFactory) -> Shell:
 
 @pytest.fixture(scope="module")
 def trained(shell: Shell) -> dict[str, Any]:
-    words = [word for name, value in SETTINGS.items() for word in ("--set", f"{name}={str(value).lower() if value is False else value}")]
+    words = [
+        word
+        for name, value in SETTINGS.items()
+        for word in ("--set", f"{name}={str(value).lower() if value is False else value}")
+    ]
     return shell.json("train", *words)
 
 
@@ -57,7 +72,9 @@ class TestCommandLine:
 
     def test_train_leaves_one_run_with_everything_in_it(self, shell: Shell, trained: dict[str, Any]) -> None:
         run = shell.folder / trained["run"]
-        assert [path.name for path in (shell.folder / "runs").iterdir() if path.is_dir() and not path.is_symlink()] == [run.name]
+        assert [path.name for path in (shell.folder / "runs").iterdir() if path.is_dir() and not path.is_symlink()] == [
+            run.name
+        ]
         assert " " not in run.name
         for name in (
             "config.yaml", "env.json", "data.json", "split.csv", "quarantine.csv", "log.txt", "events.jsonl", "metrics.csv", "report.html",
@@ -84,7 +101,9 @@ class TestCommandLine:
         paths = [str(shell.folder / "cache" / "digits-v1" / line["path"]) for line in table[:20]]
         answers = shell.json("predict", trained["run"], *paths, "--top-k", "10")
         for answer, score in zip(_predictions(answers), scores[:20], strict=True):
-            np.testing.assert_allclose([dict(answer["top"])[name] for name in classes], score, atol=2e-2)  # DALI decodes, here Pillow
+            np.testing.assert_allclose(
+                [dict(answer["top"])[name] for name in classes], score, atol=2e-2
+            )  # DALI decodes, here Pillow
             assert answer["label"] == classes[score.argmax()]
 
     def test_eval_gives_the_metrics_of_training_again(self, shell: Shell, trained: dict[str, Any]) -> None:
@@ -95,7 +114,9 @@ class TestCommandLine:
         val = shell.json("eval", trained["run"], "--split", "val")
         assert val.get("metrics", val)["accuracy"] == pytest.approx(trained["val"]["accuracy"], abs=1e-6)
 
-    def test_export_then_predict_and_eval_with_onnx_agree_with_torch(self, shell: Shell, trained: dict[str, Any]) -> None:
+    def test_export_then_predict_and_eval_with_onnx_agree_with_torch(
+        self, shell: Shell, trained: dict[str, Any]
+    ) -> None:
         folder = str(shell.folder / "cache" / "digits-v1" / "test" / "3")
         shell("predict", "last", folder, "--runtime", "onnx", code=1)  # E001: not exported yet
         made = shell.json("export", "--onnx")
@@ -143,7 +164,11 @@ def test_every_public_function_can_be_called_twice_because_no_room_takes_its_nam
     monkeypatch.chdir(tmp_path)
     place = shell.folder / trained["run"]
     picture = next((shell.folder / "cache" / "digits-v1" / "test" / "3").iterdir())
-    tiny = {"epochs": 1, "img_size": 32, "overrides": {"model.args": {"width": 8}, "train.threads": 1, "train.workers": 1, "train.baseline": False}}
+    tiny = {
+        "epochs": 1,
+        "img_size": 32,
+        "overrides": {"model.args": {"width": 8}, "train.threads": 1, "train.workers": 1, "train.baseline": False},
+    }
     for turn in (1, 2):
         run = ic.train(None, **tiny)
         assert isinstance(run, ic.Run)

@@ -6,8 +6,9 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
-import imgcls_fast
 import pytest
+
+import imgcls_fast
 
 PACKAGE = Path(imgcls_fast.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -24,7 +25,19 @@ MAY_IMPORT: dict[str, set[str]] = {  # room -> rooms it may import; bottom to to
     "exporting": {"core", "data", "models", "engines", "evaluation"},
     "studies": {"core", "track", "data", "engines", "evaluation", "training"},
     "serving": {"core", "track", "data", "engines", "evaluation"},
-    "api": {"core", "track", "ops", "models", "data", "engines", "evaluation", "training", "exporting", "studies", "serving"},
+    "api": {
+        "core",
+        "track",
+        "ops",
+        "models",
+        "data",
+        "engines",
+        "evaluation",
+        "training",
+        "exporting",
+        "studies",
+        "serving",
+    },
     "cli": {"api", "core", "track"},  # track: the console sink
 }
 ONLY_FILE = {("engines", "data"): "engines/predictor.py", ("evaluation", "models"): "evaluation/explain.py"}
@@ -68,7 +81,9 @@ def test_a_room_imports_only_rooms_below_it(path: Path) -> None:
     extra = found - MAY_IMPORT[room] - {room}
     assert not extra, f"{room} may import {sorted(MAY_IMPORT[room])}, but {name_of(path)} imports {sorted(extra)}"
     for other in found:
-        assert ONLY_FILE.get((room, other), name_of(path)) == name_of(path), f"only {ONLY_FILE[room, other]} may import {other}"
+        assert ONLY_FILE.get((room, other), name_of(path)) == name_of(path), (
+            f"only {ONLY_FILE[room, other]} may import {other}"
+        )
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
@@ -80,7 +95,9 @@ def test_only_the_named_files_load_the_compiled_extension(path: Path) -> None:
 def test_core_never_imports_torch() -> None:
     for path in FILES:
         if room_of(path) == "core":
-            assert not [parts for parts in modules_imported(path) if parts[0] in ("torch", "torchvision", "timm")], name_of(path)
+            assert not [parts for parts in modules_imported(path) if parts[0] in ("torch", "torchvision", "timm")], (
+                name_of(path)
+            )
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
@@ -96,7 +113,11 @@ def test_nothing_is_ever_unpickled(path: Path) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_only_the_command_line_and_the_console_sink_print(path: Path) -> None:
-    calls = [n for n in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(n, ast.Call) and ast.unparse(n.func) == "print"]
+    calls = [
+        n
+        for n in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(n, ast.Call) and ast.unparse(n.func) == "print"
+    ]
     assert not calls or room_of(path) in ("cli", "track")
 
 

@@ -53,7 +53,9 @@ def test_a_wrong_setting_costs_no_import_of_torch() -> None:
     assert run_python(text).splitlines()[-1] == "2 False"
 
 
-@pytest.mark.parametrize("room", ["core.run", "data.loader", "evaluation.metrics", "models.build", "training.plan", "engines.base"])
+@pytest.mark.parametrize(
+    "room", ["core.run", "data.loader", "evaluation.metrics", "models.build", "training.plan", "engines.base"]
+)
 def test_importing_a_room_starts_no_gpu_and_reads_no_environment(room: str) -> None:
     text = (
         "import os, sys\n"

@@ -37,7 +37,9 @@ def test_a_bundle_is_never_rewritten(bundle_of: Callable[..., Any]) -> None:
     assert bundle.weights.read_bytes() == before
 
 
-def test_a_write_that_fails_leaves_nothing_and_a_killed_one_is_swept(bundle_of: Callable[..., Any], tmp_path: Any) -> None:
+def test_a_write_that_fails_leaves_nothing_and_a_killed_one_is_swept(
+    bundle_of: Callable[..., Any], tmp_path: Any
+) -> None:
     from dataclasses import replace
 
     bundle = bundle_of()

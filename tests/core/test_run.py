@@ -64,7 +64,12 @@ time.sleep(60)
 def holder(make_run: Callable[[str], Run]) -> Callable[[str], tuple[Run, subprocess.Popen[str]]]:
     def start(how: str) -> tuple[Run, subprocess.Popen[str]]:
         run = make_run("held")
-        process = subprocess.Popen([sys.executable, "-c", HOLDER, str(run.directory), how], stdout=subprocess.PIPE, text=True, start_new_session=True)
+        process = subprocess.Popen(
+            [sys.executable, "-c", HOLDER, str(run.directory), how],
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
         assert process.stdout
         assert process.stdout.readline() == "held\n"
         return run, process
@@ -118,7 +123,9 @@ def test_a_run_that_was_killed_at_birth_can_be_begun_again(runs: Path) -> None:
     Run.create(runs / "stillborn").unlock()
 
 
-def test_a_run_is_found_by_path_name_bundle_and_as_the_last_one(runs: Path, make_run: Callable[[str], Run], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_is_found_by_path_name_bundle_and_as_the_last_one(
+    runs: Path, make_run: Callable[[str], Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
     one, two = make_run("flowers-one"), make_run("flowers-two")
     for name in (one.directory, str(one.directory), "flowers-one"):
         assert find_run(name).directory == one.directory
@@ -149,7 +156,9 @@ def test_a_last_run_that_is_gone_or_was_never_there_is_u003(runs: Path, make_run
         find_run("last")
 
 
-def test_last_is_a_link_that_follows_and_a_real_directory_of_that_name_stays(runs: Path, make_run: Callable[[str], Run]) -> None:
+def test_last_is_a_link_that_follows_and_a_real_directory_of_that_name_stays(
+    runs: Path, make_run: Callable[[str], Run]
+) -> None:
     make_run("one")
     assert (runs / "last").resolve().name == "one"
     make_run("two")
@@ -163,7 +172,9 @@ def test_last_is_a_link_that_follows_and_a_real_directory_of_that_name_stays(run
     assert find_run("last").name == "three"
 
 
-@pytest.mark.parametrize("source", ["/data/my photos (2024)", "/data/ünï cödé", "/data/...", "/", None, "/data/a.b.csv"])
+@pytest.mark.parametrize(
+    "source", ["/data/my photos (2024)", "/data/ünï cödé", "/data/...", "/", None, "/data/a.b.csv"]
+)
 def test_a_new_name_has_no_spaces_and_is_never_an_existing_directory(source: str | None, runs: Path) -> None:
     seen = set()
     for _ in range(3):

@@ -22,7 +22,9 @@ def pixels_of(pictures: list[np.ndarray], bundle: Any) -> np.ndarray:
     return np.stack([predictor.preprocess(picture) for picture in pictures])
 
 
-def test_scores_are_the_softmax_of_logits_over_temperature(bundle_of: Callable[..., Any], pictures: list[np.ndarray]) -> None:
+def test_scores_are_the_softmax_of_logits_over_temperature(
+    bundle_of: Callable[..., Any], pictures: list[np.ndarray]
+) -> None:
     bundle = bundle_of(temperature=2.5)
     engine = open_engine(bundle)
     x = pixels_of(pictures[:6], bundle)
@@ -36,7 +38,9 @@ def test_scores_are_the_softmax_of_logits_over_temperature(bundle_of: Callable[.
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 40])
-def test_an_answer_does_not_depend_on_its_neighbours(n: int, bundle_of: Callable[..., Any], pictures: list[np.ndarray]) -> None:
+def test_an_answer_does_not_depend_on_its_neighbours(
+    n: int, bundle_of: Callable[..., Any], pictures: list[np.ndarray]
+) -> None:
     bundle = bundle_of()
     engine = open_engine(bundle)
     x = pixels_of(pictures, bundle)
@@ -54,7 +58,9 @@ def test_scoring_leaves_no_gradient_and_no_change_of_mode(bundle_of: Callable[..
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_predict_drops_padding_sorts_rows_and_counts_each_once(bundle_of: Callable[..., Any], pictures: list[np.ndarray]) -> None:
+def test_predict_drops_padding_sorts_rows_and_counts_each_once(
+    bundle_of: Callable[..., Any], pictures: list[np.ndarray]
+) -> None:
     bundle = bundle_of()
     engine = open_engine(bundle)
     x = pixels_of(pictures[:6], bundle)

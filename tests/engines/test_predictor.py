@@ -27,7 +27,9 @@ def png(picture: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-def test_path_text_bytes_pillow_and_array_get_the_same_answer(predictor: Predictor, pictures: list[np.ndarray], tmp_path: Path) -> None:
+def test_path_text_bytes_pillow_and_array_get_the_same_answer(
+    predictor: Predictor, pictures: list[np.ndarray], tmp_path: Path
+) -> None:
     path = tmp_path / "a.png"
     path.write_bytes(png(pictures[0]))
     forms: list[Any] = [path, str(path), path.read_bytes(), Image.open(path), pictures[0]]
@@ -41,17 +43,23 @@ def test_path_text_bytes_pillow_and_array_get_the_same_answer(predictor: Predict
     assert answers[0].confidence == pytest.approx(float(scores[0].max()))
 
 
-def test_gray_rgba_and_16_bit_arrays_are_read_as_files_of_them_are(predictor: Predictor, pictures: list[np.ndarray], tmp_path: Path) -> None:
+def test_gray_rgba_and_16_bit_arrays_are_read_as_files_of_them_are(
+    predictor: Predictor, pictures: list[np.ndarray], tmp_path: Path
+) -> None:
     gray = pictures[1][:, :, 0]
     rgba = np.dstack([pictures[1], np.full(gray.shape, 128, np.uint8)])
     deep = gray.astype(np.uint16) * 257
     for name, array in (("gray", gray), ("rgba", rgba), ("deep", deep)):
         Image.fromarray(array).save(tmp_path / f"{name}.png")
-        np.testing.assert_array_equal(predictor.preprocess(array), predictor.preprocess(tmp_path / f"{name}.png"), err_msg=name)
+        np.testing.assert_array_equal(
+            predictor.preprocess(array), predictor.preprocess(tmp_path / f"{name}.png"), err_msg=name
+        )
     np.testing.assert_array_equal(predictor.preprocess(gray[:, :, None]), predictor.preprocess(gray))
 
 
-def test_a_bad_one_in_a_list_is_told_and_the_others_keep_their_places(predictor: Predictor, pictures: list[np.ndarray], tmp_path: Path) -> None:
+def test_a_bad_one_in_a_list_is_told_and_the_others_keep_their_places(
+    predictor: Predictor, pictures: list[np.ndarray], tmp_path: Path
+) -> None:
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(b"\xff\xd8\xff nothing")
     images: list[Any] = [*pictures[:5], broken, *pictures[5:9], tmp_path / "absent.png"]
@@ -69,7 +77,9 @@ def test_a_single_bad_image_raises_d012(predictor: Predictor) -> None:
         assert refused.value.code == "D012"
 
 
-def test_a_folder_is_answered_by_name_without_hidden_and_foreign_files(predictor: Predictor, pictures: list[np.ndarray], tmp_path: Path) -> None:
+def test_a_folder_is_answered_by_name_without_hidden_and_foreign_files(
+    predictor: Predictor, pictures: list[np.ndarray], tmp_path: Path
+) -> None:
     for k in (3, 1, 2, 0, 4, 5):
         (tmp_path / "sub").mkdir(exist_ok=True)
         (tmp_path / ("sub" if k > 3 else "") / f"{k}.png").write_bytes(png(pictures[k]))
@@ -80,7 +90,9 @@ def test_a_folder_is_answered_by_name_without_hidden_and_foreign_files(predictor
     assert [a.label for a in answers] == [predictor(pictures[k]).label for k in range(6)]
 
 
-def test_a_stream_is_answered_in_order_and_never_held_as_a_whole(predictor: Predictor, pictures: list[np.ndarray]) -> None:
+def test_a_stream_is_answered_in_order_and_never_held_as_a_whole(
+    predictor: Predictor, pictures: list[np.ndarray]
+) -> None:
     taken: list[int] = []
 
     def source() -> Any:
@@ -122,7 +134,9 @@ def test_the_pixels_are_those_of_torchvisions_evaluation_at_the_bundles_size(
         assert difference.mean() <= 0.25
 
 
-def test_a_turned_photo_gets_the_answer_of_the_upright_one(predictor: Predictor, pictures: list[np.ndarray], tmp_path: Path) -> None:
+def test_a_turned_photo_gets_the_answer_of_the_upright_one(
+    predictor: Predictor, pictures: list[np.ndarray], tmp_path: Path
+) -> None:
     upright = Image.fromarray(pictures[2])
     turned = upright.transpose(Image.Transpose.ROTATE_90)
     exif = Image.Exif()

@@ -78,7 +78,7 @@ def test_the_interval_of_macro_f1_is_that_of_resampled_rows(absent, drawn, predi
         truth[truth == 2] = 0
     got = judge(predictions_of(scores, truth), bootstrap=2000)
     draw, predicted, figures = np.random.default_rng(5), scores.argmax(1), []
-    for _ in range(400):
+    for _ in range(300):
         rows = draw.integers(0, 250, 250)
         present = np.unique(truth[rows])
         figures.append(f1_score(truth[rows], predicted[rows], labels=present, average="macro", zero_division=0))

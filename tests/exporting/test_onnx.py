@@ -63,10 +63,12 @@ def exported(bundle_of: Callable[..., Any], pictures: list[np.ndarray]) -> tuple
 
 
 @pytest.mark.slow
-def test_the_graph_is_one_file_of_standard_operators_with_everything_inside(exported: tuple[Any, Path, dict[str, Any]]) -> None:
+def test_the_graph_is_one_file_of_standard_operators_with_everything_inside(
+    exported: tuple[Any, Path, dict[str, Any]],
+) -> None:
     import onnx
 
-    bundle, exports, made = exported
+    _bundle, exports, made = exported
     graph = onnx.load(made["path"])
     (pixels,), (scores,) = graph.graph.input, graph.graph.output
     assert (pixels.name, scores.name) == ("pixels", "scores")
@@ -82,7 +84,9 @@ def test_the_graph_is_one_file_of_standard_operators_with_everything_inside(expo
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["one bit", "gone", "meta"])
-def test_a_tampered_export_is_refused_with_the_command_that_makes_it_anew(how: str, exported: tuple[Any, Path, dict[str, Any]]) -> None:
+def test_a_tampered_export_is_refused_with_the_command_that_makes_it_anew(
+    how: str, exported: tuple[Any, Path, dict[str, Any]]
+) -> None:
     bundle, exports, made = exported
     path = Path(made["path"])
     if how == "one bit":
@@ -100,7 +104,9 @@ def test_a_tampered_export_is_refused_with_the_command_that_makes_it_anew(how: s
 
 
 @pytest.mark.slow
-def test_an_export_of_another_temperature_is_not_taken_for_this_model(exported: tuple[Any, Path, dict[str, Any]]) -> None:
+def test_an_export_of_another_temperature_is_not_taken_for_this_model(
+    exported: tuple[Any, Path, dict[str, Any]],
+) -> None:
     from dataclasses import replace
 
     bundle, exports, _ = exported

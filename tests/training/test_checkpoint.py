@@ -37,8 +37,14 @@ def found_step(folder: Path) -> int:
 
 
 def test_what_was_saved_is_read_back_with_its_history(tmp_path: Path) -> None:
-    progress = Progress(epoch=3, index=2, step=77, best=0.5, quarantined={"4": "cut"}, history=[{"epoch": 1, "val_loss": 0.1 + 0.2}])
-    tensors = {"a": torch.randn(3, 4).T, "b": torch.tensor(7, dtype=torch.int64), "c": torch.randn(2, 2, 3, 3).to(memory_format=torch.channels_last)}
+    progress = Progress(
+        epoch=3, index=2, step=77, best=0.5, quarantined={"4": "cut"}, history=[{"epoch": 1, "val_loss": 0.1 + 0.2}]
+    )
+    tensors = {
+        "a": torch.randn(3, 4).T,
+        "b": torch.tensor(7, dtype=torch.int64),
+        "c": torch.randn(2, 2, 3, 3).to(memory_format=torch.channels_last),
+    }
     save_checkpoint(tmp_path, tensors, progress, {"cpu": "x", "threads": 2}, best=True)
     for name in ("last", "best"):
         read, again, environment = read_checkpoint(tmp_path / name)
@@ -114,7 +120,9 @@ def test_a_crash_at_any_step_of_a_save_leaves_a_checkpoint_no_older_than_the_one
     pytest.fail("a save never came to its end")
 
 
-def test_an_error_at_any_step_of_a_save_is_told_and_leaves_no_litter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_at_any_step_of_a_save_is_told_and_leaves_no_litter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for call in range(1, 100):
         folder = tmp_path / str(call)
         save(folder, 1, best=True)
@@ -168,7 +176,7 @@ def test_every_flipped_bit_that_was_tried_is_detected(file: str, tmp_path: Path)
         wrong[position // 8] ^= 1 << position % 8
         path.write_bytes(bytes(wrong))
         try:
-            tensors, progress, _ = read_checkpoint(tmp_path / "last")
+            _tensors, progress, _ = read_checkpoint(tmp_path / "last")
         except ModelError as error:
             assert error.code == "M005"
         else:  # only white space of the digest list may change without changing what it says
@@ -202,7 +210,9 @@ def test_nothing_is_ever_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_optimizer_state_survives_with_names_and_layout(tmp_path: Path) -> None:
     def model() -> torch.nn.Module:
         torch.manual_seed(0)
-        return torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(4, 2)).to(memory_format=torch.channels_last)
+        return torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(4, 2)).to(
+            memory_format=torch.channels_last
+        )
 
     def step(net: torch.nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
         torch.manual_seed(seed)
@@ -219,7 +229,9 @@ def test_optimizer_state_survives_with_names_and_layout(tmp_path: Path) -> None:
         optimizer = make(net.parameters())
         step(net, optimizer, 1)
         tensors = checkpoint.optimizer_tensors(optimizer, {p: n for n, p in net.named_parameters()})
-        save_checkpoint(tmp_path, tensors | {f"model.{k}": v for k, v in net.state_dict().items()}, Progress(), {}, best=False)
+        save_checkpoint(
+            tmp_path, tensors | {f"model.{k}": v for k, v in net.state_dict().items()}, Progress(), {}, best=False
+        )
         read = read_checkpoint(tmp_path / "last")[0]
         twin = model()
         twin.load_state_dict({k.removeprefix("model."): v for k, v in read.items() if k.startswith("model.")})

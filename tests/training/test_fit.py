@@ -32,7 +32,9 @@ class Plain(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(3)
-        self.layers = nn.Sequential(nn.Conv2d(3, 4, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 3))
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, 4, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 3)
+        )
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         return self.layers(pixels.permute(0, 3, 1, 2).float() / 255)
@@ -118,11 +120,17 @@ class _Quiet:
     requested = False
 
 
-def test_validation_runs_in_order_without_augmentation_and_without_gradients(make_fit: MakeFit, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_validation_runs_in_order_without_augmentation_and_without_gradients(
+    make_fit: MakeFit, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fit = make_fit({"augment.policy": "heavy", "evaluate.batch_size": 5})
     seen: list[bool] = []
     original = fit.engine.model.forward
-    monkeypatch.setattr(fit.engine.model, "forward", lambda x: (seen.append(torch.is_grad_enabled() or fit.engine.model.training), original(x))[1])
+    monkeypatch.setattr(
+        fit.engine.model,
+        "forward",
+        lambda x: (seen.append(torch.is_grad_enabled() or fit.engine.model.training), original(x))[1],
+    )
     fit._validate(_Quiet())
     assert seen
     assert not any(seen)
@@ -198,7 +206,9 @@ def test_no_step_waits_for_the_device(make_fit: MakeFit, monkeypatch: pytest.Mon
         float(fit.loss_sum)
 
 
-def test_out_of_memory_halves_the_micro_batch_and_keeps_the_gradient(make_fit: MakeFit, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_halves_the_micro_batch_and_keeps_the_gradient(
+    make_fit: MakeFit, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fit = make_fit()
     expected, loss = gradients(fit, batch_of(12), 12)
     original = Fit._accumulate
@@ -265,7 +275,9 @@ def test_a_loss_that_is_not_finite_stops_with_m008_and_the_earlier_checkpoint_is
 class TestWholeRuns:
     """Small runs from the beginning to the last epoch."""
 
-    def test_equal_seeds_give_equal_weights_and_another_seed_does_not(self, configure: Callable[..., Any], same_result: Any) -> None:
+    def test_equal_seeds_give_equal_weights_and_another_seed_does_not(
+        self, configure: Callable[..., Any], same_result: Any
+    ) -> None:
         one, two, other = (session.start(configure({"train.seed": seed})) for seed in (4, 4, 5))
         same_result(one, two)
         with pytest.raises(AssertionError):
@@ -309,12 +321,18 @@ class TestWholeRuns:
         fit = make_fit({"train.epochs": 3})
         original = Fit._validate
         monkeypatch.setattr(
-            Fit, "_validate", lambda self, stop: replace(original(self, stop), accuracy=0.5, log_loss=(2.0, 1.0, 1.5)[self.progress.epoch])
+            Fit,
+            "_validate",
+            lambda self, stop: replace(
+                original(self, stop), accuracy=0.5, log_loss=(2.0, 1.0, 1.5)[self.progress.epoch]
+            ),
         )
         fit.run()
         assert fit.progress.best_epoch == 1
 
-    def test_the_reported_time_is_the_sum_of_the_epochs(self, configure: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_the_reported_time_is_the_sum_of_the_epochs(
+        self, configure: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         from imgcls_fast.training import fit as module
 
         clock = [0.0]
@@ -330,7 +348,9 @@ class TestWholeRuns:
         assert min(seconds) > 1
         assert progress.seconds == pytest.approx(sum(seconds))
 
-    def test_the_time_of_an_interrupted_epoch_is_not_lost(self, configure: Callable[..., Any], stop_at: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_the_time_of_an_interrupted_epoch_is_not_lost(
+        self, configure: Callable[..., Any], stop_at: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         from imgcls_fast.core.errors import Interrupted
         from imgcls_fast.training import fit as module
 

@@ -39,7 +39,9 @@ def plan_of(changes: dict[str, Any] | None = None, manifest: Manifest | None = N
 
 @pytest.mark.parametrize("machine", [LAPTOP, SERVER, OLD_GPU], ids=["laptop", "server", "old gpu"])
 @pytest.mark.parametrize("init", ["auto", "scratch"])
-@pytest.mark.parametrize("more", [{}, {"loss.class_weights": "auto", "train.accum": 4, "pixels.color": "gray"}], ids=["plain", "more"])
+@pytest.mark.parametrize(
+    "more", [{}, {"loss.class_weights": "auto", "train.accum": 4, "pixels.color": "gray"}], ids=["plain", "more"]
+)
 def test_no_auto_is_left_and_every_decision_has_a_reason(machine: Machine, init: str, more: dict[str, Any]) -> None:
     plan = plan_of({"model.init": init, **more}, machine=machine)
     left = [name for name, value in flatten(plan.config).items() if value == "auto"]
@@ -91,11 +93,15 @@ def test_a_micro_batch_above_the_batch_is_lowered() -> None:
         ({"train.loader": "torch"}, 0, SERVER, "torch"),
     ],
 )
-def test_the_loader_suits_machine_and_images(changes: dict[str, Any], flags: int, machine: Machine, loader: str) -> None:
+def test_the_loader_suits_machine_and_images(
+    changes: dict[str, Any], flags: int, machine: Machine, loader: str
+) -> None:
     assert plan_of(changes, images(flags=flags), machine).config.train.loader == loader
 
 
-@pytest.mark.parametrize(("machine", "precision", "compiled"), [(LAPTOP, "fp32", False), (SERVER, "bf16", True), (OLD_GPU, "fp16", True)])
+@pytest.mark.parametrize(
+    ("machine", "precision", "compiled"), [(LAPTOP, "fp32", False), (SERVER, "bf16", True), (OLD_GPU, "fp16", True)]
+)
 def test_precision_and_compiling_suit_the_machine(machine: Machine, precision: str, compiled: bool) -> None:
     train = plan_of(machine=machine).config.train
     assert (train.precision, train.compile) == (precision, compiled)
@@ -137,7 +143,9 @@ def test_a_weights_file_needs_the_name_of_its_architecture(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_training_starts_from_a_local_weights_file(configure: Callable[..., Any], make_fit: Any, tmp_path: Path) -> None:
+def test_training_starts_from_a_local_weights_file(
+    configure: Callable[..., Any], make_fit: Any, tmp_path: Path
+) -> None:
     import torch
     from safetensors.torch import save_file
     from torchvision.models import resnet18
@@ -145,7 +153,15 @@ def test_training_starts_from_a_local_weights_file(configure: Callable[..., Any]
     torch.manual_seed(1)
     state = {name: value.contiguous() for name, value in resnet18(num_classes=7).state_dict().items()}
     save_file(state, tmp_path / "own.safetensors")
-    fit = make_fit({"model.arch": "resnet18", "model.args": {}, "model.init": str(tmp_path / "own.safetensors"), "optim.ema": 0, "train.epochs": 1})
+    fit = make_fit(
+        {
+            "model.arch": "resnet18",
+            "model.args": {},
+            "model.init": str(tmp_path / "own.safetensors"),
+            "optim.ema": 0,
+            "train.epochs": 1,
+        }
+    )
     mine = fit.model.state_dict()
     assert torch.equal(mine["backbone.layer1.0.conv1.weight"], state["layer1.0.conv1.weight"])
     assert mine["backbone.fc.weight"].shape == (3, 512)  # the head fits the data, not the file
@@ -161,7 +177,9 @@ def test_a_run_can_begin_with_the_weights_of_another(configure: Callable[..., An
     from imgcls_fast.engines.runtimes import load_model
 
     first = session.start(configure({"train.epochs": 1, "pixels.size": 48}))
-    second = make_fit({"model.init": str(first.directory), "model.arch": "auto", "model.args": {}, "pixels.size": "auto"})
+    second = make_fit(
+        {"model.init": str(first.directory), "model.arch": "auto", "model.args": {}, "pixels.size": "auto"}
+    )
     assert second.plan.spec["arch"] == "small-cnn"
     assert second.plan.pixels.size == 48
     trained = load_model(read_bundle(first.bundle_path)).state_dict()
@@ -177,5 +195,7 @@ def test_the_stored_configuration_can_be_used_again(configure: Callable[..., Any
     assert stored["train"]["epochs"] == 1
     again = build_config({"out": str(tmp_path / "again")}, file=run.config_path)
     other = session.start(again)
-    assert {k: v for k, v in flatten(other.config).items() if k != "out"} == {k: v for k, v in flatten(run.config).items() if k != "out"}
+    assert {k: v for k, v in flatten(other.config).items() if k != "out"} == {
+        k: v for k, v in flatten(run.config).items() if k != "out"
+    }
     assert isinstance(other, Run)

@@ -110,7 +110,9 @@ def test_a_signal_after_the_last_step_is_not_lost(
     same_result(straight, broken)
 
 
-def test_a_run_killed_between_training_and_bundle_or_report_is_finished_by_resume(configure: Callable[..., Any], monkeypatch: Any) -> None:
+def test_a_run_killed_between_training_and_bundle_or_report_is_finished_by_resume(
+    configure: Callable[..., Any], monkeypatch: Any
+) -> None:
     for victim in ("make_bundle", "report_run"):
         config = configure({"train.epochs": 1})
 
@@ -129,7 +131,9 @@ def test_a_run_killed_between_training_and_bundle_or_report_is_finished_by_resum
 
 
 @pytest.mark.usefixtures("no_judging")
-def test_metrics_csv_is_complete_after_a_kill_between_checkpoint_and_csv(configure: Callable[..., Any], monkeypatch: Any) -> None:
+def test_metrics_csv_is_complete_after_a_kill_between_checkpoint_and_csv(
+    configure: Callable[..., Any], monkeypatch: Any
+) -> None:
     config = configure()
 
     def die(self: Run, epochs: Any) -> None:
@@ -163,7 +167,8 @@ class TestWhatMayChange:
         return interrupted(configure({}, own_data))
 
     @pytest.mark.parametrize(
-        ("name", "value"), [("optim.lr", 0.5), ("train.epochs", 9), ("train.batch_size", 4), ("pixels.size", 48), ("train.seed", 5)]
+        ("name", "value"),
+        [("optim.lr", 0.5), ("train.epochs", 9), ("train.batch_size", 4), ("pixels.size", 48), ("train.seed", 5)],
     )
     def test_a_setting_that_shapes_the_weights_is_refused_by_name(self, broken: Run, name: str, value: Any) -> None:
         with pytest.raises(ModelError, match=name) as refused:
@@ -172,8 +177,15 @@ class TestWhatMayChange:
 
     def test_free_settings_may_change_and_are_kept(self, broken: Run, tmp_path: Path) -> None:
         where = broken.config.out
-        session.resume(broken, {"train.workers": 1, "train.save_every": 5.0, "evaluate.bootstrap": 33, "out": str(tmp_path / "elsewhere")})
-        assert (broken.config.train.workers, broken.config.train.save_every, broken.config.evaluate.bootstrap) == (1, 5.0, 33)
+        session.resume(
+            broken,
+            {"train.workers": 1, "train.save_every": 5.0, "evaluate.bootstrap": 33, "out": str(tmp_path / "elsewhere")},
+        )
+        assert (broken.config.train.workers, broken.config.train.save_every, broken.config.evaluate.bootstrap) == (
+            1,
+            5.0,
+            33,
+        )
         assert broken.config.out == where
         assert not (tmp_path / "elsewhere").exists()
 
@@ -245,7 +257,9 @@ def test_a_damaged_checkpoint_is_detected_and_the_one_before_it_used(
 
 
 @pytest.mark.usefixtures("no_judging")
-def test_nothing_is_trained_when_every_checkpoint_is_damaged(configure: Callable[..., Any], stop_at: Callable[..., None]) -> None:
+def test_nothing_is_trained_when_every_checkpoint_is_damaged(
+    configure: Callable[..., Any], stop_at: Callable[..., None]
+) -> None:
     stop_at(STEPS + 2)
     broken = interrupted(configure())
     for folder in broken.checkpoints.iterdir():
@@ -270,7 +284,10 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(
 
 @pytest.mark.usefixtures("no_judging")
 def test_resume_obeys_an_out_of_memory_revision(
-    configure: Callable[..., Any], stop_at: Callable[..., None], monkeypatch: pytest.MonkeyPatch, same_result: Callable[..., None]
+    configure: Callable[..., Any],
+    stop_at: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    same_result: Callable[..., None],
 ) -> None:
     original = Fit._accumulate
 
@@ -295,7 +312,14 @@ def test_a_signalled_process_exits_with_130_and_its_resume_command_works(
     number: int, tiny_data: Path, tmp_path: Path
 ) -> None:
     run, start = command_line(tiny_data, tmp_path)
-    process = subprocess.Popen(start, env=environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        start,
+        env=environment(tmp_path),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     for line in process.stdout or ():
         if line.startswith("ep") and line.split("/")[0].split()[-1] == "2":
             break
@@ -307,14 +331,21 @@ def test_a_signalled_process_exits_with_130_and_its_resume_command_works(
     stored = json.loads((run / "checkpoints" / "last" / "state.json").read_text())["progress"]
     assert 2 <= stored["epoch"] + 1 < 400
     again = [sys.executable, "-m", "imgcls_fast", "train", str(run), "--resume", "--json"]
-    process = subprocess.Popen(again, env=environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        again,
+        env=environment(tmp_path),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     for line in process.stderr or ():
         if line.startswith("ep "):
             assert int(line.split("/")[0].split()[-1]) > stored["epoch"]
             break
     process.send_signal(number)
     process.send_signal(number)  # the second one acts at once, and still leaves a readable checkpoint
-    out, errors = process.communicate(timeout=120)
+    _out, errors = process.communicate(timeout=120)
     assert process.returncode in (130, -number), errors
     found = checkpoint.find_checkpoint(run.joinpath("checkpoints"))
     assert found is not None
@@ -334,17 +365,29 @@ def command_line(data: Path, tmp_path: Path) -> tuple[Path, list[str]]:
 
 
 def environment(tmp_path: Path) -> dict[str, str]:
-    return {**os.environ, "IMGCLS_RUNS": str(tmp_path / "runs"), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "COLUMNS": "200"}
+    return {
+        **os.environ,
+        "IMGCLS_RUNS": str(tmp_path / "runs"),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONUNBUFFERED": "1",
+        "COLUMNS": "200",
+    }
 
 
 @pytest.mark.usefixtures("no_judging")
 def test_resume_does_not_need_the_weights_that_the_run_began_with(
-    configure: Callable[..., Any], make_fit: Any, stop_at: Callable[..., None], tmp_path: Path, same_result: Callable[..., None]
+    configure: Callable[..., Any],
+    make_fit: Any,
+    stop_at: Callable[..., None],
+    tmp_path: Path,
+    same_result: Callable[..., None],
 ) -> None:
     from safetensors.torch import save_file
 
     path = tmp_path / "begin.safetensors"
-    start = {name.removeprefix("backbone."): value.contiguous() for name, value in make_fit().model.state_dict().items()}
+    start = {
+        name.removeprefix("backbone."): value.contiguous() for name, value in make_fit().model.state_dict().items()
+    }
     save_file(start, path)
     straight = session.start(configure({"model.init": str(path)}))
     stop_at(3)
