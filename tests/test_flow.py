@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 SETTINGS = {
-    "pixels.size": 32, "model.arch": "small-cnn", "model.args": '{"width": 8}', "train.epochs": 2, "train.batch_size": 64, "train.threads": 1,
-    "train.workers": 1, "evaluate.bootstrap": 50, "augment.policy": "light", "optim.ema": 0, "export.verify_images": 32,
+    "pixels.size": 32, "model.arch": "small-cnn", "model.args": '{"width": 8}', "train.epochs": 2, "train.batch_size": 64,
+    "train.threads": 1, "train.workers": 1, "evaluate.bootstrap": 50, "augment.policy": "light", "optim.ema": 0, "export.verify_images": 32,
 }  # fmt: skip
 
 

@@ -324,7 +324,7 @@ def test_a_signalled_process_exits_with_130_and_its_resume_command_works(
         if line.startswith("ep") and line.split("/")[0].split()[-1] == "2":
             break
     os.killpg(process.pid, number)  # as a terminal and a service manager do it: loader workers get it too
-    out, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
     assert "error[X130]" in errors
     assert f"imgcls-fast train {run} --resume" in errors
