@@ -181,14 +181,15 @@ def test_regression_4_every_share_lies_between_0_and_1_whatever_the_predictions(
 @given(st.integers(1, 25), st.randoms(use_true_random=False))
 def test_regression_4_and_7_no_figure_and_no_file_name_depends_on_batches_or_their_order(drawn, size, random):
     scores, truth = drawn(50, 4)
-    targets, rows = np.eye(4, dtype=np.float32)[truth], np.arange(50)
-    names, labels = [f"image {k}.jpg" for k in range(50)], LabelSpace.single("abcd")
+    targets, rows = np.eye(4, dtype=np.float32)[truth], 3 * np.arange(50) + 2  # of 152 files
+    names, labels = [f"image {k}.jpg" for k in range(152)], LabelSpace.single("abcd")
     whole = Predictions.gather([rows], [scores], [targets], labels, names)
     order = np.array(random.sample(range(50), 50))
     padded = np.concatenate([order, np.full(-50 % size, -1)]).reshape(-1, size)
     batches = [np.where(batch[:, None] < 0, 9.0, scores[batch]) for batch in padded]
-    parted = Predictions.gather(list(padded), batches, [targets[batch] for batch in padded], labels, names)
-    assert parted.paths == tuple(names)
+    row_batches = [np.where(batch < 0, -1, rows[batch]) for batch in padded]
+    parted = Predictions.gather(row_batches, batches, [targets[batch] for batch in padded], labels, names)
+    assert parted.paths == tuple(names[row] for row in rows)
     np.testing.assert_array_equal(parted.scores, scores)
     np.testing.assert_array_equal(parted.truth, truth)
     assert judge(parted, bootstrap=20).to_dict() == judge(whole, bootstrap=20).to_dict()
