@@ -121,7 +121,7 @@ from conftest import Kit
 manifest = Kit.manifest(Path({root!r}), {names!r})
 loader = Kit.open(Kit.sampler(manifest, 2, Kit.strong), "torch", 2)
 batches = loader.epoch(0)
-next(batches)
+next(batches), next(batches)  # one from each worker: both have begun
 print(*[worker.pid for worker in loader._loader._iterator._workers], flush=True)
 sys.stdin.read()
 """
@@ -154,7 +154,7 @@ def test_a_signal_to_the_group_stops_the_parent_only(tmp_path, photo, number):
     for k, name in enumerate(names):
         photo(k).save(tmp_path / name)
     program = _PARENT.format(tests=str(Path(__file__).parent), root=str(tmp_path), names=names)
-    program = program.replace("sys.stdin.read()", "sys.stdin.readline(); print(1 + len(list(batches)), flush=True)")
+    program = program.replace("sys.stdin.read()", "sys.stdin.readline(); print(2 + len(list(batches)), flush=True)")
     parent = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         assert parent.stdin is not None and parent.stdout is not None

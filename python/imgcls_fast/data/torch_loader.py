@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -168,6 +169,8 @@ class TorchLoader:
             worker_init_fn=_start_worker,
             generator=torch.Generator().manual_seed(0),  # else the global generator would be drawn from each epoch
         )
+        # also at the end of the process, before multiprocessing waits for its children
+        self._stop = weakref.finalize(self, _stop_workers, self._loader)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         self._keys.epoch, self._keys.steps = epoch, range(start, self.sampler.steps)
@@ -180,10 +183,14 @@ class TorchLoader:
             yield batch
 
     def close(self) -> None:
-        iterator = getattr(self._loader, "_iterator", None)
-        if iterator is not None:
-            iterator._shutdown_workers()
+        self._stop()
         self._loader = None
+
+
+def _stop_workers(loader: Any) -> None:
+    iterator = getattr(loader, "_iterator", None)
+    if iterator is not None:
+        iterator._shutdown_workers()
 
 
 def _start_worker(worker: int) -> None:

@@ -280,7 +280,9 @@ def _normalisation(
         if asked == "data":
             from ..data.prepare import channel_statistics
 
-            measured = measured or channel_statistics(manifest, notes.config.pixels.color)
+            measured = measured or channel_statistics(
+                manifest, notes.config.pixels.color, notes.config.data.max_megapixels
+            )
             values, reason = measured[index], "measured on training images"
         elif asked == "auto":
             values, reason = _as_channels(own[name], channels), "of the weights, else ImageNet's"
