@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from itertools import pairwise
 from typing import Any, NoReturn
 
 import numpy as np
@@ -276,10 +277,11 @@ class Fit:
             )
 
     def _accumulate(self, batch: Batch, total: float) -> Tensor:
-        size = self.progress.micro_batch
+        parts = math.ceil(len(batch) / self.progress.micro_batch)
+        edges = [len(batch) * k // parts for k in range(parts + 1)]  # equal parts: a lone last image breaks batch norms
         summed = torch.zeros_like(self.loss_sum)
-        for first in range(0, len(batch), size):
-            part = slice(first, first + size)
+        for first, last in pairwise(edges):
+            part = slice(first, last)
             pixels, targets, weight = (
                 x[part].to(self.device, non_blocking=True) for x in (batch.pixels, batch.targets, batch.weight)
             )
