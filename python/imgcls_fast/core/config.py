@@ -183,8 +183,8 @@ class TrainConfig(Section):
     )
     seed: int = Field(0, ge=0, description="of weights, order and augmentation")
     deterministic: bool = Field(False, description="refuse operations without a deterministic form")
-    monitor: Literal["val/accuracy", "val/macro_f1", "val/balanced_accuracy", "val/loss"] = Field(
-        "val/accuracy", description="picks the best checkpoint, and stops early"
+    monitor: Literal["auto", "val/accuracy", "val/macro_f1", "val/balanced_accuracy", "val/loss"] = Field(
+        "auto", description="picks the best checkpoint, and stops early"
     )
     patience: PositiveInt | None = Field(None, description="epochs without improvement before stopping; none: never")
     baseline: bool = Field(True, description="first fit a linear probe on frozen features", json_schema_extra=FREE)

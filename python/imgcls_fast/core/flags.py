@@ -127,7 +127,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag(("--patience",), "stop after K epochs without improvement; none: never", "train.patience", metavar="K", group=_STEPS,
          values=(("none", None),)),
     Flag(("--monitor",), "picks the best checkpoint, and stops early", "train.monitor", metavar="NAME", group=_STEPS,
-         choices=("val/accuracy", "val/macro_f1", "val/balanced_accuracy", "val/loss")),
+         choices=("auto", "val/accuracy", "val/macro_f1", "val/balanced_accuracy", "val/loss")),
     Flag(("--split-ratio",), "train, val and test fractions, e.g. .8,.1,.1", "data.split", _DATA, "A,B,C", "numbers", _ROWS),
     Flag(("--group-by",), "regular expression on the path; rows of one group never part", "data.group_by", _DATA, "REGEX", group=_ROWS),
     Flag(("--group-col",), "column that names the group", "data.group_col", _DATA, "NAME", group=_ROWS),

@@ -28,6 +28,9 @@ _AT_HAND = {
     "cuda": ("torchvision/convnext_tiny", "torchvision/resnet50", "timm/convnext_tiny"),
 }
 _WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+_FEW_TO_JUDGE = (
+    1000  # below it the best of many epochs by accuracy is mostly the luckiest: one standard error is 0.01 or more
+)
 _PILLOW_SHARE = 0.05  # above it DALI would wait for Pillow
 
 
@@ -130,13 +133,12 @@ def make_plan(config: RunConfig, manifest: Manifest, machine: Machine) -> Plan:
         ModelError: M001, M003, M004 for a model or weights that cannot be used.
     """
     notes = _Notes(config)
-    n = len(manifest.rows("train"))
     device = _device(notes, machine)
     arch, start = _model(notes, device)
     recipe = RECIPES["finetune" if start.kind != "scratch" else "small-cnn" if arch == "small-cnn" else "scratch"]
     pixels = _pixels(notes, manifest, arch, start, recipe)
     augment = _augment(notes, recipe, pixels)
-    _lengths(notes, n, recipe, device)
+    _lengths(notes, manifest, recipe, device)
     _optimizer(notes, recipe)
     _class_weights(notes, manifest)
     _speed(notes, manifest, machine, device)
@@ -325,7 +327,8 @@ def _augment(notes: _Notes, recipe: Recipe, pixels: Pixels) -> Augment:
     return Augment.from_dict(values)
 
 
-def _lengths(notes: _Notes, n: int, recipe: Recipe, device: str) -> None:
+def _lengths(notes: _Notes, manifest: Manifest, recipe: Recipe, device: str) -> None:
+    n = len(manifest.rows("train"))
     train = notes.config.train
     fitting = min(recipe.batch[device], max(1, n // 8))
     batch = notes.decide("train.batch_size", fitting, f"recipe; {n:,} training images")
@@ -347,6 +350,14 @@ def _lengths(notes: _Notes, n: int, recipe: Recipe, device: str) -> None:
         notes.changes["train.micro_batch"] = batch
         notes.rows[-1] = ("train.micro_batch", str(batch), f"lowered from {train.micro_batch}: no more than a batch")
     notes.changes["train.accum"] = None
+    judged = len(manifest.rows("val"))
+    few = judged < _FEW_TO_JUDGE
+    notes.decide(
+        "train.monitor",
+        "val/loss" if few else "val/accuracy",
+        f"{judged:,} validation images: "
+        + ("their accuracy changes by chance from epoch to epoch" if few else "enough for accuracy"),
+    )
     notes.decide("evaluate.batch_size", min(256, max(batch, 32)), "memory")
 
 
