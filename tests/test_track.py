@@ -383,3 +383,25 @@ def test_an_interrupt_inside_a_sink_is_not_swallowed() -> None:
 
     with pytest.raises(KeyboardInterrupt):
         Sinks([pressed])(DATA)
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_what_is_shown_can_be_exported_as_text_and_as_a_picture(width: int) -> None:
+    from rich.console import Console
+
+    console = Console(
+        file=io.StringIO(), record=True, width=width, markup=False, highlight=False, emoji=False, force_terminal=True
+    )
+    shown(io.StringIO(), [DATA, PLAN, BASELINE, START, EPOCH, WARNING, DONE], console=console)
+    text = console.export_text(clear=False)
+    assert "\x1b" not in text
+    for fact in (
+        *plain_lines(BASELINE),
+        epoch_line(EPOCH, width),
+        "╭─  test: 1,367 images  ─",
+        "predict  imgcls-fast predict runs/1 IMAGES",
+    ):
+        assert fact in text, fact
+    picture = console.export_svg(title="imgcls-fast train")
+    assert picture.startswith("<svg")
+    assert "your&#160;model&#160;must&#160;beat&#160;this" in picture

@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     except SystemExit as leaving:  # help and version
         return int(leaving.code or 0)
     except KeyboardInterrupt:
-        return _failed(session, Interrupted("X130", "interrupted; nothing was changed"))
+        return _failed(session, Interrupted("X130", "interrupted before the work was done"))
     except BrokenPipeError:  # the reader went away, as in `imgcls-fast runs list | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 141

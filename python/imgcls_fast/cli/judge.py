@@ -11,7 +11,7 @@ from typing import Any
 
 from ..core.errors import DataError, UsageError
 from .answer import Answer, Request, Session, plain, write_lines
-from .settings import whole_number
+from .settings import settings_of, whole_number
 from .show import facts, say, share, table
 
 MANY_CLASSES = 30  # beyond this only the worst are listed
@@ -77,10 +77,11 @@ def predict(request: Request, session: Session) -> Answer:
 
 def export(request: Request, session: Session) -> Answer:
     """Write an ONNX file that has been compared with the original."""
-    opset = whole_number(request, "opset", 18)
+    config, _ = settings_of(request)
     run, _ = _run_and_rest(request.things, data=False)
     from .. import api
 
+    opset = config.export.opset if "opset" in request.options else None  # None: the setting of the run
     made = plain(api.export(run, target="onnx", opset=opset, out=request.get("out")))
 
     def show(console: Any) -> None:
@@ -172,4 +173,4 @@ def _as_csv(answers: Sequence[dict[str, Any]], top_k: int) -> list[str]:
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(_heads(top_k))
     writer.writerows(_rows(answers, top_k))
-    return out.getvalue().splitlines()
+    return out.getvalue().removesuffix("\n").split("\n")  # splitlines() would also cut inside a file name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from .answer import Answer, Request, Session, plain
@@ -32,7 +33,9 @@ def show(request: Request, session: Session) -> Answer:
     from .. import api
 
     found = plain(api.show_run(request.thing() or "last"))
-    return Answer(found, lambda console: facts(console, found), str(found.get("name", "")))
+    made = found.get("created")
+    shown = found | ({"created": time.strftime("%Y-%m-%d %H:%M", time.localtime(made))} if made else {})
+    return Answer(found, lambda console: facts(console, shown), str(found.get("name", "")))
 
 
 def doctor(request: Request, session: Session) -> Answer:

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 MAX_ROWS = 40  # of one table on a terminal; files and --json hold all
+# a file name may hold a tab, a line break or an escape sequence; a row must stay one row, and a terminal itself
+_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}
 
 
 def table(
@@ -22,10 +24,10 @@ def table(
         numbers: the columns that are aligned to the right.
         limit: rows shown on a terminal; the others are counted.
     """
-    lines = [[text(cell) for cell in row] for row in rows]
+    lines = [[text(cell).translate(_CONTROLS) for cell in row] for row in rows]
     if not console.is_terminal:
         for line in [list(heads), *lines]:
-            say(console, "\t".join(line))
+            print("\t".join(line), file=console.file)  # rich would turn tabs into spaces
         return
     from rich import box
     from rich.table import Table

@@ -161,7 +161,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag(("-b", "--batch-size"), "images per forward pass", None, ("eval", "predict"), "N"),
     Flag(("-k", "--top-k"), "answers for each image", None, ("predict",), "K"),
     Flag(("--onnx",), "write model.onnx (the default)", None, ("export",), kind="switch"),
-    Flag(("--opset",), "ONNX operator set, 18 to 25", None, ("export",), "N"),
+    Flag(("--opset",), "ONNX operator set, 18 to 25", "export.opset", ("export",), "N"),
     Flag(("--json",), "one JSON object on stdout, everything else on stderr", None, _ALL, kind="switch", group=_SAY),
     Flag(("-q", "--quiet"), "only warnings, errors and the result", None, _ALL, kind="switch", group=_SAY),
     Flag(("--debug",), "show the traceback of an error", None, _ALL, kind="switch", group=_SAY),

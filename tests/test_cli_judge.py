@@ -1,0 +1,151 @@
+"""What `predict`, `export` and `runs show` make of their words and answers; the model itself is replaced."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from imgcls_fast import api
+from imgcls_fast.cli.app import main
+
+Capture = pytest.CaptureFixture[str]
+HOSTILE = [
+    "plain.jpg",
+    'comma, "quote".jpg',
+    "line\nbreak.jpg",
+    "line\u2028separator.jpg",
+    "tab\t.jpg",
+    "caf\udce9.jpg",
+    "\x1b[31m.jpg",
+]
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IMGCLS_RUNS", str(tmp_path / "runs"))
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Replaces `api.predict`; what it was asked is kept, and `answers` is what it says."""
+    kept: dict[str, Any] = {"answers": [_answer(name) for name in HOSTILE]}
+
+    def predict(run: Any, images: Any, **options: Any) -> list[dict[str, Any]]:
+        kept.update(run=run, images=images, **options)
+        return kept["answers"]
+
+    monkeypatch.setattr(api, "predict", predict)
+    return kept
+
+
+def _answer(path: str) -> dict[str, Any]:
+    return {"path": path, "label": "cat", "confidence": 0.75, "top": [("cat", 0.75), ("dog", 0.25)]}
+
+
+def _make_run(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    for name in ("config.yaml", "manifest.npz"):
+        (folder / name).write_text("")
+    return folder
+
+
+def test_predict_without_a_run_means_the_last_one(asked: dict[str, Any]) -> None:
+    assert main(["predict", "photos"]) == 0
+    assert (asked["run"], asked["images"], asked["top_k"], asked["runtime"]) == (None, ["photos"], 1, "torch")
+
+
+def test_predict_takes_its_first_word_as_run_if_it_is_one(asked: dict[str, Any], tmp_path: Path) -> None:
+    _make_run(tmp_path / "runs" / "mine")
+    for run in ("mine", "runs/mine"):
+        assert main(["predict", run, "--top-k", "2", "photos", "photos", "-b", "7"]) == 0
+        assert (asked["run"], asked["images"]) == (run, ["photos", "photos"])
+        assert (asked["top_k"], asked["batch_size"]) == (2, 7)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "rc", "said"),
+    [
+        (["mien", "photos"], "U003", 2, "runs show mine"),
+        (["mine"], "U002", 2, "predict needs images"),
+        (["mine", "no.jpg", "nor.jpg"], "D001", 3, "no.jpg does not exist, nor do 1 more"),
+    ],
+)
+def test_predict_says_which_word_is_wrong(
+    words: list[str], code: str, rc: int, said: str, asked: dict[str, Any], tmp_path: Path, capsys: Capture
+) -> None:
+    _make_run(tmp_path / "runs" / "mine")
+    assert main(["predict", *words]) == rc
+    err = capsys.readouterr().err
+    assert f"error[{code}]" in err
+    assert said in err
+    assert "run" not in asked  # no model was loaded for it
+
+
+def test_a_csv_of_answers_reads_back_whatever_the_files_are_called(asked: dict[str, Any]) -> None:
+    asked["answers"].append({"path": "bad.jpg", "error": "truncated"})
+    assert main(["predict", "photos", "-k", "3", "-o", "answers.csv"]) == 0
+    with open("answers.csv", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["path"] for row in rows] == [*HOSTILE, "bad.jpg"]
+    assert {row["label_2"] for row in rows[:-1]} == {"dog"}
+    assert {row["label_3"] for row in rows} == {""}  # there are two classes only
+    assert (rows[-1]["label"], rows[-1]["error"]) == ("", "truncated")
+
+
+def test_a_jsonl_of_answers_has_one_object_a_line(asked: dict[str, Any]) -> None:
+    assert main(["predict", "photos", "-o", "answers.jsonl"]) == 0
+    lines = Path("answers.jsonl").read_text("utf-8").split("\n")
+    assert [json.loads(line)["path"] for line in lines if line] == HOSTILE
+
+
+def test_in_a_pipe_each_image_is_one_line_without_control_characters(asked: dict[str, Any], capsys: Capture) -> None:
+    assert main(["predict", "photos"]) == 0
+    lines = capsys.readouterr().out.split("\n")
+    assert len(lines) == len(HOSTILE) + 2  # a heading and the last line's end
+    assert [line.split("\t")[1] for line in lines[1:-1]] == ["cat"] * len(HOSTILE)
+    assert not [line for line in lines if "\x1b" in line]
+
+
+@pytest.mark.parametrize(("good", "rc"), [(0, 3), (1, 0)])
+def test_predict_fails_only_if_no_image_could_be_read(
+    good: int, rc: int, asked: dict[str, Any], capsys: Capture
+) -> None:
+    asked["answers"] = [_answer("a.jpg")] * good + [{"path": "b.jpg", "error": "empty"}] * 2
+    assert main(["predict", "photos", "--json"]) == rc
+    found = json.loads(capsys.readouterr().out)
+    assert (found["failed"], len(found["predictions"])) == (2, good + 2)
+
+
+def test_an_operator_set_outside_the_schema_is_refused_before_anything_is_exported(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Capture
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(api, "export", lambda run, **options: asked.append(options["opset"]) or {"path": "model.onnx"})
+    _make_run(tmp_path / "runs" / "mine")
+    for opset in ("17", "99", "x"):
+        assert main(["export", "mine", "--opset", opset]) == 2
+        err = capsys.readouterr().err
+        assert "export.opset" in err
+        assert f"--opset {opset}" in err
+    assert asked == []
+    assert main(["export", "mine", "--opset", "21"]) == main(["export", "mine"]) == 0
+    assert asked == [21, None]
+
+
+def test_a_run_shows_its_date_to_people_and_its_seconds_to_programs(
+    monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    made = os.stat(".").st_mtime
+    monkeypatch.setattr(api, "show_run", lambda name: {"name": name, "created": made})
+    assert main(["runs", "show", "mine", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["created"] == made
+    assert main(["runs", "show", "mine"]) == 0
+    assert "created  20" in capsys.readouterr().out
