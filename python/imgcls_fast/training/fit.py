@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from itertools import pairwise
 from typing import Any, NoReturn
 
@@ -459,12 +458,3 @@ def final_state(run: Run) -> tuple[dict[str, Tensor], Progress]:
     tensors, progress, _ = checkpoint.read_checkpoint(run.checkpoints / "best")
     prefix = "ema." if any(name.startswith("ema.") for name in tensors) else "model."
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}, progress
-
-
-def progress_facts(progress: Progress) -> dict[str, Any]:
-    """What a report says about the training itself."""
-    return {
-        key: value
-        for key, value in asdict(progress).items()
-        if key in ("best", "best_epoch", "seconds", "step", "epoch")
-    }
