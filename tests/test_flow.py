@@ -13,6 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+import imgcls_fast
+from imgcls_fast.core.errors import ConfigError
+
 SETTINGS = {
     "pixels.size": 32, "model.arch": "small-cnn", "model.args": '{"width": 8}', "train.epochs": 2, "train.batch_size": 64,
     "train.threads": 1, "train.workers": 1, "evaluate.bootstrap": 50, "augment.policy": "light", "optim.ema": 0, "export.verify_images": 32,
@@ -122,6 +125,9 @@ class TestCommandLine:
         made = shell.json("export", "--onnx")
         assert made["same_top1"] == made["images"] == 32
         assert made["max_score_diff"] <= 1e-4
+        assert "export.opset" in shell("export", "--onnx", "--opset", "99", code=2)[1]
+        with pytest.raises(ConfigError, match=r"export\.opset"):
+            imgcls_fast.export(shell.folder / trained["run"], opset=99)
         by_torch = _predictions(shell.json("predict", "last", folder))
         by_onnx = _predictions(shell.json("predict", "last", folder, "--runtime", "onnx"))
         assert len(by_torch) > 20

@@ -211,22 +211,22 @@ def export(
         path, images, same_top1, max_score_diff, opset, bytes and sha256.
 
     Raises:
-        ConfigError: C003 for another target.
+        ConfigError: C003 for another target or an operator set outside 18..25.
         ExportError: E001; GateFailed E901 with the numbers when the exported model disagrees.
     """
     if target != "onnx":
         raise ConfigError("C003", f"target must be 'onnx', got {target!r}", try_="imgcls-fast export RUN --onnx")
     from .core.bundle import read_bundle
+    from .core.settings import replace_settings
     from .exporting.onnx_graph import export_onnx
     from .training.judging import export_batches
 
     found = _run(run)
     bundle = read_bundle(found.bundle_path)
-    settings = found.config.export
+    config = found.config if opset is None else replace_settings(found.config, {"export.opset": opset})
+    settings = config.export
     batches = export_batches(bundle, found.manifest, settings.verify_images)
-    made = export_onnx(
-        bundle, found.exports, batches, opset=opset or settings.opset, max_score_diff=settings.max_score_diff
-    )
+    made = export_onnx(bundle, found.exports, batches, opset=settings.opset, max_score_diff=settings.max_score_diff)
     if out is not None:
         from .core.files import write_whole
 

@@ -76,6 +76,7 @@ def test_the_graph_is_one_file_of_standard_operators_with_everything_inside(
     assert [d.dim_value for d in pixels.type.tensor_type.shape.dim][1:] == [32, 32, 3]
     assert pixels.type.tensor_type.shape.dim[0].dim_param
     assert {node.domain for node in graph.graph.node} <= {"", "ai.onnx"}
+    assert made["opset"] == next(entry.version for entry in graph.opset_import if not entry.domain)
     folder = Path(made["path"]).parent
     assert sorted(path.name for path in folder.iterdir()) == ["meta.json", "model.onnx"]
     assert json.loads((exports / "index.json").read_text())["onnx"] == folder.name

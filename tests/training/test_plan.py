@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from imgcls_fast.core.errors import ConfigError, HardwareError, ImgclsError
 from imgcls_fast.core.manifest import FLAG_PILLOW, LabelSpace, Manifest, PathList
 from imgcls_fast.core.run import Run
 from imgcls_fast.core.settings import build_config, flatten, to_yaml
+from imgcls_fast.models.small_cnn import SmallCNN
 from imgcls_fast.training import session
 from imgcls_fast.training.plan import Machine, Plan, make_plan
 
@@ -168,6 +170,16 @@ def test_training_starts_from_a_local_weights_file(
     assert mine["backbone.fc.weight"].shape == (3, 512)  # the head fits the data, not the file
     fit.run()
     assert len(fit.run_directory.epochs) == 1
+
+
+def test_the_architecture_is_stored_with_its_defaults_so_that_bundles_outlive_a_change_of_them() -> None:
+    shaping = set(inspect.signature(SmallCNN).parameters) - {"num_classes", "in_chans", "drop_rate"}
+    own = plan_of({"model.arch": "small-cnn"})
+    assert set(own.spec["arch_args"]) == shaping
+    assert own.config.model.args == {}  # another --model can be asked for with the stored configuration
+    partly = plan_of({"model.arch": "small-cnn", "model.args": {"width": 8}}).spec["arch_args"]
+    assert partly == {**own.spec["arch_args"], "width": 8}
+    assert plan_of({"model.arch": "resnet18"}).spec["arch_args"] == {}
 
 
 @pytest.mark.slow

@@ -127,7 +127,9 @@ class ModelConfig(Section):
 
     arch: str = Field("auto", description="a torchvision or timm classifier, or small-cnn")
     init: str = Field("auto", description="auto | scratch | pretrained (may download) | a weights file, bundle or run")
-    args: dict[str, int | float | bool | str] = Field(default_factory=dict, description="arguments of the architecture")
+    args: dict[str, int | float | bool | str | list[int | float | bool | str]] = Field(
+        default_factory=dict, description="arguments of the architecture"
+    )
     drop_rate: Annotated[float, Field(ge=0, lt=1)] | Auto = Field("auto", description="dropout before the head")
     drop_path: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="stochastic depth, where the family has it")
     freeze: Literal["none", "backbone"] | Annotated[int, Field(ge=1, le=4)] = Field(

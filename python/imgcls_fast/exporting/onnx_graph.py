@@ -99,7 +99,7 @@ def export_onnx(
             path = temporary / "model.onnx"
             model = load_model(bundle)
             _write_graph(Scorer(model, bundle.temperature).eval(), bundle, path, opset)
-            _check_graph(path)
+            written = _check_graph(path)
             reference = TorchEngine(model, bundle.labels, bundle.pixels, temperature=bundle.temperature)
             result = compare_engines(reference, OnnxEngine(path, bundle.labels, bundle.pixels), batches)
             _judge(result, max_score_diff)
@@ -109,7 +109,7 @@ def export_onnx(
                 "bytes": path.stat().st_size,
                 "bundle": bundle.digest,
                 "temperature": bundle.temperature,
-                "opset": opset,
+                "opset": written,
                 "input": {
                     "name": "pixels",
                     "dtype": "uint8",
@@ -159,8 +159,8 @@ def _write_graph(scorer: nn.Module, bundle: Bundle, path: Path, opset: int) -> N
         ) from error
 
 
-def _check_graph(path: Path) -> None:
-    """One file, standard operators, valid."""
+def _check_graph(path: Path) -> int:
+    """One file, standard operators, valid. Returns its operator set."""
     import onnx
 
     graph = onnx.load(str(path), load_external_data=False)
@@ -170,6 +170,7 @@ def _check_graph(path: Path) -> None:
         raise ExportError("E001", f"the graph holds operators that are not standard ONNX: {', '.join(foreign)}")
     if any(tensor.external_data for tensor in graph.graph.initializer):
         raise ExportError("E001", "the graph keeps weights outside its file")
+    return next(int(entry.version) for entry in graph.opset_import if entry.domain in ("", "ai.onnx"))
 
 
 def _judge(result: Comparison, max_score_diff: float) -> None:

@@ -7,6 +7,7 @@ another number of outputs, without memory for its weights, and comparing shapes.
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 from collections.abc import Iterable, Mapping
@@ -117,6 +118,19 @@ def make_backbone(spec: ModelSpec) -> nn.Module:
         asked = {"drop_rate": spec.drop_rate, "drop_path": spec.drop_path, "image_size": spec.image_size}
         asked = {k: v for k, v in asked.items() if v is not None} | spec.arch_args
         raise ConfigError("C004", f"{spec.arch} does not accept {asked}: {exc}") from exc
+
+
+def resolve_args(arch: str, args: Mapping[str, Any]) -> dict[str, Any]:
+    """`args` with the defaults of our own architecture written out, so that a stored model outlives a change of them.
+
+    Arguments of torchvision's and timm's architectures stay as they are: their names fix their shapes.
+    """
+    if arch != SMALL_CNN:
+        return dict(args)
+    from imgcls_fast.models.small_cnn import SmallCNN
+
+    parameters = inspect.signature(SmallCNN).parameters
+    return {"width": parameters["width"].default, "depths": list(parameters["depths"].default), **args}
 
 
 def _make_small_cnn(spec: ModelSpec, name: str) -> nn.Module:

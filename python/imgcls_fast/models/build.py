@@ -15,6 +15,7 @@ from imgcls_fast.models.backbones import (
     check_image_size,
     head_keys,
     make_backbone,
+    resolve_args,
 )
 from imgcls_fast.models.classifier import Classifier
 from imgcls_fast.models.names import SMALL_CNN, list_models, resolve_arch
@@ -31,6 +32,7 @@ __all__ = [
     "pretrained_pixels",
     "read_state",
     "resolve_arch",
+    "resolve_args",
 ]
 
 # torchvision's files of these were trained on inputs scaled to -1..1; its `transform_input` converts from

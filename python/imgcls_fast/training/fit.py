@@ -22,12 +22,12 @@ from ..data.sampler import Sampler
 from ..engines.base import predict
 from ..engines.runtimes import AUTOCAST, TorchEngine
 from ..evaluation.metrics import Metrics, judge
-from ..models.build import Classifier, ModelSpec, build_model
+from ..models.build import Classifier
 from . import checkpoint
 from .checkpoint import Progress
 from .objectives import CrossEntropy, class_weights
 from .optim import Averaged, Schedule, build_optimizer, set_rates
-from .plan import Plan, Start
+from .plan import Plan, Start, starting_model
 from .signals import StopRequest
 
 Emit = Callable[[dict[str, Any]], None]
@@ -86,12 +86,7 @@ class Fit:
     def _build_model(self) -> Classifier:
         # a checkpoint holds every weight: the file that the run began with need not exist any more
         start = Start("scratch") if checkpoint.has_checkpoint(self.run_directory.checkpoints) else self.plan.start
-        model = build_model(
-            ModelSpec.from_dict(self.plan.spec),
-            weights=start.path if start.kind == "file" else None,
-            pretrained=start.kind == "pretrained",
-            allow_download=start.download,
-        )
+        model = starting_model(self.plan.spec, start)
         freeze = self.config.model.freeze
         if freeze != "none":
             model.freeze(freeze)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,6 +16,9 @@ from ..core.pixels import CHANNELS, Pixels
 from ..core.settings import replace_settings
 from ..data.augment import Augment
 from .recipes import POLICIES, RECIPES, Recipe
+
+if TYPE_CHECKING:
+    from ..models.build import Classifier
 
 # tried in this order when the user names no model: published weights that already lie on this machine
 _AT_HAND = {
@@ -122,6 +125,26 @@ class Plan:
     augment: Augment
     spec: dict[str, Any]
     start: Start
+
+
+def starting_model(spec: dict[str, Any], start: Start) -> Classifier:
+    """The model of a plan as it is before the first step, on the CPU.
+
+    Args:
+        spec: `Plan.spec`.
+        start: `Plan.start`, or `Start("scratch")` when a checkpoint will fill the weights.
+
+    Raises:
+        ModelError: as `models.build.build_model`.
+    """
+    from ..models.build import ModelSpec, build_model
+
+    return build_model(
+        ModelSpec.from_dict(spec),
+        weights=start.path if start.kind == "file" else None,
+        pretrained=start.kind == "pretrained",
+        allow_download=start.download,
+    )
 
 
 def make_plan(config: RunConfig, manifest: Manifest, machine: Machine) -> Plan:
@@ -433,12 +456,12 @@ def _loader(manifest: Manifest, machine: Machine, device: str, color: str) -> tu
 
 
 def _spec(notes: _Notes, manifest: Manifest, arch: str, start: Start, pixels: Pixels, recipe: Recipe) -> dict[str, Any]:
-    from ..models.build import ModelSpec
+    from ..models.build import ModelSpec, resolve_args
 
     model = notes.config.model
     notes.decide("model.drop_rate", recipe.drop_rate, "recipe")
     own_args = start.spec["arch_args"] if start.spec and start.spec["arch"] == arch else {}
-    args = model.args or own_args or (recipe.arch_args if arch == "small-cnn" else {})
+    args = model.args or own_args
     if args != model.args:
         notes.changes["model.args"] = dict(args)
     drop = notes.value("model.drop_rate")
@@ -451,7 +474,7 @@ def _spec(notes: _Notes, manifest: Manifest, arch: str, start: Start, pixels: Pi
         drop_rate=drop or None,
         drop_path=model.drop_path or None,
         image_size=pixels.size,
-        arch_args=dict(args),
+        arch_args=resolve_args(arch, args),  # defaults too: a bundle outlives a change of them
     ).to_dict()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 # strengths of augment.policy; scale and ratio as in torchvision's RandomResizedCrop
@@ -75,7 +75,6 @@ class Recipe:
     ema: float
     augment: str
     drop_rate: float = 0.0
-    arch_args: dict[str, Any] = field(default_factory=dict)
 
 
 RECIPES = {

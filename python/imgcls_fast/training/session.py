@@ -35,7 +35,7 @@ from ..track import LogSink, Sinks
 from .baseline import MOST_ROWS, image_features, linear_probe
 from .fit import Fit
 from .judging import best_model, calibrated, make_bundle, score_rows
-from .plan import Plan, Start, look_at_machine, make_plan
+from .plan import Plan, Start, look_at_machine, make_plan, starting_model
 from .reporting import next_commands, report_run
 from .signals import signal_as_interrupt
 
@@ -337,12 +337,7 @@ def _probe_features(plan: Plan) -> tuple[Callable[[Any], np.ndarray], str]:
     import torch
 
     start_from = plan.start
-    model = build_model(
-        ModelSpec.from_dict(plan.spec),
-        weights=start_from.path if start_from.kind == "file" else None,
-        pretrained=start_from.kind == "pretrained",
-        allow_download=start_from.download,
-    )
+    model = starting_model(plan.spec, start_from)
     device = torch.device(plan.config.train.device)
     model = model.to(device).eval()
 
