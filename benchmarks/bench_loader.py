@@ -33,6 +33,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
+from imgcls_fast.core import env
 from imgcls_fast.core.manifest import LabelSpace, Manifest, PathList
 from imgcls_fast.core.pixels import Pixels
 from imgcls_fast.data.augment import Augment
@@ -216,8 +217,7 @@ def main() -> int:
     print(f"{facts['cpu']}, {facts['cores']} cores; random-resized-crop {SIZE} + flip, {len(files)} images an epoch, "
           f"{args.workers} workers; median (least-greatest) of {args.repeats} turns")  # fmt: skip
     print(table(result))
-    slug = "-".join("".join(c if c.isalnum() else " " for c in str(facts["cpu"])).lower().split()) or "cpu"
-    out = args.out or Path(__file__).parent / "results" / f"{slug}-{facts['cores']}core" / "loader.json"
+    out = args.out or Path(__file__).parent / "results" / env.machine_slug() / "loader.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps({"machine": facts, "result": result}, indent=2) + "\n", encoding="utf-8")
     print(f"written to {out}")

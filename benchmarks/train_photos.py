@@ -53,8 +53,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="JSON file (default: benchmarks/results/<machine>/train.json)")
     options = parser.parse_args()
     facts = env.machine_facts()
-    name = "-".join(str(facts["cpu"]).lower().split()) + f"-{facts['cpus']}core"
-    out = options.out or Path(__file__).parent / "results" / name / "train.json"
+    out = options.out or Path(__file__).parent / "results" / env.machine_slug() / "train.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     runs: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="train-photos-") as work:

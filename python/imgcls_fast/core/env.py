@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -104,6 +105,12 @@ def machine_facts() -> dict[str, Any]:
         "imgcls_fast": package_version(),
         "libraries": versions(),
     }
+
+
+def machine_slug(device: str | None = None) -> str:
+    """A folder name for figures of this machine: "intel-xeon-processor-2core", or the GPU's name where one is given."""
+    text = device if device is not None else f"{cpu_name()} {usable_cpus()}core"
+    return "-".join(re.sub(r"\((r|tm)\)|[^a-z0-9]", " ", text.lower()).split())
 
 
 def run_facts(seed: int) -> dict[str, Any]:
