@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "bind/bind.h"
 #include "kernels.h"
 #include "probe.h"
 
@@ -67,6 +68,7 @@ py::dict build_info() {
   out["cuda_version"] =
       version > 0 ? std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10) : std::string();
   out["why_no_cuda"] = IMGCLS_WHY_NO_CUDA;
+  out["isa"] = imgcls::cpu::isa();
   return out;
 }
 
@@ -86,4 +88,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("probe", &probe, "paths"_a, "threads"_a = 1);
   m.def("build_info", &build_info);
   m.def("cuda_status", &cuda_status);
+  m.def("isa", [] { return std::string(imgcls::cpu::isa()); });
+  m.def("set_isa", &imgcls::cpu::set_isa, "name"_a);
+  imgcls::bind_cbam(m);
+  imgcls::bind_window_attention(m);
 }

@@ -30,6 +30,7 @@ class BuildInfo(TypedDict):
     cuda_archs: str  # "80 90"; empty without CUDA
     cuda_version: str  # of the runtime that is linked in: "13.0"; empty without CUDA
     why_no_cuda: str  # empty with CUDA
+    isa: str  # of the CPU kernels on this machine: "avx512", "avx2" or "base"
 
 class CudaStatus(TypedDict):
     """What the CUDA runtime says about this machine."""
@@ -58,3 +59,111 @@ def build_info() -> BuildInfo:
 
 def cuda_status() -> CudaStatus:
     """Count the GPUs. Starts the CUDA driver, so only `doctor` and its like call it."""
+
+def cbam(
+    *,
+    x: int,
+    w1: int,
+    w2: int,
+    conv: int,
+    affine: int,
+    residual: int,
+    out: int,
+    channel: int,
+    hidden_sums: int,
+    spatial: int,
+    scratch: int,
+    sizes: tuple[int, ...],
+    relu: bool,
+    dtype: int,
+    steps: int,
+    on_cuda: bool,
+    stream: int,
+    threads: int,
+) -> None:
+    """Run struct Cbam of csrc/cbam.h, without the GIL. Tensors are addresses, 0 is null; nothing is checked.
+
+    Args:
+        sizes: batch, channels, height, width, hidden, kernel.
+        dtype: enum DType.
+        steps: enum CbamSteps.
+        stream: of CUDA; unused on the CPU.
+        threads: at most so many on the CPU.
+
+    Raises:
+        RuntimeError: the CUDA runtime refuses a launch.
+    """
+
+def cbam_grad(
+    *,
+    x: int,
+    w1: int,
+    w2: int,
+    conv: int,
+    affine: int,
+    out: int,
+    channel: int,
+    hidden_sums: int,
+    spatial: int,
+    grad: int,
+    masked: int,
+    dx: int,
+    dw1: int,
+    dw2: int,
+    dconv: int,
+    daffine: int,
+    dlogits: int,
+    ties: int,
+    scratch: int,
+    sizes: tuple[int, ...],
+    relu: bool,
+    dtype: int,
+    steps: int,
+    on_cuda: bool,
+    stream: int,
+    threads: int,
+) -> None:
+    """Run struct CbamGrad of csrc/cbam.h; as `cbam`."""
+
+def cbam_scratch(*, sizes: tuple[int, ...], dtype: int, gradient: bool) -> int:
+    """Floats of `scratch` that the CUDA half needs."""
+
+def isa() -> str:
+    """The instruction set of the CPU kernels in this process: "avx512", "avx2" or "base"."""
+
+def set_isa(name: str) -> None:
+    """Choose another one, for tests and benchmarks; "" is the best of this machine.
+
+    Raises:
+        ValueError: unknown, or not of this machine.
+    """
+
+def window_attention(
+    *, qkv: int, bias: int, head_scale: int, out: int, lse: int, sizes: tuple[int, ...], grid: bool, scale: float,
+    mask_value: float, dtype: int, on_cuda: bool, stream: int, threads: int,
+) -> None:  # fmt: skip
+    """Run struct WindowAttention of csrc/kernels.h, without the GIL. Tensors are addresses, 0 is null; nothing is checked.
+
+    Args:
+        sizes: batch, height, width, heads, head_dim, window_h, window_w, shift_h, shift_w.
+        dtype: 0 float32, 1 float16, 2 bfloat16.
+        stream: of CUDA, as an address; the current device is the caller's to set.
+        threads: at most, on the CPU.
+
+    Raises:
+        RuntimeError: what the CUDA runtime says.
+    """
+
+def window_attention_grad(
+    *, qkv: int, bias: int, head_scale: int, lse: int, grad: int, dqkv: int, dbias: int, dhead_scale: int, scratch: int,
+    sizes: tuple[int, ...], grid: bool, scale: float, mask_value: float, dtype: int, on_cuda: bool, stream: int, threads: int,
+) -> None:  # fmt: skip
+    """Run struct WindowAttentionGrad of csrc/kernels.h; as `window_attention`."""
+
+def window_attention_scratch(*, sizes: tuple[int, ...], has_bias: bool, cosine: bool, grid: bool, dtype: int) -> int:
+    """Floats of scratch that the gradient needs on the current CUDA device."""
+
+def window_attention_refusal(
+    *, sizes: tuple[int, ...], has_bias: bool, cosine: bool, grid: bool, dtype: int, gradient: bool
+) -> str:
+    """Why the CUDA kernels do not take these sizes; empty when they do."""

@@ -366,7 +366,8 @@ def test_refuses_a_senseless_call() -> None:
 
 def test_build_info_is_complete_and_a_machine_without_a_gpu_says_why() -> None:
     info = _C.build_info()
-    assert set(info) == {"version", "compiler", "cuda", "cuda_archs", "cuda_version", "why_no_cuda"}
+    assert set(info) == {"version", "compiler", "cuda", "cuda_archs", "cuda_version", "why_no_cuda", "isa"}
+    assert info["isa"] == _C.isa() in ("base", "avx2", "avx512")
     assert info["cuda"] == (info["why_no_cuda"] == "") == (info["cuda_version"] != "")
     status = _C.cuda_status()
     assert (status["devices"] == 0) == (status["error"] != "")
