@@ -10,9 +10,12 @@ GPU. Nothing here was run on a GPU yet unless `benchmarks/results/` holds its JS
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
+import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -37,6 +40,7 @@ from imgcls_fast.data.sampler import Sampler
 from imgcls_fast.training import fit as fitting
 from imgcls_fast.training.plan import look_at_machine, make_plan
 
+ROOT = Path(__file__).resolve().parents[1]
 BUDGET_S = 520
 _EPOCHS = 6  # of the digits: enough for 0.9, not for the 0.99 of a whole run
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -50,6 +54,7 @@ class Check:
         self.loader = "dali-cpu" if rehearse else "dali-gpu"
         self.small = rehearse
         self.rows: list[dict[str, Any]] = []
+        self.details: dict[str, Any] = {}
         self.begin = time.monotonic()
 
     def row(self, name: str, value: Any, promise: str, holds: bool | None) -> None:
@@ -63,7 +68,7 @@ class Check:
             return
         try:
             work(self)
-        except (RuntimeError, ValueError, OSError, AssertionError) as error:
+        except (RuntimeError, ValueError, OSError, AssertionError, subprocess.TimeoutExpired) as error:
             self.row(work.__name__, f"{type(error).__name__}: {str(error).splitlines()[0][:160]}", "runs", False)
 
 
@@ -291,28 +296,105 @@ def step_against_bare_loop(check: Check) -> None:
         )
 
 
+def kernels_are_right(check: Check) -> None:
+    """The tests of the kernels that need a GPU (or, rehearsing, a few on the CPU)."""
+    if importlib.util.find_spec("pytest") is None:
+        check.row("kernel tests", "pytest is not installed", "pass", None)
+        return
+    chosen = ["-m", "gpu"] if check.device == "cuda" else ["-k", "opcheck"]
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(ROOT / "tests" / "ops"), *chosen]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=240, cwd=ROOT)
+    last = (done.stdout.strip().splitlines() or [done.stderr.strip()[-160:]])[-1]
+    check.row("kernel tests", last.strip("= ")[:120], "pass", done.returncode == 0)
+    if done.returncode:
+        print(done.stdout[-3000:])
+
+
+def sanitizer(check: Check) -> None:
+    """compute-sanitizer over every kernel on small shapes."""
+    tool = shutil.which("compute-sanitizer")
+    if check.device == "cpu" or tool is None:
+        check.row("compute-sanitizer", "needs a GPU" if tool else "compute-sanitizer is not on PATH", "no errors", None)
+        return
+    script = str(Path(__file__).parent / "gpu_kernels.py")
+    for name in ("memcheck", "racecheck", "synccheck", "initcheck"):
+        words = [tool, "--tool", name, "--error-exitcode", "9", sys.executable, script]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+        summary = [line for line in done.stdout.splitlines() if "SUMMARY" in line]
+        # initcheck also sees torch's own reads; only the others are promises
+        holds = None if name == "initcheck" else done.returncode == 0
+        check.row(
+            f"compute-sanitizer {name}", (summary or [done.stdout[-120:]])[-1].strip("= ")[:120], "no errors", holds
+        )
+
+
+def kernel_speed(check: Check) -> None:
+    """bench_ops.py: each kernel beside PyTorch's best; its rows are kept whole."""
+    import bench_ops
+
+    parts = ["window"] if check.small else ["window", "cbam", "sequence", "step"]
+    result = bench_ops.measure(check.device, parts, 3 if check.small else 15)
+    check.details["ops"] = result
+    for row in result["rows"]:
+        if "ratio" in row:
+            text = f"{row['ratio']:.3f}x {row['rival']} [{row['least']:.3f}, {row['greatest']:.3f}]"
+            text += f", {row['share_of_floor']:.0%} of the floor" if "share_of_floor" in row else ""
+            promise = f"at most {row['goal']:.3f}" if "goal" in row else ""
+            check.row(f"{row['case']} {row['pass']}", text, promise, row.get("holds"))
+    if check.device == "cuda":
+        window_goals(check, result["rows"])
+
+
+def window_goals(check: Check, rows: list[dict[str, Any]]) -> None:
+    """Geometric means over Swin-T's stages, as the goals are stated."""
+    for shifted, what, goal in ((False, "forward", 1 / 1.5), (True, "forward", 0.5), (None, "backward", 0.5)):
+        chosen = [
+            r for r in rows
+            if r["case"].startswith("Swin-T") and r.get("pass") == what and r.get("contender") == "ours" and "ratio" in r
+            and shifted in (None, "shifted" in r["case"])
+        ]  # fmt: skip
+        if not chosen:
+            continue
+        mean = statistics.geometric_mean(r["ratio"] for r in chosen)
+        share = statistics.geometric_mean(r["share_of_floor"] for r in chosen)
+        kind = {None: "", True: " shifted", False: " unshifted"}[shifted]
+        text = f"{mean:.3f}x the best rival, {share:.0%} of the floor"
+        check.row(
+            f"Swin-T stages{kind}, {what}", text, f"at most {goal:.3f}, at least 80%", mean <= goal and share >= 0.8
+        )
+
+
 def _sync(check: Check) -> None:
     if check.device == "cuda":
         torch.cuda.synchronize()
+
+
+PARTS = (
+    kernels_are_right, sanitizer, kernel_speed, pixels_agree, restart_is_equal, training_works, no_host_sync, loader_speed,
+    step_against_bare_loop,
+)  # fmt: skip
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rehearse", action="store_true", help="run the same steps on the CPU")
     parser.add_argument("--out", type=Path, help="JSON file (default: benchmarks/results/<gpu>/gpu_check.json)")
+    parser.add_argument("--only", nargs="+", choices=[work.__name__ for work in PARTS], help="some of the parts")
     options = parser.parse_args()
     if not options.rehearse and not torch.cuda.is_available():
         print("no usable GPU: nothing was checked (try --rehearse)", file=sys.stderr)
         return 4
     check = Check(options.rehearse)
     machine = "rehearsal" if options.rehearse else env.machine_slug(torch.cuda.get_device_name())
-    for work in (pixels_agree, restart_is_equal, training_works, no_host_sync, loader_speed, step_against_bare_loop):
-        check.part(work)
+    for work in PARTS:
+        if not options.only or work.__name__ in options.only:
+            check.part(work)
     facts = {
         "machine": machine,
         **env.machine_facts(),
         "seconds": round(time.monotonic() - check.begin, 1),
         "rows": check.rows,
+        **check.details,
     }
     out = options.out or (None if options.rehearse else Path(__file__).parent / "results" / machine / "gpu_check.json")
     if out is not None:

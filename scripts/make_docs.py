@@ -169,7 +169,8 @@ def cli_page() -> str:
         prose("""
             A boolean is read as what it says: `False`, `no`, `off` and `0` are false (the old program took
             `--aug False` for true). `--root DIR --dataset_name NAME` become the first word, `DIR/NAME`.
-            Cross-validation and attention modules are refused, because this version has neither.
+            Cross-validation is refused, because this version has none. `--attention_name NAME --attention_index K` become
+            `--attention NAME@K`, after stage K ([attention.md](attention.md)).
         """),
     ]
     return "\n\n".join(parts) + "\n"

@@ -201,6 +201,9 @@ OLD: list[tuple[list[str], dict[str, Any]]] = [
     (["--train", "True"], {}),
     (["--eval", "False"], {}),
     (["--attention_name", "none", "--attention_index", "4"], {}),
+    (["--attention_index", "4"], {}),
+    (["--attention_name", "CBAM"], {"model.attention": ["CBAM@4"]}),
+    (["--attention_name", "SE", "--attention_index", "2"], {"model.attention": ["SE@2"]}),
     (["--printing", "True"], {}),
     (["--overwrite", "False"], {}),
 ]
@@ -244,7 +247,6 @@ def test_root_and_dataset_name_become_the_data() -> None:
         (["--cross_validation", "True"], "cross-validation"),
         (["--cross_validation", "True", "--num_splits", "5"], "cross-validation"),
         (["--num_splits", "5"], "cross-validation"),
-        (["--attention_name", "cbam", "--attention_index", "4"], "attention"),
         (["--train", "False"], "eval RUN"),
         (["--lr_scheduler", "ExponentialLR"], "optim.sched must be one of"),
     ],
@@ -263,7 +265,8 @@ def test_an_old_option_that_cannot_be_obeyed_says_so(words: list[str], said: str
         (["--learning_rate", "0.1"], "--lr"), (["--model_name", "resnet18"], "--model"), (["--image_size", "64"], "--img-size"),
         (["--batch_size", "8"], "--batch-size"), (["--aug", "False"], "--augment none"), (["--loss_weights", "1,2"], "--class-weights 1,2"),
         (["--early_stopping", "5"], "--patience 5"), (["--split_ratio", ".8,.1,.1"], "--split-ratio"), (["--exp", "x"], "--out"),
-        (["--lr_scheduler", "StepLR"], "--sched step"), (["--root", "a", "--dataset_name", "b"], "imgcls-fast train a/b"),
+        (["--lr_scheduler", "StepLR"], "--sched step"), (["--attention_index", "3", "--attention_name", "eca"], "--attention eca@3"),
+        (["--root", "a", "--dataset_name", "b"], "imgcls-fast train a/b"),
     ],
 )  # fmt: skip
 def test_the_new_name_is_shown_once_on_stderr(

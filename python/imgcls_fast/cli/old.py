@@ -16,6 +16,9 @@ _SCHEDULES = {"steplr": "step", "cosineannealinglr": "cosine", "cosineannealing"
               "onecyclelr": "onecycle", "false": "none", "constant": "none"}  # fmt: skip
 
 
+_ATTENTION_PLACE = "4"  # the old program's default index; today it names stage 4
+
+
 class _Reading:
     """What was collected on the way through one old command line."""
 
@@ -27,6 +30,7 @@ class _Reading:
         self.folds: bool | None = None
         self.splits = ""
         self.attention = "none"
+        self.attention_place = ""
 
     def new(self, old: str, *words: str) -> None:
         """Replace an old option, and say how it is written now."""
@@ -84,9 +88,7 @@ def truth(name: str, value: str) -> bool:
 
 
 def _finish(reading: _Reading) -> list[str]:
-    if reading.attention.strip().lower() not in FALSE:
-        text = "attention modules arrive with `--attention`; they are not in this version"
-        raise UsageError("U001", text, where=f"--attention_name {reading.attention}", try_="imgcls-fast train DATA")
+    _attention(reading)
     if reading.folds or (reading.splits and reading.folds is None and reading.splits.strip().lower() not in FALSE):
         raise UsageError(
             "U001",
@@ -99,6 +101,16 @@ def _finish(reading: _Reading) -> list[str]:
         reading.notes.append(f"--root and --dataset_name are now the first word: imgcls-fast train {place}")
         return [place, *reading.words]
     return reading.words
+
+
+def _attention(reading: _Reading) -> None:
+    name, place = reading.attention.strip(), reading.attention_place.strip()
+    if name.lower() not in FALSE:
+        text = f"{name}@{place or _ATTENTION_PLACE}"
+        reading.words = ["--attention", text, *reading.words]
+        reading.notes.append(f"--attention_name and --attention_index are now --attention {text}")
+    elif place:
+        reading.notes.append(f"--attention_index {place} has no effect without --attention_name")
 
 
 def _augment(reading: _Reading, name: str, value: str) -> None:
@@ -148,10 +160,6 @@ def _folds(reading: _Reading, name: str, value: str) -> None:
         reading.new(f"{name} {value}")
 
 
-def _dropped(reading: _Reading, name: str, value: str) -> None:
-    reading.new(f"{name} {value}")
-
-
 def _train(reading: _Reading, name: str, value: str) -> None:
     if not truth(name, value):
         raise UsageError(
@@ -192,7 +200,7 @@ _OLD: dict[str, Callable[[_Reading, str, str], None]] = {
     "--loss_weights": _weights,
     "--model_name": _renamed("--model"),
     "--attention_name": _place("attention"),
-    "--attention_index": _dropped,
+    "--attention_index": _place("attention_place"),
     "--train": _train,
     "--eval": _always("a training run is always judged"),
     "--save": _always("a training run is always saved; delete its directory if you do not want it"),

@@ -6,6 +6,7 @@ change when a run is resumed; every other field shapes the trajectory of the wei
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -24,6 +25,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 FREE: dict[str, Any] = {"resume": "free"}
 
 _UNITS_S = {"s": 1.0, "m": 60.0, "h": 3600.0}
+_OUTSIDE_BRACKETS = re.compile(r",(?![^()]*\))")
 
 
 def parse_seconds(value: Any) -> Any:
@@ -49,6 +51,16 @@ def _listed(value: Any) -> Any:
     if "=" in value:
         return {key.strip(): number for key, _, number in (part.partition("=") for part in parts)}
     return parts if len(parts) > 1 else value
+
+
+def _several(value: Any) -> Any:
+    """Accept "a@x, b(k=1, l=2)@y" for a list: commas between brackets do not separate."""
+    if isinstance(value, str):
+        value = [value]
+    if not isinstance(value, list | tuple) or not all(isinstance(text, str) for text in value):
+        return value
+    parts = [part.strip() for text in value for part in _OUTSIDE_BRACKETS.split(text)]
+    return [part for part in parts if part]
 
 
 def _sums_to_one(fractions: tuple[float, float, float]) -> tuple[float, float, float]:
@@ -129,6 +141,12 @@ class ModelConfig(Section):
     init: str = Field("auto", description="auto | scratch | pretrained (may download) | a weights file, bundle or run")
     args: dict[str, int | float | bool | str | list[int | float | bool | str]] = Field(
         default_factory=dict, description="arguments of the architecture"
+    )
+    attention: Annotated[tuple[str, ...], BeforeValidator(_several)] = Field(
+        (), description="attention modules to insert, each NAME@PLACE or NAME(key=value)@PLACE, e.g. cbam@stage4"
+    )
+    kernels: Literal["auto", "on", "off"] = Field(
+        "auto", description="our attention kernels: where they are known to be faster, always (or an error), never"
     )
     drop_rate: Annotated[float, Field(ge=0, lt=1)] | Auto = Field("auto", description="dropout before the head")
     drop_path: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="stochastic depth, where the family has it")

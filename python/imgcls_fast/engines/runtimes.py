@@ -17,6 +17,7 @@ from ..core.files import sha256_file
 from ..core.manifest import LabelSpace
 from ..core.pixels import Pixels
 from ..models.build import ModelSpec, build_model, load_weights
+from ..models.kernels import use_kernels
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -119,6 +120,7 @@ def load_model(bundle: Bundle) -> nn.Module:
             f"{bundle.weights} lacks {len(report.fresh)} tensors, first {report.fresh[0]}",
             try_="imgcls-fast runs list",
         )
+    use_kernels(model, "auto")
     return model.eval()
 
 

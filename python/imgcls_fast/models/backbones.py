@@ -45,6 +45,7 @@ class ModelSpec:
         drop_path: stochastic-depth probability of the deepest block; None keeps the architecture's own.
         image_size: side in pixels; needed by architectures that are built for one size; None is their own.
         arch_args: further arguments of the architecture's constructor, plain JSON values.
+        attention: modules to insert, as `placement.parse_attention` takes them.
 
     Raises:
         ConfigError: C003, a number outside its range, or `mean` and `std` without one number per channel.
@@ -60,10 +61,12 @@ class ModelSpec:
     drop_path: float | None = None
     image_size: int | None = None
     arch_args: dict[str, Any] = field(default_factory=dict)
+    attention: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "mean", tuple(float(v) for v in self.mean))
         object.__setattr__(self, "std", tuple(float(v) for v in self.std))
+        object.__setattr__(self, "attention", tuple(self.attention))
         _require(self.num_outputs >= 1, f"num_outputs must be at least 1, got {self.num_outputs}")
         _require(self.channels in CHANNELS, f"channels must be one of {CHANNELS}, got {self.channels}")
         for name, values in (("mean", self.mean), ("std", self.std)):
@@ -80,11 +83,11 @@ class ModelSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values only."""
-        return {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
+        return {**asdict(self), "mean": list(self.mean), "std": list(self.std), "attention": list(self.attention)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelSpec:
-        """The inverse of `to_dict`.
+        """The inverse of `to_dict`; keys that an older version did not write have their defaults.
 
         Raises:
             ConfigError: C001 for an unknown key, C003 as the constructor.
@@ -101,7 +104,7 @@ def _require(fine: bool, message: str) -> None:
 
 
 def make_backbone(spec: ModelSpec) -> nn.Module:
-    """The network of `spec` with fresh weights, drawn from torch's global CPU generator only.
+    """The network of `spec` without attention modules, with fresh weights from torch's global CPU generator only.
 
     Returns:
         A module from (N, channels, H, W) normalised floats to (N, num_outputs) logits; torchvision's
@@ -253,7 +256,8 @@ def weightless(spec: ModelSpec) -> nn.Module:
 
 def _differing(network: nn.Module, twin: nn.Module) -> frozenset[str]:
     shapes = {key: value.shape for key, value in twin.state_dict().items()}
-    return frozenset(key for key, value in network.state_dict().items() if shapes.get(key) != value.shape)
+    own = network.state_dict()
+    return frozenset(key for key in own.keys() & shapes.keys() if own[key].shape != shapes[key])
 
 
 def head_keys(spec: ModelSpec, network: nn.Module) -> frozenset[str]:

@@ -19,12 +19,14 @@ from imgcls_fast.models.backbones import (
 )
 from imgcls_fast.models.classifier import Classifier
 from imgcls_fast.models.names import SMALL_CNN, list_models, resolve_arch
+from imgcls_fast.models.placement import attention_to_train, insert_attention
 from imgcls_fast.models.weights import LoadReport, load_weights, read_state
 
 __all__ = [
     "Classifier",
     "LoadReport",
     "ModelSpec",
+    "attention_to_train",
     "build_model",
     "list_models",
     "load_weights",
@@ -59,8 +61,8 @@ def build_model(
     Raises:
         ModelError: M001 unknown architecture, M002 and M003 see `load_weights`, M007 pretrained weights are
             not on this machine (or do not exist, or cannot be downloaded).
-        ConfigError: C004, the architecture refuses the image size or an argument, or both kinds of weights
-            were asked for.
+        ConfigError: C003 or C004, see `placement.insert_attention`; C004, the architecture refuses the image
+            size or an argument, or both kinds of weights were asked for.
     """
     if weights is not None and pretrained:
         raise ConfigError("C004", f"weights={weights} and pretrained=True were both asked for")
@@ -69,7 +71,9 @@ def build_model(
     check_image_size(spec)
     path = _pretrained(spec.arch, allow_download) if pretrained else weights
     backbone = make_backbone(spec)
-    model = Classifier(spec, backbone, head_keys(spec, backbone))
+    head = head_keys(spec, backbone)
+    insert_attention(backbone, spec)
+    model = Classifier(spec, backbone, head)
     if path is not None:
         model.report = load_weights(model, path, ignore_extra=pretrained)
     return model

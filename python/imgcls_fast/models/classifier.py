@@ -17,6 +17,7 @@ from imgcls_fast.models.backbones import (
     is_auxiliary,
     own_image_size,
 )
+from imgcls_fast.models.placement import is_attention
 from imgcls_fast.models.stages import STAGES, module_stages, stage_of
 
 if TYPE_CHECKING:
@@ -172,7 +173,8 @@ class Classifier(nn.Module):
 
         The four smallest map sizes are the stages 4, 3, 2, 1; larger maps, and what comes before them, are
         stage 1. Networks with fewer sizes (plain transformers) are cut into quarters in the order of execution.
-        Parameters of auxiliary heads, which do not run in eval mode, count as stage 4.
+        Parameters of auxiliary heads, which do not run in eval mode, count as stage 4; those of attention modules belong
+        to what runs before them.
 
         Raises:
             ConfigError: C004, the network does not run without memory; only "backbone" can be frozen then.
@@ -185,7 +187,7 @@ class Classifier(nn.Module):
         try:
             for size in dict.fromkeys(sizes):
                 try:
-                    known = module_stages(self.backbone, self.spec.channels, size)
+                    known = module_stages(self.backbone, self.spec.channels, size, is_attention)
                     return {n: STAGES if is_auxiliary(n) else stage_of(n, known) for n in names}
                 except (RuntimeError, ValueError, AssertionError) as exc:
                     failure = str(exc)

@@ -14,7 +14,9 @@ STAGES = 4
 _PROBE = 3  # images of the traced batch: tells tensors of images from tables such as position biases
 
 
-def module_stages(network: nn.Module, channels: int, size: int) -> dict[str, int]:
+def module_stages(
+    network: nn.Module, channels: int, size: int, aside: Callable[[str], bool] = lambda name: False
+) -> dict[str, int]:
     """The stage 1..4 of every module that runs, by name.
 
     The four smallest map sizes are the stages 4, 3, 2, 1; larger maps, and what comes before them, are stage 1.
@@ -24,11 +26,13 @@ def module_stages(network: nn.Module, channels: int, size: int) -> dict[str, int
         network: in eval mode, on any device; it runs on tensors without memory, its weights are not touched.
         channels: of the images.
         size: side of the images in pixels.
+        aside: which modules, by name, say nothing about the size of the map (attention modules pool it); each
+            belongs to what ran before it.
 
     Raises:
         RuntimeError, ValueError, AssertionError: as the network does for a size that it cannot take.
     """
-    order, levels = _halvings(network, (_PROBE, channels, size, size))
+    order, levels = _halvings(network, (_PROBE, channels, size, size), aside)
     distinct = sorted(set(levels))
     if len(distinct) < STAGES:
         return {name: 1 + position * STAGES // len(order) for position, name in enumerate(order)}
@@ -44,7 +48,9 @@ def stage_of(parameter: str, known: dict[str, int]) -> int:
     return known.get(owner, 1)
 
 
-def _halvings(network: nn.Module, shape: tuple[int, int, int, int]) -> tuple[list[str], list[int]]:
+def _halvings(
+    network: nn.Module, shape: tuple[int, int, int, int], aside: Callable[[str], bool]
+) -> tuple[list[str], list[int]]:
     area = shape[-1] * shape[-2]
     seen: dict[str, float] = {}
 
@@ -65,7 +71,7 @@ def _halvings(network: nn.Module, shape: tuple[int, int, int, int]) -> tuple[lis
     hooks = []
     for name, module in network.named_modules():
         hooks.append(module.register_forward_pre_hook(enter(name)))
-        if isinstance(module, nn.Conv2d | nn.Linear):
+        if isinstance(module, nn.Conv2d | nn.Linear) and not aside(name):
             hooks.append(module.register_forward_hook(leave(name)))
     shapes = {n: t.to("meta") for n, t in (*network.named_parameters(), *network.named_buffers())}
     try:

@@ -17,6 +17,7 @@ from torch import Tensor
 from imgcls_fast.core.errors import ModelError
 from imgcls_fast.models.backbones import input_keys, is_auxiliary
 from imgcls_fast.models.classifier import Classifier
+from imgcls_fast.models.placement import is_attention
 
 State = dict[str, Tensor]
 
@@ -118,7 +119,8 @@ def load_weights(
     Names may carry "module.", "_orig_mod." and "backbone." in front. Tensors of the head may have another
     shape (another number of classes) or be absent: they are left as they are. The first convolution is
     adapted when the file was made for another number of channels (summed for 1, repeated for 4); position
-    embeddings are resampled for another image size. Tensors of auxiliary heads may be absent on either side.
+    embeddings are resampled for another image size. Tensors of auxiliary heads may be absent on either side;
+    those of attention modules may be absent from the file, and are then left as they are.
 
     Args:
         model: receives the weights.
@@ -162,13 +164,15 @@ def _misfits(model: Classifier, state: State, own: State) -> list[str]:
     """Keys, outside of the head, that are only on one side or have two shapes."""
     one_sided = state.keys() ^ own.keys()
     unequal = {key for key in state.keys() & own.keys() if state[key].shape != own[key].shape}
-    return sorted(key for key in (one_sided | unequal) - model.head_keys if not key.endswith(_COUNTERS))
+    left = model.head_keys | {key for key in own.keys() - state.keys() if is_attention(key)}
+    return sorted(key for key in (one_sided | unequal) - left if not key.endswith(_COUNTERS))
 
 
 def _fitted(model: Classifier, state: State, own: State) -> State:
     """Bring position embeddings and the first convolution into the model's shape, where that is defined."""
     if _misfits(model, state, own):
-        state = _library_fit(model, state)
+        inserted = {key: value for key, value in state.items() if is_attention(key)}
+        state = _library_fit(model, {k: v for k, v in state.items() if k not in inserted}) | inserted
     unequal = [k for k in _misfits(model, state, own) if k in own and k in state]
     if any(own[k].dim() == 4 and own[k].shape[1] != state[k].shape[1] for k in unequal):
         for key in set(unequal) & input_keys(model.spec, model.backbone):
@@ -223,7 +227,7 @@ def _check(
     absent = [k for k in own if k not in state]
     extra = [k for k in state if k not in own]
     fresh = [k for k in unequal if k in model.head_keys]
-    fresh += [k for k in absent if k in model.head_keys or is_auxiliary(k) or k.endswith(_COUNTERS)]
+    fresh += [k for k in absent if k in model.head_keys or _may_be_absent(k)]
     ignored = [k for k in extra if ignore_extra or is_auxiliary(k) or k.endswith(_COUNTERS)]
     shapes = [f"{k} {tuple(state[k].shape)} instead of {tuple(own[k].shape)}" for k in unequal if k not in fresh]
     problems = (
@@ -237,6 +241,10 @@ def _check(
             "M002", f"{name} does not fit {model.spec.arch} ({len(own)} tensors, {len(state)} in the file): {told}"
         )
     return tuple(fresh), tuple(ignored)
+
+
+def _may_be_absent(key: str) -> bool:
+    return is_auxiliary(key) or is_attention(key) or key.endswith(_COUNTERS)
 
 
 def _some(keys: list[str]) -> str:

@@ -23,6 +23,7 @@ from ..engines.base import predict
 from ..engines.runtimes import AUTOCAST, TorchEngine
 from ..evaluation.metrics import Metrics, judge
 from ..models.build import Classifier
+from ..models.kernels import use_kernels
 from . import checkpoint
 from .checkpoint import Progress
 from .objectives import CrossEntropy, class_weights
@@ -33,9 +34,14 @@ from .signals import StopRequest
 Emit = Callable[[dict[str, Any]], None]
 
 
-def environment_key(threads: int) -> dict[str, Any]:
+def environment_key(threads: int, kernels: str) -> dict[str, Any]:
     """What must be equal for a resumed run to be bitwise equal."""
-    return {"cpu": env.cpu_name(), "threads": threads, "versions": env.versions(env.NUMERIC_LIBRARIES)}
+    return {
+        "cpu": env.cpu_name(),
+        "threads": threads,
+        "kernels": kernels,
+        "versions": env.versions(env.NUMERIC_LIBRARIES),
+    }
 
 
 class Fit:
@@ -90,6 +96,7 @@ class Fit:
         freeze = self.config.model.freeze
         if freeze != "none":
             model.freeze(freeze)
+        use_kernels(model, self.config.model.kernels)
         return model.to(self.device)  # the weights are channels-last already
 
     def _loader(self, split: str) -> Loader:
@@ -127,7 +134,7 @@ class Fit:
             return ["no checkpoint was written yet: starting at the beginning"]
         path, (tensors, progress, environment), wrong = found
         notes = [f"{text}; using {path.name}" for text in wrong]
-        now = environment_key(int(self.config.train.threads))
+        now = environment_key(int(self.config.train.threads), self.config.model.kernels)
         differences = _differences(environment, now)
         if differences:
             notes.append("; ".join(differences) + ": the result will not be bitwise equal to an uninterrupted run")
@@ -159,7 +166,7 @@ class Fit:
             tensors |= {f"ema.{name}": value for name, value in self.averaged.model.state_dict().items()}
         tensors |= checkpoint.optimizer_tensors(self.optimizer, self.names) | checkpoint.random_states()
         tensors |= {"sum.loss": self.loss_sum, "sum.weight": torch.tensor(self.loss_weight, dtype=torch.float64)}
-        key = environment_key(int(self.config.train.threads))
+        key = environment_key(int(self.config.train.threads), self.config.model.kernels)
         path = checkpoint.save_checkpoint(self.run_directory.checkpoints, tensors, self.progress, key, best=best)
         self._saved_at = time.monotonic()
         self.emit({"event": "checkpoint", "path": str(path), "epoch": self.progress.epoch, "step": self.progress.step})

@@ -24,6 +24,7 @@ from ..engines.base import Engine, predict
 from ..engines.runtimes import TorchEngine, open_engine
 from ..evaluation.metrics import apply_temperature, fit_temperature
 from ..models.build import Classifier, ModelSpec, build_model, load_weights
+from ..models.kernels import use_kernels
 from .checkpoint import Progress
 from .fit import final_state
 
@@ -76,6 +77,7 @@ def best_model(run: Run) -> tuple[Classifier, dict[str, Any], Progress]:
     tensors, progress = final_state(run)
     model = build_model(ModelSpec.from_dict(facts["spec"]))
     load_weights(model, tensors)
+    use_kernels(model, run.config.model.kernels)
     return model.eval(), facts, progress
 
 

@@ -158,6 +158,7 @@ def make_plan(config: RunConfig, manifest: Manifest, machine: Machine) -> Plan:
     notes = _Notes(config)
     device = _device(notes, machine)
     arch, start = _model(notes, device)
+    _attention(notes, arch, start)
     recipe = RECIPES["finetune" if start.kind != "scratch" else "small-cnn" if arch == "small-cnn" else "scratch"]
     pixels = _pixels(notes, manifest, arch, start, recipe)
     augment = _augment(notes, recipe, pixels)
@@ -475,7 +476,19 @@ def _spec(notes: _Notes, manifest: Manifest, arch: str, start: Start, pixels: Pi
         drop_path=model.drop_path or None,
         image_size=pixels.size,
         arch_args=resolve_args(arch, args),  # defaults too: a bundle outlives a change of them
+        attention=tuple(notes.value("model.attention")),
     ).to_dict()
+
+
+def _attention(notes: _Notes, arch: str, start: Start) -> None:
+    from ..models.build import attention_to_train
+
+    model = notes.config.model
+    texts = attention_to_train(arch, model.attention, start.spec, frozen=model.freeze == "backbone")
+    if texts:
+        reason = "as asked" if model.attention else "of the starting weights"
+        notes.changes["model.attention"] = list(texts)
+        notes.rows.append(("model.attention", _text(texts), reason))
 
 
 def _text(value: Any) -> str:

@@ -31,6 +31,7 @@ from ..evaluation.metrics import Metrics, judge
 from ..evaluation.plots import training_curves
 from ..evaluation.report import write_evaluation, write_plots
 from ..models.build import ModelSpec, build_model, resolve_arch
+from ..models.kernels import use_kernels
 from ..track import LogSink, Sinks
 from .baseline import MOST_ROWS, image_features, linear_probe
 from .fit import Fit
@@ -42,7 +43,7 @@ from .signals import signal_as_interrupt
 Event = dict[str, Any]
 
 # settings whose change only makes a resumed run differ in its last bits: said, not refused
-_WARN_ONLY = {"train.threads"}
+_WARN_ONLY = {"train.threads", "model.kernels"}
 
 
 @dataclass
@@ -153,6 +154,7 @@ def dry_run(config: RunConfig) -> dict[str, Any]:
     _require_splits(prepared)
     plan = make_plan(config, prepared.manifest, look_at_machine())
     model = build_model(ModelSpec.from_dict(plan.spec))
+    use_kernels(model, plan.config.model.kernels)
     seconds, memory = _measure_step(plan, model)
     steps = len(prepared.manifest.rows("train")) // int(plan.config.train.batch_size)
     return {
