@@ -342,7 +342,7 @@ def cbams(bench: Bench) -> None:
 
 def _cbam(x: Tensor, *rest: Tensor, norm: nn.Module, residual: bool, kernel: bool) -> Tensor:
     r = rest[0] if residual else None
-    return cbam_ops.cbam(x, *rest[residual:], norm, residual=r, relu=residual, kernel=kernel)  # type: ignore[arg-type]
+    return cbam_ops.cbam(x, *rest[residual:], norm, residual=r, relu=residual, kernel=kernel)
 
 
 def steps(bench: Bench) -> None:
@@ -367,7 +367,7 @@ def steps(bench: Bench) -> None:
 
                 insert_attention(model, ModelSpec(f"timm/{name}", num_outputs=10, image_size=224, attention=attention))
             model = model.to(bench.device, memory_format=torch.channels_last).train()
-            use_kernels(model, mode)  # type: ignore[arg-type]
+            use_kernels(model, mode)
             calls[contender] = _step(bench, model, images, labels)
         text = f"training step, {name}{' + cbam' if attention else ''}, batch {batch}"
         case = Case(text, {}, [], images, (0, 0), {"step": goal})

@@ -43,9 +43,8 @@ struct Cbam {
 
 // Gradients, all fully written. Which fields a half reads and writes:
 //   kApply: reads grad, x, channel, spatial, affine (out with relu); writes dlogits, ties (masked with relu)
-//   kMaps:  reads grad (after the ReLU), x, w1, w2, conv, affine, channel, hidden_sums, spatial, dlogits, ties; writes
-//   dx,
-//           dw1, dw2, dconv
+//   kMaps:  reads grad (after the ReLU), x, w1, w2, conv, affine, channel, hidden_sums, spatial, dlogits, ties;
+//           writes dx, dw1, dw2, dconv
 //   kBoth:  as one after the other, with daffine; dlogits is the gradient by a * logits + b
 struct CbamGrad {
   Cbam forward;

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from imgcls_fast.core.errors import ConfigError
+from imgcls_fast.models.attention import CBAM
+from imgcls_fast.models.build import ModelSpec, build_model
 from imgcls_fast.models.kernels import use_kernels
 
 #         name, side, number of attention modules
@@ -57,7 +61,9 @@ def pair(name: str, **arguments: Any) -> tuple[nn.Module, nn.Module, int]:
     return plain, ours, count
 
 
-def outputs_and_gradients(network: nn.Module, pixels: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, list[Tensor]]:
+def outputs_and_gradients(
+    network: nn.Module, pixels: Tensor, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, list[Tensor]]:
     """The last hidden features (or logits), and every parameter's gradient under a random projection."""
     network.zero_grad(set_to_none=True)
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
@@ -110,7 +116,11 @@ def test_half_precision_errs_no_more_than_the_original(name: str, side: int, mod
 @pytest.mark.parametrize(
     ("name", "side", "arguments"),
     [
-        ("timm/swin_tiny_patch4_window7_224", (160, 192), {"img_size": (160, 192), "depths": (2, 2), "always_partition": True}),
+        (
+            "timm/swin_tiny_patch4_window7_224",
+            (160, 192),
+            {"img_size": (160, 192), "depths": (2, 2), "always_partition": True},
+        ),
         ("torchvision/swin_t", (160, 192), {}),
         ("timm/swin_tiny_patch4_window7_224", (224, 224), {"window_size": 12, "depths": (2, 2)}),
         ("timm/swinv2_tiny_window8_256", (192, 192), {"img_size": 192, "depths": (2, 2), "always_partition": True}),
@@ -126,6 +136,75 @@ def test_images_that_windows_do_not_divide(name: str, side: tuple[int, int], arg
     assert max(error(a, b) for a, b in zip(own, gradients, strict=True)) <= 3e-5
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arch", "attention", "modules"),
+    [
+        ("timm/resnet50", "cbam@every-block", 16),
+        ("torchvision/resnet50", "cbam@stage2,cbam@stage4", 2),
+        ("timm/convnext_tiny", "cbam@stage4", 1),
+        ("torchvision/convnext_tiny", "cbam@every-block", 18),
+    ],
+)
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_networks_with_cbam_give_the_same_outputs_and_gradients(
+    arch: str, attention: str, modules: int, training: bool
+) -> None:
+    torch.manual_seed(0)
+    spec = ModelSpec(arch, num_outputs=10, image_size=64, attention=tuple(attention.split(",")), drop_path=0.0)
+    plain = build_model(spec).eval()
+    for module in plain.modules():  # the norm inside CBAM couples the images of a batch in training
+        if isinstance(module, CBAM):
+            module.train(training)
+    assert use_kernels(plain, "off") == 0
+    ours = copy.deepcopy(plain)
+    assert use_kernels(ours, "on") == modules
+    pixels = torch.randint(0, 256, (4, 64, 64, 3), dtype=torch.uint8)
+    out, gradients = outputs_and_gradients(plain, pixels)
+    found, own = outputs_and_gradients(ours, pixels)
+    assert len(own) == len(gradients)
+    assert error(found, out) <= 5e-6
+    assert error(whole(own), whole(gradients)) <= 1e-5
+    for a, b in zip(ours.buffers(), plain.buffers(), strict=True):  # running statistics of the norms
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+_RANK = """
+import sys, timm, torch
+from safetensors.torch import load_file, save_file
+from imgcls_fast.models.kernels import use_kernels
+
+rank, folder, arguments = int(sys.argv[1]), sys.argv[2], eval(sys.argv[3])
+torch.set_num_threads(1)
+torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+network = timm.create_model("swin_tiny_patch4_window7_224", num_classes=10, **arguments).eval()
+network.load_state_dict(load_file(f"{folder}/weights.safetensors"))
+assert use_kernels(network, "on") == 4
+pixels = load_file(f"{folder}/pixels.safetensors")["pixels"]
+parallel = torch.nn.parallel.DistributedDataParallel(network)
+parallel(pixels[rank::2]).square().mean().backward()
+if rank == 0:
+    save_file({key: p.grad for key, p in network.named_parameters()}, f"{folder}/gradients.safetensors")
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_average_the_gradients_of_one(small: nn.Module, tmp_path: Any) -> None:
+    from safetensors.torch import load_file, save_file
+
+    pixels = torch.randn(4, 3, 56, 56)
+    save_file(small.state_dict(), tmp_path / "weights.safetensors")
+    save_file({"pixels": pixels}, tmp_path / "pixels.safetensors")
+    words = [sys.executable, "-c", _RANK]
+    ranks = [subprocess.Popen([*words, str(rank), str(tmp_path), repr(SMALL)]) for rank in (0, 1)]
+    assert [process.wait(timeout=240) for process in ranks] == [0, 0]
+    found = load_file(tmp_path / "gradients.safetensors")
+    small(pixels).square().mean().backward()
+    for key, parameter in small.named_parameters():
+        assert error(found[key], parameter.grad) <= 1e-5, key
+
+
 SMALL = {"img_size": 56, "depths": (2, 2), "embed_dim": 24, "num_heads": (2, 4), "window_size": 7}
 
 
@@ -137,21 +216,21 @@ def small() -> nn.Module:
 def test_modes_can_be_changed_and_taken_back(small: nn.Module) -> None:
     classes = [type(m) for m in small.modules()]
     identities = {key: id(p) for key, p in small.named_parameters()}
-    for mode, count in (("auto", 4), ("on", 4), ("auto", 4), ("off", 0)):
+    for mode, count in (("proven", 4), ("on", 4), ("proven", 4), ("off", 0)):
         assert use_kernels(small, mode) == count  # type: ignore[arg-type]
         assert {key: id(p) for key, p in small.named_parameters()} == identities
     assert [type(m) for m in small.modules()] == classes
     assert use_kernels(nn.Sequential(nn.Linear(3, 3)), "on") == 0
 
 
-def test_on_refuses_what_no_kernel_does_and_auto_goes_on_without(small: nn.Module) -> None:
+def test_on_refuses_what_no_kernel_does_and_proven_goes_on_without(small: nn.Module) -> None:
     pixels = torch.randn(1, 3, 56, 56)
     small.double()
     use_kernels(small, "on")
     with pytest.raises(ConfigError, match="float64 has no kernel") as caught:
         small(pixels.double())
     assert caught.value.code == "C004"
-    use_kernels(small, "auto")
+    use_kernels(small, "proven")
     expected = small(pixels.double())
     use_kernels(small, "off")
     assert torch.equal(small(pixels.double()), expected)
@@ -192,6 +271,20 @@ def test_compiled_and_exported_models(small: nn.Module) -> None:
     program = torch.export.export(small, (pixels,))
     assert not [node for node in program.graph.nodes if "imgcls" in str(node.target)]
     torch.testing.assert_close(program.module()(pixels), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_the_onnx_file_of_a_swapped_model_holds_standard_operators_and_agrees(small: nn.Module, tmp_path: Any) -> None:
+    onnx, runtime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    pixels = torch.randn(2, 3, 56, 56)
+    expected = small(pixels).detach()
+    use_kernels(small, "on")
+    path = str(tmp_path / "swin.onnx")
+    torch.onnx.export(small, (pixels,), path, dynamo=True, external_data=False, verbose=False)
+    assert {node.domain for node in onnx.load(path).graph.node} <= {"", "ai.onnx"}
+    session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {session.get_inputs()[0].name: pixels.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.fixture(scope="module", autouse=True)

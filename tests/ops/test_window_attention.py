@@ -188,9 +188,8 @@ def test_output_and_gradients_against_float64_and_against_pytorch_in_the_same_ty
         ):
             ours, theirs = error(a, b), error(eager, b)
             assert ours <= gate, f"{name}, seed {seed}: {ours:.1e} > {gate:.0e}"
-            if dtype != torch.float32 and theirs > 1e-6:
-                assert ours <= theirs * 1.05, f"{name}: {ours:.2e}, PyTorch's own {theirs:.2e}"
-            assert ours <= max(2 * theirs, 1e-6), f"{name}: {ours:.2e}, PyTorch's own {theirs:.2e}"
+            # no worse than PyTorch; below a few units in the last place of float32 the two differ by chance
+            assert ours <= max(1.25 * theirs, 1e-6), f"{name}: {ours:.2e}, PyTorch's own {theirs:.2e}"
 
 
 def _formula_run(

@@ -145,8 +145,8 @@ class ModelConfig(Section):
     attention: Annotated[tuple[str, ...], BeforeValidator(_several)] = Field(
         (), description="attention modules to insert, each NAME@PLACE or NAME(key=value)@PLACE, e.g. cbam@stage4"
     )
-    kernels: Literal["auto", "on", "off"] = Field(
-        "auto", description="our attention kernels: where they are known to be faster, always (or an error), never"
+    kernels: Literal["auto", "proven", "on", "off"] = Field(
+        "auto", description="our attention kernels: where a benchmark shows them faster, always (or an error), never"
     )
     drop_rate: Annotated[float, Field(ge=0, lt=1)] | Auto = Field("auto", description="dropout before the head")
     drop_path: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="stochastic depth, where the family has it")

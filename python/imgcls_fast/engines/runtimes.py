@@ -120,7 +120,7 @@ def load_model(bundle: Bundle) -> nn.Module:
             f"{bundle.weights} lacks {len(report.fresh)} tensors, first {report.fresh[0]}",
             try_="imgcls-fast runs list",
         )
-    use_kernels(model, "auto")
+    use_kernels(model, "proven")
     return model.eval()
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -107,13 +107,13 @@ class CBAM(nn.Module):
         self.w2 = nn.Parameter(torch.empty(channels, hidden))
         self.conv = nn.Conv2d(2, 1, kernel_size, padding=kernel_size // 2, bias=False)
         self.norm = nn.BatchNorm2d(1)
-        self.kernels: Literal["auto", "on", "off"] = "auto"  # set by `kernels.use_kernels`
+        self.kernels = "proven"  # or on, or off; set by `kernels.use_kernels`
         for weight in (self.w1, self.w2):
             nn.init.kaiming_uniform_(weight, a=math.sqrt(5))  # as nn.Linear draws it
 
     def forward(self, x: Tensor) -> Tensor:
         form = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
-        kernel = {"auto": None if form == torch.channels_last else False, "on": True, "off": False}[self.kernels]
+        kernel = {"proven": None if form == torch.channels_last else False, "on": True, "off": False}[self.kernels]
         if kernel and (why := cbam_refusal(x, self.conv.weight, self.norm)):
             raise ConfigError("C004", f"no kernel for this CBAM: {why}", try_="--kernels auto")
         out = cbam(x, self.w1, self.w2, self.conv.weight, self.norm, kernel=kernel)

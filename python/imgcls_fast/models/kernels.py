@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,24 +21,29 @@ from imgcls_fast.models.attention import CBAM
 from imgcls_fast.ops.library import autocast_dtype
 from imgcls_fast.ops.window_attention import Layout, known_faster, refusal, window_attention
 
-Mode = Literal["auto", "on", "off"]
+MODES = ("proven", "on", "off")
 
 # Swin V2's largest logit scale: 1 / 0.01 (Liu et al. 2022, section 3.2).
 _MOST_LOG_SCALE = math.log(100.0)
 
 
-def use_kernels(network: nn.Module, mode: Mode) -> int:
+def use_kernels(network: nn.Module, mode: str) -> int:
     """Let the attention modules of a network run through our kernels, in place.
 
     Args:
         network: any module; swapped are torchvision's Swin, Swin V2, ViT and MaxViT attention, and timm's Swin, Swin V2,
             ViT (DeiT), BEiT and MaxViT attention.
-        mode: "auto": at sizes where a benchmark has shown the kernel to be faster, else as before; "on": always, and a
+        mode: "proven": at sizes where a benchmark has shown the kernel to be faster, else as before; "on": always, and a
             `ConfigError` (C004) at the first call where that is impossible; "off": as the library does it.
 
     Returns:
         The number of modules that are swapped now.
+
+    Raises:
+        ValueError: another mode.
     """
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
     count = 0
     for module in network.modules():
         original = getattr(module, "_imgcls_original", None)
@@ -61,7 +66,7 @@ def use_kernels(network: nn.Module, mode: Mode) -> int:
 class _Twin:
     """What every swapped module has."""
 
-    _imgcls_mode: Mode
+    _imgcls_mode: str
     training: bool
 
     def _kernel_takes(

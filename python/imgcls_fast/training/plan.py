@@ -436,6 +436,8 @@ def _speed(notes: _Notes, manifest: Manifest, machine: Machine, device: str) -> 
         "on for a GPU" if device == "cuda" else "off: compiling costs more than a short CPU run",
     )
     notes.decide("train.threads", machine.cpus, "all usable cores")
+    kernels = ("off", "ours are not measured on a GPU yet") if device == "cuda" else ("proven", "where measured faster")
+    notes.decide("model.kernels", *kernels)
     loader = notes.decide("train.loader", *_loader(manifest, machine, device, notes.config.pixels.color))
     if loader == "dali-gpu" and device != "cuda":
         raise ConfigError("C004", "train.loader dali-gpu needs train.device cuda", try_="--loader dali-cpu")
