@@ -318,31 +318,30 @@ def cbams(bench: Bench) -> None:
     goals: dict[str, float | None] = (
         {"forward": 0.8, "backward": 1.0} if cpu else {"forward": 1 / 1.4, "backward": 1 / 1.4}
     )
-    for batch, channels, side in shapes:
-        for residual in (False, True):
-            torch.manual_seed(0)
-            module = CBAM(channels).to(bench.device).eval()
-            dtype = torch.float32 if cpu else torch.bfloat16
-            x = (
-                torch.randn(batch, channels, side, side, device=bench.device)
-                .to(dtype)
-                .contiguous(memory_format=torch.channels_last)
-            )
-            x.requires_grad_()
-            r = torch.randn_like(x).requires_grad_() if residual else None
-            inputs = [x, *([] if r is None else [r]), module.w1, module.w2, module.conv.weight]
-            call = functools.partial(_cbam, norm=module.norm, residual=residual)
-            formula, ours = functools.partial(call, kernel=False), functools.partial(call, kernel=True)
-            size = x.numel() * x.element_size()
-            floor = ((2 + residual) * size, (3 + 2 * residual) * size)
-            contenders = {"eager formula": formula, "ours": ours, "compiled formula": torch.compile(formula)}
-            name = f"CBAM {batch}x{channels}x{side}x{side}{' + residual, ReLU' if residual else ''}"
-            bench.run(Case(name, contenders, inputs, torch.randn_like(x), floor, goals))
+    for (batch, channels, side), (residual, training) in itertools.product(shapes, ((0, 0), (1, 0), (0, 1))):
+        torch.manual_seed(0)
+        module = CBAM(channels).to(bench.device).train(bool(training))
+        x = torch.randn(batch, channels, side, side, device=bench.device)
+        x = (
+            x.to(torch.float32 if cpu else torch.bfloat16)
+            .contiguous(memory_format=torch.channels_last)
+            .requires_grad_()
+        )
+        r = torch.randn_like(x).requires_grad_() if residual else None
+        inputs = [x, *([] if r is None else [r]), module.w1, module.w2, module.conv.weight]
+        call = functools.partial(_cbam, norm=module.norm, residual=residual)
+        formula, ours = functools.partial(call, kernel=False), functools.partial(call, kernel=True)
+        size = x.numel() * x.element_size()
+        floor = ((2 + residual) * size, (3 + 2 * residual) * size)
+        contenders = {"eager formula": formula, "ours": ours, "compiled formula": torch.compile(formula)}
+        name = f"CBAM {batch}x{channels}x{side}x{side}"
+        name += f"{' + residual, ReLU' if residual else ''}{', norm of the batch' if training else ''}"
+        bench.run(Case(name, contenders, inputs, torch.randn_like(x), floor, {} if training else goals))
 
 
-def _cbam(x: Tensor, *rest: Tensor, norm: nn.Module, residual: bool, kernel: bool) -> Tensor:
+def _cbam(x: Tensor, *rest: Tensor, norm: nn.Module, residual: int, kernel: bool) -> Tensor:
     r = rest[0] if residual else None
-    return cbam_ops.cbam(x, *rest[residual:], norm, residual=r, relu=residual, kernel=kernel)
+    return cbam_ops.cbam(x, *rest[residual:], norm, residual=r, relu=bool(residual), kernel=kernel)
 
 
 def steps(bench: Bench) -> None:

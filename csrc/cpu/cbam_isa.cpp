@@ -159,7 +159,12 @@ void apply_as(const CbamPixels& at, const float* gate, const float* gate_p, cons
       for (int k = 0; k < n; ++k) {
         const int64_t i = k * channels + c;
         Vec v = slice.template load<Element>(x + i) * g * factor[k];
-        if (Residual) v += slice.template load<Element>(other + i);
+        // the tile to come: the processor's own prefetch stops at the end of each page
+        __builtin_prefetch(to + i + n * channels, 1);
+        if (Residual) {
+          __builtin_prefetch(other + i + n * channels);
+          v += slice.template load<Element>(other + i);
+        }
         if (Relu) v = v < splat(0.0f) ? splat(0.0f) : v;  // a NaN stays one
         slice.template store<Element>(to + i, v);
       }

@@ -169,6 +169,36 @@ def test_networks_with_cbam_give_the_same_outputs_and_gradients(
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("arch", "attention"), [("timm/resnet50", "cbam@every-block"), ("torchvision/convnext_tiny", "cbam@stage4")]
+)
+def test_networks_with_cbam_err_no_more_than_the_formula(arch: str, attention: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    plain = build_model(ModelSpec(arch, num_outputs=10, image_size=64, attention=(attention,))).eval()
+    use_kernels(plain, "off")
+    ours = copy.deepcopy(plain)
+    use_kernels(ours, "on")
+    pixels = torch.randint(0, 256, (4, 64, 64, 3), dtype=torch.uint8)
+    truth, true_gradients = outputs_and_gradients(plain, pixels)
+    true_gradients = [g.clone() for g in true_gradients]
+    out, gradients = outputs_and_gradients(plain, pixels, dtype)
+    found, own = outputs_and_gradients(ours, pixels, dtype)
+    assert error(found, truth) <= 1.2 * error(out, truth)
+    assert error(whole(own), whole(true_gradients)) <= 1.2 * error(whole(gradients), whole(true_gradients))
+
+
+def test_modules_and_the_switch_are_part_of_the_python_api() -> None:
+    import imgcls_fast as ic
+
+    assert ic.use_kernels is use_kernels
+    module = ic.attention.CBAM(64)
+    x = torch.randn(2, 64, 5, 6).contiguous(memory_format=torch.channels_last)
+    assert ic.use_kernels(module, "on") == 1
+    assert module(x).shape == x.shape
+
+
 _RANK = """
 import sys, timm, torch
 from safetensors.torch import load_file, save_file

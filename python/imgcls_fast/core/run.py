@@ -142,7 +142,7 @@ class Run:
         with explained_write(self.directory / ".lock"):
             file = open(self.directory / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - held open: it is the lock
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock_soon(file)
         except OSError as error:
             file.seek(0)
             owner = file.read().strip()
@@ -219,6 +219,18 @@ class Run:
             os.replace(temporary, link)
         except OSError:
             temporary.unlink(missing_ok=True)  # a file system without links: last.txt is enough
+
+
+def _lock_soon(file: IO[str], patience_s: float = 1.0) -> None:
+    """Lock, or raise OSError. A worker that was just forked by a killed owner lets go as soon as it first runs."""
+    give_up = time.monotonic() + patience_s
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > give_up:
+                raise
+            time.sleep(0.02)
 
 
 def _close(file: IO[str] | None) -> None:
