@@ -84,7 +84,7 @@ def cbam_refusal(x: Tensor, conv_weight: Tensor, norm: torch.nn.Module | None = 
     if torch.compiler.is_exporting():
         return "exported graphs hold standard operators only"
     if EXTENSION is None:
-        return "imgcls_fast._C is not built (pip install . builds it)"
+        return _CUDA_MISSING
     if x.dtype not in DTYPES:
         return f"{str(x.dtype).removeprefix('torch.')} has no kernel"
     if x.device.type not in ("cpu", "cuda"):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imgcls_fast.ops.library import DTYPES, EXTENSION, LIBRARY, describe, require, stream_of
+from imgcls_fast.ops.library import DTYPES, EXTENSION, LIBRARY, describe, on_device_of, require, where_to_run
 
 MAX_KERNEL = 7  # kCbamKernelMax in csrc/cpu/cbam.h; also of the GPU half
 NHWC = torch.channels_last
@@ -239,23 +239,20 @@ def _launch(
         operands["grad"] = _like_x("grad", grad, x)
     half = EXTENSION
     launcher = half.cbam if gradients is None else half.cbam_grad
-    on_cuda = x.device.type == "cuda"
-    if on_cuda:
+    if x.device.type == "cuda":
         floats = EXTENSION.cbam_scratch(sizes=sizes, dtype=dtype, gradient=gradients is not None)
         operands["scratch"] = _floats(x, floats)
     else:
         operands["scratch"] = None
     addresses = {name: 0 if operand is None else operand.data_ptr() for name, operand in operands.items()}
-    with torch.cuda.device(x.device if on_cuda else -1):
+    with on_device_of(x):
         launcher(
             **addresses,
             sizes=sizes,
             relu=relu,
             dtype=dtype,
             steps=steps,
-            on_cuda=on_cuda,
-            stream=stream_of(x) if on_cuda else 0,
-            threads=torch.get_num_threads(),
+            **where_to_run(x),
         )
 
 

@@ -30,6 +30,17 @@ def stream_of(tensor: Tensor) -> int:
     return int(torch._C._cuda_getCurrentRawStream(tensor.device.index))
 
 
+def where_to_run(tensor: Tensor) -> dict[str, Any]:
+    """The arguments of a launcher that say which half runs, and how: on_cuda, stream, threads."""
+    on_cuda = tensor.device.type == "cuda"
+    return {"on_cuda": on_cuda, "stream": stream_of(tensor) if on_cuda else 0, "threads": torch.get_num_threads()}
+
+
+def on_device_of(tensor: Tensor) -> Any:
+    """A context in which the tensor's GPU is the current one; nothing for a tensor of the CPU."""
+    return torch.cuda.device(tensor.device if tensor.device.type == "cuda" else -1)
+
+
 def require(fine: bool, message: str) -> None:
     """Refuse an argument.
 

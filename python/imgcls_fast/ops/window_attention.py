@@ -17,8 +17,9 @@ from imgcls_fast.ops.library import (
     autocast_dtype,
     cuda_missing,
     describe,
+    on_device_of,
     require,
-    stream_of,
+    where_to_run,
 )
 
 MAX_TOKENS = 1024  # of one window, on the CPU; the GPU kernels say themselves what fits (`window_attention_refusal`)
@@ -403,16 +404,13 @@ def _common(
     qkv: Tensor, heads: int, window: Any, shift: Any, grid: bool, scale: float, mask_value: float
 ) -> dict[str, Any]:
     batch, height, width, channels = qkv.shape
-    on_cuda = qkv.device.type == "cuda"
     return {
         "sizes": (batch, height, width, heads, channels // (3 * heads), *window, *shift),
         "grid": grid,
         "scale": scale,
         "mask_value": mask_value,
         "dtype": DTYPES[qkv.dtype],
-        "on_cuda": on_cuda,
-        "stream": stream_of(qkv) if on_cuda else 0,
-        "threads": torch.get_num_threads(),
+        **where_to_run(qkv),
     }
 
 
@@ -423,7 +421,7 @@ def _forward_impl(
     qkv, bias, head_scale = (_ready(t) for t in (qkv, bias, head_scale))  # type: ignore[assignment]
     out, lse = _outputs(qkv, heads, window, keep_lse)
     if out.numel():
-        with _device_of(qkv):
+        with on_device_of(qkv):
             EXTENSION.window_attention(
                 qkv=_address(qkv),
                 bias=_address(bias),
@@ -444,7 +442,7 @@ def _backward_impl(
     if qkv.numel() == 0:
         return dqkv, dbias.zero_(), dscale.zero_()
     common = _common(qkv, heads, window, shift, grid, scale, mask_value)
-    with _device_of(qkv):
+    with on_device_of(qkv):
         scratch = None
         if common["on_cuda"]:
             floats = EXTENSION.window_attention_scratch(
@@ -464,10 +462,6 @@ def _backward_impl(
             **common,
         )
     return dqkv, dbias, dscale
-
-
-def _device_of(tensor: Tensor) -> Any:
-    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else torch.cuda.device(-1)
 
 
 torch.library.register_fake("imgcls::window_attention", _forward_fake, lib=LIBRARY)
