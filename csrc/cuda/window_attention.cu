@@ -1,5 +1,6 @@
 // Launchers of window attention: which kernel, with how much shared memory, on how many CTAs.
 #include <algorithm>
+#include <type_traits>
 
 #include "window_backward.cuh"
 #include "window_forward.cuh"
@@ -12,6 +13,12 @@ constexpr int64_t kMost = 1 << 30;  // images, rows, columns: a number plus a st
 constexpr int kMostTokens = 1024;   // of a window: far beyond what shared memory holds
 constexpr const char* kName = "window_attention";
 constexpr const char* kTooLarge = "a window of this size and head_dim does not fit into the device's shared memory.";
+constexpr const char* kNoLargeGrad = "the float32 gradient of heads of 64 channels takes windows of up to 64 tokens.";
+
+// In float32 with heads of 64, large_backward needs more registers than a thread has: it would spill, at arithmetic
+// without tensor cores. There is none, and the caller's fallback runs.
+template <typename T, int D>
+constexpr bool kHasLargeGrad = !(std::is_same_v<T, float> && D == 64);
 
 int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
@@ -58,9 +65,11 @@ Choice choose_backward(int tokens, const DeviceLimits& limits) {
     const int64_t bytes = small_backward_bytes<T, D>(stages);
     if (bytes <= limits.shared_per_block) return {small_backward<T, D>, kSmallGradThreads, stages, bytes};
   }
-  for (int warps = warps_for(padded, kLargeGradThreads / kWarp); warps > 0; --warps) {
-    const int64_t bytes = large_backward_bytes<T, D>(padded, warps);
-    if (bytes <= limits.shared_per_block) return {large_backward<T, D>, warps * kWarp, 1, bytes};
+  if constexpr (kHasLargeGrad<T, D>) {
+    for (int warps = warps_for(padded, kLargeGradThreads / kWarp); warps > 0; --warps) {
+      const int64_t bytes = large_backward_bytes<T, D>(padded, warps);
+      if (bytes <= limits.shared_per_block) return {large_backward<T, D>, warps * kWarp, 1, bytes};
+    }
   }
   return {};
 }
@@ -80,6 +89,12 @@ Choice choose(const WindowAttention& p, bool gradient, const DeviceLimits& limit
     case DType::kBFloat16: return choose<__nv_bfloat16>(p, gradient, limits);
     default: return choose<float>(p, gradient, limits);
   }
+}
+
+// Why `choose` found nothing.
+const char* refusal_of_choice(const WindowAttention& p, bool gradient) {
+  const bool large = p.window_h * p.window_w > kKeys;
+  return gradient && large && p.dtype == DType::kFloat32 && p.head_dim == 64 ? kNoLargeGrad : kTooLarge;
 }
 
 int64_t count_windows(const WindowAttention& p) { return p.batch * (p.height / p.window_h) * (p.width / p.window_w); }
@@ -129,7 +144,7 @@ Choice decide(const WindowAttention& p, bool gradient, DeviceLimits* limits) {
   if (const char* why = refusal_of_sizes(p)) refuse(why);
   check_cuda(DeviceLimits::query(limits), kName);
   const Choice choice = choose(p, gradient, *limits);
-  if (choice.kernel == nullptr) refuse(kTooLarge);
+  if (choice.kernel == nullptr) refuse(refusal_of_choice(p, gradient));
   return choice;
 }
 
@@ -175,7 +190,7 @@ const char* window_attention_refusal(const WindowAttention& p, bool gradient) {
     cudaGetLastError();
     return "there is no CUDA device.";
   }
-  return choose(p, gradient, limits).kernel == nullptr ? kTooLarge : nullptr;
+  return choose(p, gradient, limits).kernel == nullptr ? refusal_of_choice(p, gradient) : nullptr;
 }
 
 void window_attention(const WindowAttention& p, void* stream) {

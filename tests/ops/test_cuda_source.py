@@ -373,8 +373,8 @@ def test_a_small_device_gives_the_same_bits_with_one_window_in_memory(emulator: 
 
 
 def test_where_the_fast_backward_does_not_fit_the_general_one_takes_over(emulator: ctypes.CDLL) -> None:
-    emulator.set_device(*RTX_4090)
-    case = Case((14, 14), (7, 7), (3, 3), dtype=F32, head_dim=64)
+    emulator.set_device(2, 65536)
+    case = Case((14, 14), (7, 7), (3, 3), dtype=F32)
     given = inputs_of(case)
     got, want = run(emulator, case, given), expected(case, given)
     assert all(error_of(got[name], want[name]) < 2e-6 for name in want)
@@ -510,10 +510,27 @@ def test_what_does_not_fit_into_shared_memory_is_refused(emulator: ctypes.CDLL) 
     assert refuses(H200, 256, F32, 32) == (False, False)
     assert refuses(H200, 257, F32, 64) == (False, True)
     assert refuses(H200, 1024, BF16, 64) == (True, True)
-    assert refuses(RTX_4090, 64, F32, 64) == (False, False)
+    assert refuses(RTX_4090, 64, F32, 32) == (False, False)
+    assert refuses(RTX_4090, 64, F32, 64) == (False, True)
     assert refuses(RTX_4090, 144, BF16, 64) == (False, False)
     assert refuses(RTX_4090, 257, BF16, 32) == (False, False)
     assert refuses(RTX_4090, 257, BF16, 64) == (False, True)
+
+
+def test_the_gradient_that_would_spill_registers_is_refused_with_its_own_sentence(emulator: ctypes.CDLL) -> None:
+    def refusals(tokens: int, head_dim: int) -> tuple[bytes | None, bytes | None]:
+        struct = struct_of(Case((1, tokens), (1, tokens), dtype=F32, head_dim=head_dim), None, None, None)
+        forward, backward = (emulator.refusal(ctypes.byref(struct), gradient) for gradient in (0, 1))
+        return forward, backward
+
+    emulator.set_device(*H200)
+    assert refusals(64, 64) == (None, None)
+    assert refusals(65, 32) == (None, None)
+    forward, backward = refusals(65, 64)
+    assert forward is None
+    assert backward == b"the float32 gradient of heads of 64 channels takes windows of up to 64 tokens."
+    called = Backward(struct_of(Case((1, 65), (1, 65), dtype=F32, head_dim=64), None, None, None), 0, 0, 0, 0, 0)
+    assert b"takes windows of up to 64 tokens" in emulator.backward(ctypes.byref(called))
 
 
 def test_without_a_device_the_answer_is_a_sentence(emulator: ctypes.CDLL) -> None:

@@ -25,7 +25,7 @@ BUDGETS = {
     ("large_backward", 64): 255,
 }
 FP32_BUDGET = 255
-MAY_SPILL = {("large_backward", 64, "fp32")}  # ordinary instructions on 65 to 190 tokens: slow in any case
+ABSENT = {("large_backward", 64, "fp32")}  # would spill, so it is not built and window_attention_refusal says so
 
 
 @pytest.fixture(scope="module")
@@ -52,13 +52,13 @@ def reported(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int, s
 
 @pytest.mark.slow
 def test_every_kernel_is_there_once(reported: dict[tuple[str, int, str], tuple[int, int]]) -> None:
-    assert set(reported) == {(*key, dtype) for key in BUDGETS for dtype in DTYPES.values()}
+    assert set(reported) == {(*key, dtype) for key in BUDGETS for dtype in DTYPES.values()} - ABSENT
 
 
 @pytest.mark.slow
 def test_no_kernel_spills(reported: dict[tuple[str, int, str], tuple[int, int]]) -> None:
     spilling = {key for key, (_, spilled_bytes) in reported.items() if spilled_bytes > 0}
-    assert spilling <= MAY_SPILL
+    assert not spilling
 
 
 @pytest.mark.slow
