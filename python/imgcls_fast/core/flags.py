@@ -77,7 +77,11 @@ VERBS: tuple[Verb, ...] = (
          ("eval", "eval runs/last --split val", "eval runs/last more-photos/ --runtime onnx")),
     Verb("predict", "name the class of images and folders", "[RUN] IMAGES...", None, "judge:predict",
          ("predict photo.jpg", "predict runs/last photos/ --top-k 3 -o answers.csv"), 1),
-    Verb("export", "write an ONNX file and compare it with the original", "[RUN]", 1, "judge:export", ("export --onnx",)),
+    Verb("export", "write the model for another runtime, and judge it there", "[RUN]", 1, "export:export",
+         ("export --onnx", "export --trt", "export runs/last --trt --precision int8 --max-drop 0.5")),
+    Verb("verify", "compare pixels and scores of every loader and runtime", "[RUN]", 1, "export:verify", ("verify runs/last",)),
+    Verb("deploy render", "write a Kubernetes or KServe manifest for a Triton export", "kserve|k8s [RUN]", 2, "export:deploy",
+         ("deploy render kserve runs/last -o service.yaml",), 1),
     Verb("report", "write report.html of a run again", "[RUN]", 1, "judge:report"),
     Verb("data check", "find damaged, duplicate and misplaced images", "DATA", 1, "data:check", ("data check flowers/",), 1),
     Verb("data split", "write split.csv: train, val and test without leaks", "DATA", 1, "data:split",
@@ -97,6 +101,11 @@ _ROWS = "data"
 _STEPS = "optimisation"
 _WORK = "machine"
 _SAY = "output"
+_TARGET = "target"
+_GATE = "INT8 and gate"
+
+PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+RUNTIMES = ("auto", "torch", "compile", "aoti", "onnx", "openvino", "trt")
 
 FLAGS: tuple[Flag, ...] = (
     Flag(("-m", "--model"), "a torchvision or timm classifier, or small-cnn", "model.arch", metavar="NAME", group=_MODEL),
@@ -159,13 +168,32 @@ FLAGS: tuple[Flag, ...] = (
     Flag(("-o", "--out"), "run directory", "out", metavar="DIR", group=_SAY),
     Flag(("-o", "--out"), "run directory", None, ("demo",), "DIR", group=_SAY),
     Flag(("-o", "--out"), "write the answers here: .csv or .jsonl", None, ("predict",), "FILE", group=_SAY),
-    Flag(("-o", "--out"), "where to write", None, ("eval", "export", "data split"), "PATH", group=_SAY),
+    Flag(("-o", "--out"), "where to write", None, ("eval", "export", "verify", "deploy render", "data split"), "PATH", group=_SAY),
     Flag(("--split",), "rows to judge", None, ("eval",), "NAME", choices=("train", "val", "test")),
-    Flag(("--runtime",), "what computes the scores", None, ("eval", "predict"), "NAME", choices=("torch", "onnx")),
+    Flag(("--runtime",), "what computes the scores", None, ("eval", "predict"), "NAME", choices=RUNTIMES),
+    Flag(("--engine-precision",), "which of the exports: fp32 | fp16 | bf16 | int8; default: the chosen one", None, ("eval", "predict"),
+         "NAME", choices=PRECISIONS),
     Flag(("-b", "--batch-size"), "images per forward pass", None, ("eval", "predict"), "N"),
     Flag(("-k", "--top-k"), "answers for each image", None, ("predict",), "K"),
-    Flag(("--onnx",), "write model.onnx (the default)", None, ("export",), kind="switch"),
-    Flag(("--opset",), "ONNX operator set, 18 to 25", "export.opset", ("export",), "N"),
+    Flag(("--onnx",), "an ONNX file (the default)", None, ("export",), kind="switch", group=_TARGET),
+    Flag(("--trt",), "a TensorRT engine", None, ("export",), kind="switch", group=_TARGET),
+    Flag(("--pt2",), "a program of torch.export", None, ("export",), kind="switch", group=_TARGET),
+    Flag(("--aoti",), "a package compiled by AOTInductor, for this kind of machine", None, ("export",), kind="switch", group=_TARGET),
+    Flag(("--torchscript",), "a TorchScript file; deprecated by PyTorch", None, ("export",), kind="switch", group=_TARGET),
+    Flag(("--triton",), "a model repository for Triton Inference Server", None, ("export",), kind="switch", group=_TARGET),
+    Flag(("--precision",), "fp32 | fp16 | bf16 | int8; default: fp16 for --trt, else fp32", None, ("export",), "NAME", group=_TARGET,
+         choices=PRECISIONS),
+    *(Flag((f"--{name}",), f"short for --precision {name}", None, ("export",), kind="switch", group=_TARGET)
+      for name in PRECISIONS if name != "fp32"),
+    Flag(("--batch",), "fixed batch size, or none: dynamic", "export.batch", ("export",), "N", group=_TARGET, values=(("none", None),)),
+    Flag(("--max-batch",), "largest batch of a TensorRT engine", "export.max_batch", ("export",), "N", group=_TARGET),
+    Flag(("--opset",), "ONNX operator set, 18 to 25", "export.opset", ("export",), "N", group=_TARGET),
+    Flag(("--calibration-images",), "training images that set the INT8 ranges", "export.calibration_images", ("export",), "N", group=_GATE),
+    Flag(("--max-drop",), "largest loss of accuracy, percentage points", "export.max_drop", ("export",), "PP", group=_GATE),
+    Flag(("--gate-data",), "more labelled images that judge the engine", "export.gate_data", ("export",), "DATA", group=_GATE),
+    Flag(("--search",), "time for finding the layers that INT8 harms: 90s, 10m; 0: no search", "export.search_s", ("export",), "T",
+         group=_GATE),
+    Flag(("--set",), "any export setting; may be repeated", None, ("export",), "EXPORT.FIELD=VALUE", "many", _GIVEN),
     Flag(("--json",), "one JSON object on stdout, everything else on stderr", None, _ALL, kind="switch", group=_SAY),
     Flag(("-q", "--quiet"), "only warnings, errors and the result", None, _ALL, kind="switch", group=_SAY),
     Flag(("--debug",), "show the traceback of an error", None, _ALL, kind="switch", group=_SAY),
@@ -179,12 +207,10 @@ LATER_VERBS = (
     "auto",
     "leaderboard",
     "compare",
-    "verify",
     "explain",
     "ensemble",
     "extend",
     "drift",
-    "deploy",
 )
 LATER_FLAGS = (
     "--folds",
@@ -193,9 +219,6 @@ LATER_FLAGS = (
     "--balance",
     "--mixup",
     "--cutmix",
-    "--trt",
-    "--torchscript",
-    "--pt2",
     "--tta",
 )
 

@@ -1,0 +1,264 @@
+"""The folder of a run's exports: what was derived from the bundle, for which runtime, and which one is to be used.
+
+    exports/
+      index.json                      {"onnx": "onnx-fp32-0a1b2c3d", "onnx-fp32": ..., "trt": ..., "trt-int8": ...}
+      <target>-<precision>-<key8>/    model.onnx | model.plan | model.pt2 | ..., meta.json, gate.json
+
+A folder appears whole. While it is being made it is called `.<name>.<random>`, and its maker holds a lock on it, so that what a
+killed process left can be told from what another process is making.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .bundle import Bundle
+from .errors import ExportError
+from .files import explained_write, sha256_file, sha256_json, sync_directory, write_json
+
+INDEX = "index.json"
+META = "meta.json"
+GATE = "gate.json"
+
+
+@dataclass(frozen=True)
+class Export:
+    """One derived model.
+
+    Args:
+        folder: where it lies.
+        meta: content of meta.json: target, precision, file, sha256, bytes, bundle, temperature, classes, pixels, versions, and what
+            the target adds.
+    """
+
+    folder: Path
+    meta: dict[str, Any]
+
+    @property
+    def path(self) -> Path:
+        """The model's file (or folder, of a Triton repository)."""
+        return self.folder / str(self.meta["file"])
+
+    @property
+    def gate(self) -> dict[str, Any] | None:
+        """Content of gate.json; None where nothing was judged."""
+        try:
+            found: dict[str, Any] = json.loads((self.folder / GATE).read_text("utf-8"))
+            return found
+        except FileNotFoundError:
+            return None
+
+
+def export_key(bundle: Bundle, **facts: Any) -> str:
+    """Eight hex digits that change with the weights, the temperature and everything else that shapes the file."""
+    return sha256_json({"bundle": bundle.digest, "temperature": bundle.temperature, **facts})[:8]
+
+
+def common_meta(bundle: Bundle) -> dict[str, Any]:
+    """What every meta.json says about the model itself."""
+    return {
+        "bundle": bundle.digest,
+        "temperature": bundle.temperature,
+        "classes": list(bundle.labels.classes),
+        "labels": bundle.labels.to_dict(),
+        "pixels": bundle.pixels.to_dict(),
+    }
+
+
+@contextmanager
+def new_export(exports: Path, target: str, precision: str, key: str) -> Iterator[Path]:
+    """A private folder to make an export in; give it to `finish` at the end, else it is removed, whatever happens.
+
+    Raises:
+        HardwareError: H003 when the disk refuses.
+    """
+    with explained_write(exports):
+        exports.mkdir(parents=True, exist_ok=True)
+        with _turn(exports):
+            _remove_stale(exports)
+            temporary = _new_folder(exports, f".{target}-{precision}-{key}")
+            lock = _lock(temporary, wait=False)
+    try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        os.close(lock)
+
+
+def finish(temporary: Path, bundle: Bundle, target: str, precision: str, file: str, meta: dict[str, Any]) -> Export:
+    """Write meta.json, and rename the private folder to its place; a folder of that name (same key) is replaced.
+
+    Args:
+        temporary: the folder of `new_export`, holding `file`.
+        meta: what the target adds to `common_meta`.
+
+    Raises:
+        HardwareError: H003 when the disk refuses.
+    """
+    exports = temporary.parent
+    folder = exports / temporary.name[1:].rpartition(".")[0]
+    path = temporary / file
+    whole = {
+        "target": target,
+        "precision": precision,
+        "file": file,
+        "sha256": sha256_file(path) if path.is_file() else _digest_of_folder(path),
+        "bytes": path.stat().st_size if path.is_file() else sum(p.stat().st_size for p in path.rglob("*") if p.is_file()),
+        **common_meta(bundle),
+        **meta,
+    }  # fmt: skip
+    with explained_write(exports):
+        write_json(temporary / META, whole)
+        for inner in temporary.rglob("*"):
+            if inner.is_file():
+                _sync_file(inner)
+        sync_directory(temporary)
+        with _turn(exports):
+            if folder.exists():
+                aside = _new_folder(exports, f".old-{folder.name}")
+                os.rename(folder, aside / folder.name)
+                os.rename(temporary, folder)
+                shutil.rmtree(aside, ignore_errors=True)
+            else:
+                os.rename(temporary, folder)
+            sync_directory(exports)
+    return Export(folder, whole)
+
+
+def choose(export: Export) -> None:
+    """Name an export in index.json: for its target, and for its target with its precision."""
+    exports = export.folder.parent
+    target, precision = export.meta["target"], export.meta["precision"]
+    with explained_write(exports), _turn(exports):
+        write_json(
+            exports / INDEX,
+            {**_read_index(exports), target: export.folder.name, f"{target}-{precision}": export.folder.name},
+        )
+
+
+def find_export(exports: Path, bundle: Bundle, target: str, precision: str | None = None) -> Export:
+    """The export that index.json names, checked against the bundle and its own digest.
+
+    Args:
+        precision: fp32, fp16, bf16 or int8; None: the chosen one.
+
+    Raises:
+        ExportError: E001 when there is none, or it is damaged or of another model; with the command that makes it.
+    """
+    again = f"imgcls-fast export {exports.parent} --{target}" + (f" --precision {precision}" if precision else "")
+    name = f"{target}-{precision}" if precision else target
+    try:
+        found = read_export(exports / _read_index(exports)[name])
+    except (OSError, ValueError, KeyError) as error:
+        raise ExportError("E001", f"{exports.parent} has no {name} export", try_=again) from error
+    same = found.meta.get("bundle") == bundle.digest and found.meta.get("temperature") == bundle.temperature
+    if not same or not _intact(found):
+        raise ExportError(
+            "E001", f"{found.folder / str(found.meta.get('file'))} is damaged, or was made from another model", try_=again
+        )  # fmt: skip
+    return found
+
+
+def read_export(folder: Path) -> Export:
+    """An export as it lies there, unchecked.
+
+    Raises:
+        OSError, ValueError: meta.json is missing or no JSON object.
+    """
+    meta = json.loads((folder / META).read_text("utf-8"))
+    if not isinstance(meta, dict):
+        raise ValueError(f"{folder / META} is no object")
+    return Export(folder, meta)
+
+
+def list_exports(exports: Path) -> list[Export]:
+    """Everything readable in the folder, by name; the hidden folders of work in progress are left out."""
+    found = []
+    for folder in sorted(exports.glob("[!.]*/")) if exports.is_dir() else ():
+        try:
+            found.append(read_export(folder))
+        except (OSError, ValueError):
+            continue
+    return found
+
+
+def remove_stale(exports: Path) -> list[str]:
+    """Remove what killed processes left; a folder whose maker lives is locked and stays. Returns the names."""
+    if not exports.is_dir():
+        return []
+    with _turn(exports):
+        return _remove_stale(exports)
+
+
+def _remove_stale(exports: Path) -> list[str]:
+    removed = []
+    for folder in exports.glob(".*.*/"):
+        try:
+            lock = _lock(folder, wait=False)
+        except OSError:  # its maker lives
+            continue
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+        removed.append(folder.name)
+    return removed
+
+
+def _intact(export: Export) -> bool:
+    path = export.path
+    if path.is_dir():
+        return _digest_of_folder(path) == export.meta.get("sha256")
+    return path.is_file() and sha256_file(path) == export.meta.get("sha256")
+
+
+def _digest_of_folder(folder: Path) -> str:
+    return sha256_json({str(p.relative_to(folder)): sha256_file(p) for p in sorted(folder.rglob("*")) if p.is_file()})
+
+
+def _read_index(exports: Path) -> dict[str, str]:
+    try:
+        index = json.loads((exports / INDEX).read_text("utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
+    return index if isinstance(index, dict) else {}
+
+
+def _new_folder(exports: Path, stem: str) -> Path:
+    """`<stem>.<random>`, with the rights that the user's mask gives: servers of other users read exports."""
+    folder = exports / f"{stem}.{secrets.token_hex(4)}"
+    folder.mkdir()
+    return folder
+
+
+def _lock(folder: Path, *, wait: bool) -> int:
+    """A descriptor of the folder that holds its lock; the lock ends with the process, however that ends."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+@contextmanager
+def _turn(exports: Path) -> Iterator[None]:
+    """One process at a time renames folders and writes index.json."""
+    descriptor = _lock(exports, wait=True)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _sync_file(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
