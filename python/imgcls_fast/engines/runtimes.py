@@ -1,38 +1,126 @@
-"""The runtimes behind the Engine protocol, and `open_engine`, which chooses one."""
+"""Torch behind the Engine protocol: eager, compiled, packaged; and `open_engine`, which chooses among all runtimes."""
 
 from __future__ import annotations
 
-import json
+import importlib.util
+import platform
+import sys
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
-from ..core import env
 from ..core.bundle import Bundle
-from ..core.errors import ConfigError, ExportError, ModelError
-from ..core.files import sha256_file
+from ..core.errors import ConfigError, ExportError, HardwareError, ModelError, near
+from ..core.exports import Export, find_export
+from ..core.flags import RUNTIMES
 from ..core.manifest import LabelSpace
 from ..core.pixels import Pixels
 from ..models.build import ModelSpec, build_model, load_weights
+from ..models.classifier import Classifier, probabilities
 from ..models.kernels import use_kernels
+from .base import Engine, blank, closed, dominant
+from .onnx_runtimes import OnnxEngine, OpenVinoEngine, cuda_provider
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_PRECISIONS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+_MAX_BATCH = 1024
+# A CUDA graph belongs to one batch size; the sizes are the powers of two up to this one.
+_COMPILED_MAX_BATCH = 64
+_COMPILED_SIZES = 32  # that dynamo may compile before it gives up, bound ones included
 
 
-class TorchEngine:
+class FunctionEngine:
+    """A function on torch tensors as an Engine: (n, H, W, C) uint8 -> (n, K) float32 scores. See `base.Engine`.
+
+    Args:
+        score: the function; None after `close`.
+        precision: what it computes in.
+    """
+
+    thread_safe = True
+
+    def __init__(
+        self,
+        score: Callable[[Tensor], Tensor],
+        labels: LabelSpace,
+        pixels: Pixels,
+        *,
+        runtime: str,
+        device: str | torch.device = "cpu",
+        precision: str = "fp32",
+        max_batch: int = _MAX_BATCH,
+    ) -> None:
+        self.labels, self.pixels, self.runtime = labels, pixels, runtime
+        self.device, self.precision, self.max_batch = torch.device(device), precision, max_batch
+        self._function: Callable[[Tensor], Tensor] | None = score
+
+    def facts(self) -> dict[str, Any]:
+        """Version of torch and threads on the CPU."""
+        return {"torch": torch.__version__, "threads": torch.get_num_threads()}
+
+    def scores(self, pixels: Any) -> np.ndarray:
+        """(N, K) float32 probabilities; one copy to the device and one back."""
+        x = torch.from_numpy(np.ascontiguousarray(pixels)) if isinstance(pixels, np.ndarray) else pixels
+        if not len(x):
+            return np.zeros((0, self.labels.size), np.float32)
+        with self._mode():
+            x = x.to(self.device, non_blocking=True)
+            parts = [self._part(x[first : first + self.max_batch]) for first in range(0, len(x), self.max_batch)]
+            return np.asarray((parts[0] if len(parts) == 1 else torch.cat(parts)).cpu().numpy())
+
+    def warmup(self, n: int) -> None:
+        self.scores(blank(self.pixels, n))
+
+    def bind(self, batch: int) -> TorchBound:
+        """Buffers on the device."""
+        return TorchBound(self, batch)
+
+    def close(self) -> None:
+        self._function = None
+
+    def _mode(self) -> Any:
+        return torch.inference_mode()
+
+    def _part(self, x: Tensor) -> Tensor:
+        return self._score(x)
+
+    def _score(self, x: Tensor) -> Tensor:
+        if self._function is None:
+            raise closed(self.runtime)
+        return self._function(x)
+
+
+class TorchBound:
+    """Tensors on an engine's device. See `base.Bound`."""
+
+    def __init__(self, engine: FunctionEngine, batch: int) -> None:
+        self._engine = engine
+        self.input = torch.from_numpy(blank(engine.pixels, batch)).to(engine.device)
+        self.output = torch.zeros((batch, engine.labels.size), device=engine.device)
+
+    def replay(self) -> None:
+        with self._engine._mode():
+            self.output.copy_(self._engine._score(self.input))
+
+    def wait(self) -> None:
+        if self._engine.device.type == "cuda":
+            torch.cuda.synchronize(self._engine.device)
+
+
+class TorchEngine(FunctionEngine):
     """A torch module as an Engine. See `base.Engine`.
 
     Args:
         model: (N, H, W, C) uint8 -> (N, K) logits; put into eval mode only while scoring.
-        temperature: scores are softmax(logits / temperature).
-        precision: fp32, bf16 or fp16 autocast of the forward pass.
+        temperature: scores are softmax (or sigmoid) of logits / temperature.
+        precision: "bf16" or "fp16" for autocast of the forward pass; else the model computes in the type of its weights.
     """
-
-    thread_safe = True
-    runtime = "torch"
 
     def __init__(
         self,
@@ -43,70 +131,236 @@ class TorchEngine:
         temperature: float = 1.0,
         device: str | torch.device = "cpu",
         precision: str = "fp32",
-        max_batch: int = 1024,
+        max_batch: int = _MAX_BATCH,
     ) -> None:
-        self.model, self.labels, self.pixels = model, labels, pixels
-        self.temperature, self.device, self.precision, self.max_batch = (
-            temperature,
-            torch.device(device),
-            precision,
-            max_batch,
-        )
+        super().__init__(self._scores_of_model, labels, pixels, runtime="torch", device=device, max_batch=max_batch)
+        self.model, self.temperature = model, temperature
+        self._autocast = AUTOCAST.get(precision)
+        self._operators = operators_of(model, self.device, self._autocast)
+        self.precision = dominant(self._operators)
 
-    @torch.inference_mode()
-    def scores(self, pixels: Any) -> np.ndarray:
-        """(N, K) float32 probabilities; one copy to the device and one back."""
-        x = torch.from_numpy(np.ascontiguousarray(pixels)) if isinstance(pixels, np.ndarray) else pixels
-        x = x.to(self.device, non_blocking=True)
+    def facts(self) -> dict[str, Any]:
+        """Version of torch, threads, multiplying modules by the type that they compute in."""
+        return super().facts() | {"operators": dict(self._operators)}
+
+    def close(self) -> None:
+        super().close()
+        self.model = nn.Identity()
+
+    def _scores_of_model(self, x: Tensor) -> Tensor:
         was_training = self.model.training
         self.model.eval()
         try:
-            with torch.autocast(
-                self.device.type, AUTOCAST.get(self.precision, torch.bfloat16), enabled=self.precision in AUTOCAST
-            ):
-                logits = self.model(x)
+            return probabilities(self._logits(x), self.labels, self.temperature)
         finally:
             if was_training:
                 self.model.train()
-        return torch.softmax(logits.float() / self.temperature, 1).cpu().numpy()
 
-    def warmup(self, n: int) -> None:
-        self.scores(np.zeros((n, self.pixels.size, self.pixels.size, self.pixels.channels), np.uint8))
-
-    def close(self) -> None:
-        self.model = nn.Identity()
+    def _logits(self, x: Tensor) -> Tensor:
+        with torch.autocast(self.device.type, self._autocast or torch.bfloat16, enabled=self._autocast is not None):
+            logits: Tensor = self.model(x)
+        return logits
 
 
-class OnnxEngine:
-    """An exported graph in ONNX Runtime on the CPU. See `base.Engine`."""
+class CompiledEngine(TorchEngine):
+    """`torch.compile` of the whole way from pixels to scores. See `base.Engine`.
 
-    thread_safe = True
-    runtime = "onnx"
-    precision = "fp32"
+    On a GPU in mode "reduce-overhead", which replays CUDA graphs: batches are padded to powers of two, so that there are
+    few. On a CPU torch compiles the first size, then once for all others (measured: as fast as one compilation a size).
+    The first call of a size takes seconds to minutes: call `warmup`.
+
+    Args:
+        model: as for `TorchEngine`; it is put into eval mode.
+    """
+
+    thread_safe = False  # CUDA graphs of torch belong to the thread that recorded them
 
     def __init__(
-        self, path: Path, labels: LabelSpace, pixels: Pixels, *, threads: int = 0, max_batch: int = 1024
+        self,
+        model: nn.Module,
+        labels: LabelSpace,
+        pixels: Pixels,
+        *,
+        temperature: float = 1.0,
+        device: str | torch.device = "cpu",
+        precision: str = "fp32",
+        max_batch: int | None = None,
     ) -> None:
-        onnxruntime = env.require("onnxruntime", "onnx", "the runtime onnx")
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3
-        self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        self.labels, self.pixels, self.max_batch = labels, pixels, max_batch
+        self._graphs = torch.device(device).type == "cuda"
+        most = max_batch or (_COMPILED_MAX_BATCH if self._graphs else _MAX_BATCH)
+        super().__init__(
+            model.eval(), labels, pixels, temperature=temperature, device=device, precision=precision, max_batch=most
+        )
+        self.runtime = "compile"
+        self._sizes: set[int] = set()
+        mode = {"mode": "reduce-overhead", "dynamic": False} if self._graphs else {}
+        self._function = torch.compile(_Scores(model, labels, temperature), **mode)  # type: ignore[call-overload]
 
-    def scores(self, pixels: Any) -> np.ndarray:
-        """(N, K) float32 probabilities; softmax and temperature are inside the graph."""
-        (scores,) = self.session.run(["scores"], {"pixels": np.ascontiguousarray(pixels)})
-        return np.asarray(scores, np.float32)
+    def _mode(self) -> Any:
+        return torch.no_grad()
 
-    def warmup(self, n: int) -> None:
-        self.scores(np.zeros((n, self.pixels.size, self.pixels.size, self.pixels.channels), np.uint8))
+    def _part(self, x: Tensor) -> Tensor:
+        if not self._graphs:
+            return self._score(x)
+        missing = bucket(len(x), self.max_batch) - len(x)
+        padded = torch.cat([x, x[-1:].expand(missing, *x.shape[1:])]) if missing else x
+        return self._score(padded)[: len(x)].clone()  # the next replay writes into the same memory
 
-    def close(self) -> None:
-        self.session = None
+    def _score(self, x: Tensor) -> Tensor:
+        autocast = torch.autocast(
+            self.device.type, self._autocast or torch.bfloat16, enabled=self._autocast is not None
+        )
+        with autocast:
+            if len(x) in self._sizes:
+                return super()._score(x)
+            # at its limit of sizes dynamo would go on in eager mode with no more than a line in the log
+            with torch._dynamo.config.patch(recompile_limit=_COMPILED_SIZES, fail_on_recompile_limit_hit=True):
+                found = self._first(x)
+        self._sizes.add(len(x))
+        return found
+
+    def _first(self, x: Tensor) -> Tensor:
+        from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+        from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
+
+        try:
+            return super()._score(x)
+        except (TorchDynamoException, FailOnRecompileLimitHit, CppCompileError, InvalidCxxCompiler) as error:
+            raise ExportError(
+                "E004",
+                f"torch.compile cannot build the model for a batch of {len(x)}: {first_line(error)}",
+                try_="the same command with --runtime torch",
+            ) from error
 
 
-def load_model(bundle: Bundle) -> nn.Module:
+class AotiEngine(FunctionEngine):
+    """A package that AOTInductor compiled for this kind of machine. See `base.Engine`.
+
+    The package is native code: its digest is checked against meta.json by `find_export`, which tells damage, not intent.
+    Open only packages that you or somebody you trust has made.
+
+    Args:
+        path: the .pt2 package: uint8 pixels -> scores.
+        meta: content of its meta.json: "host" as `aoti_host` gives it, and "precision".
+
+    Raises:
+        ExportError: E005 when it was made by another torch, or for another device or processor, or is damaged.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        meta: dict[str, Any],
+        labels: LabelSpace,
+        pixels: Pixels,
+        *,
+        device: str | torch.device = "cpu",
+        max_batch: int = _MAX_BATCH,
+    ) -> None:
+        device = torch.device(device)
+        foreign = foreign_host(meta.get("host") or {}, aoti_host(device))
+        again = "imgcls-fast export --aoti   (on this machine)"
+        if foreign:
+            raise ExportError("E005", f"{path} cannot run here: {foreign}", where=str(path), try_=again)
+        index = (device.index or 0) if device.type == "cuda" else -1
+        try:
+            package = torch._inductor.aoti_load_package(str(path), device_index=index)
+        except (RuntimeError, OSError) as error:
+            raise ExportError("E005", f"{path} cannot be loaded: {first_line(error)}", try_=again) from error
+        super().__init__(
+            package,
+            labels,
+            pixels,
+            runtime="aoti",
+            device=device,
+            precision=str(meta.get("effective_precision") or meta["precision"]),
+            max_batch=max_batch,
+        )
+        self._host = dict(meta["host"])
+
+    def facts(self) -> dict[str, Any]:
+        """Version of torch, threads, and the machine that the package was compiled for."""
+        return super().facts() | {"host": self._host}
+
+
+class _Scores(nn.Module):
+    """What is compiled: pixels to scores, without the engine around it."""
+
+    def __init__(self, model: nn.Module, labels: LabelSpace, temperature: float) -> None:
+        super().__init__()
+        self.model, self.labels, self.temperature = model, labels, temperature
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return probabilities(self.model(pixels), self.labels, self.temperature)
+
+
+def bucket(n: int, largest: int) -> int:
+    """The size that a batch of `n` is padded to: a power of two, or `largest`."""
+    return min(1 << (n - 1).bit_length(), largest)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its name."""
+    return next((line for line in str(error).strip().splitlines() if line.strip()), type(error).__name__)
+
+
+def operators_of(model: nn.Module, device: torch.device, autocast: torch.dtype | None = None) -> Counter[str]:
+    """Convolutions and linear layers by the precision that they compute in on `device`.
+
+    Float32 layers may compute in TF32 or bfloat16, as `torch.backends` says: on GPUs since Ampere convolutions do so unless
+    that is switched off.
+    """
+    counts: Counter[str] = Counter()
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(module, _ConvNd | nn.Linear) and isinstance(weight, Tensor):
+            name = _PRECISIONS.get(autocast or weight.dtype, str(autocast or weight.dtype))
+            counts[_float32_as(isinstance(module, _ConvNd), device) if name == "fp32" else name] += 1
+    return counts
+
+
+def _float32_as(convolution: bool, device: torch.device) -> str:
+    backends: Any = torch.backends
+    if device.type == "cuda":
+        if torch.cuda.get_device_capability(device) < (8, 0):
+            return "fp32"
+        kind, known = (backends.cudnn.conv if convolution else backends.cuda.matmul), {"tf32": "tf32"}
+    else:
+        kind, known = (backends.mkldnn.conv if convolution else backends.mkldnn.matmul), {"bf16": "bf16"}
+    setting = str(kind.fp32_precision)
+    return known.get(str(backends.fp32_precision) if setting == "none" else setting, "fp32")
+
+
+def aoti_host(device: str | torch.device) -> dict[str, Any]:
+    """What a package of AOTInductor depends on: it is compiled with this torch, for this processor, for this GPU."""
+    device = torch.device(device)
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    facts: dict[str, Any] = {
+        "torch": torch.__version__,
+        "system": sys.platform,
+        "machine": platform.machine(),
+        "device": device.type,
+        "isa": torch.backends.cpu.get_cpu_capability(),
+        "instructions": sorted(name for name, value in capabilities.items() if value is True),
+    }
+    if device.type == "cuda":
+        known = torch.cuda.get_device_capability(device) if torch.cuda.is_available() else ("none",)
+        facts["compute_capability"] = ".".join(map(str, known))
+    return facts
+
+
+def foreign_host(made: dict[str, Any], here: dict[str, Any]) -> str:
+    """Why a package that was made on one host cannot run on another; empty when it can."""
+    if not made:
+        return "its meta.json does not say what it was made for"
+    for name in ("torch", "system", "machine", "device", "compute_capability", "isa"):
+        if made.get(name) != here.get(name):
+            return f"it was made for {name} {made.get(name)}, and here it is {here.get(name)}"
+    missing = sorted(set(made.get("instructions", ())) - set(here["instructions"]))
+    return f"it uses processor instructions that are missing here: {', '.join(missing)}" if missing else ""
+
+
+def load_model(bundle: Bundle) -> Classifier:
     """The trained network of a bundle, in eval mode, on the CPU.
 
     Raises:
@@ -124,45 +378,109 @@ def load_model(bundle: Bundle) -> nn.Module:
     return model.eval()
 
 
+def halved(model: Classifier, dtype: torch.dtype) -> Classifier:
+    """The same network with its backbone in `dtype`, in place; normalisation stays in float32."""
+    model.backbone.to(dtype)
+    model.backbone.register_forward_pre_hook(lambda module, inputs: tuple(x.to(dtype) for x in inputs))
+    return model
+
+
 def open_engine(
-    bundle: Bundle, runtime: str = "torch", *, device: str = "cpu", exports: Path | None = None
-) -> TorchEngine | OnnxEngine:
+    bundle: Bundle,
+    runtime: str = "torch",
+    *,
+    device: str = "cpu",
+    exports: Path | None = None,
+    precision: str | None = None,
+    batch: int | None = None,
+    threads: int = 0,
+) -> Engine:
     """An engine for a bundle.
 
     Args:
-        runtime: "torch" or "onnx".
-        device: for torch.
-        exports: the folder that holds the exports of this bundle (for onnx).
+        runtime: torch, compile, aoti, onnx, openvino, trt, or auto: on a GPU the chosen TensorRT plan, else torch; on a CPU
+            the FP32 ONNX export in ONNX Runtime, else torch.
+        device: "cpu" or "cuda[:n]". ONNX Runtime without its CUDA part, OpenVINO, and packages made for a CPU run on the CPU.
+        exports: the folder that holds the exports of this bundle.
+        precision: fp32, fp16, bf16 or int8; None: fp32 of torch, and of exports the one that was chosen last.
+        batch: the largest batch of one pass; None: as the runtime likes it.
+        threads: of one batch on the CPU in ONNX Runtime and OpenVINO, 0: one for each core; torch's are set for the process.
 
     Raises:
-        ConfigError: C003 for an unknown runtime.
-        ExportError: E001 when there is no export of exactly these weights, or its file is damaged.
+        ConfigError: C003 for an unknown runtime, C004 for a precision or device that it does not have.
+        ExportError: E001 when there is no export of exactly these weights, or its file is damaged; E005 when it belongs to
+            another machine.
+        HardwareError: H001, H004 when hardware or a library is missing.
     """
-    if runtime == "torch":
-        model = load_model(bundle).to(device)
-        return TorchEngine(model, bundle.labels, bundle.pixels, temperature=bundle.temperature, device=device)
-    if runtime == "onnx":
-        return OnnxEngine(
-            find_export(exports or bundle.directory.parent / "exports", bundle, "onnx"), bundle.labels, bundle.pixels
-        )
-    raise ConfigError("C003", f"runtime must be one of 'torch', 'onnx', got {runtime!r}", try_="--runtime torch")
+    folder = exports or bundle.directory.parent / "exports"
+    if runtime == "auto":
+        return _open_auto(bundle, device, folder, precision, batch, threads)
+    if runtime in ("torch", "compile"):
+        return _open_torch(bundle, runtime, device, precision, batch)
+    if runtime not in OPENERS:
+        guess = near(runtime, RUNTIMES) or "torch"
+        names = ", ".join(repr(name) for name in RUNTIMES)
+        raise ConfigError("C003", f"runtime must be one of {names}, got {runtime!r}", try_=f"--runtime {guess}")
+    target, opener = OPENERS[runtime]
+    most: dict[str, Any] = {} if batch is None else {"max_batch": batch}
+    return opener(find_export(folder, bundle, target, precision), bundle, device, threads, most)
 
 
-def find_export(exports: Path, bundle: Bundle, target: str) -> Path:
-    """The file of the export that exports/index.json names for `target`, checked against the bundle and its own digest.
+def _open_torch(bundle: Bundle, runtime: str, device: str, precision: str | None, batch: int | None) -> TorchEngine:
+    if precision == "int8":
+        raise ConfigError(
+            "C004", f"the runtime {runtime} has no int8", try_="imgcls-fast export --onnx --precision int8, then --runtime openvino"
+        )  # fmt: skip
+    model = load_model(bundle).to(device)
+    if precision in AUTOCAST:
+        model = halved(model, AUTOCAST[precision])
+    kind = CompiledEngine if runtime == "compile" else TorchEngine
+    most: dict[str, Any] = {} if batch is None else {"max_batch": batch}
+    return kind(model, bundle.labels, bundle.pixels, temperature=bundle.temperature, device=device, **most)
 
-    Raises:
-        ExportError: E001, with the command that makes it.
-    """
-    again = f"imgcls-fast export {exports.parent} --{target}"
-    try:
-        index = json.loads((exports / "index.json").read_text("utf-8"))
-        folder = exports / index[target]
-        meta = json.loads((folder / "meta.json").read_text("utf-8"))
-    except (OSError, ValueError, KeyError) as error:
-        raise ExportError("E001", f"{exports.parent} has no {target} export", try_=again) from error
-    path = folder / meta.get("file", "model.onnx")
-    same = meta.get("bundle") == bundle.digest and meta.get("temperature") == bundle.temperature
-    if not same or not path.is_file() or sha256_file(path) != meta.get("sha256"):
-        raise ExportError("E001", f"{path} is damaged, or was made from another model", try_=again)
-    return path
+
+def _open_auto(
+    bundle: Bundle, device: str, exports: Path, precision: str | None, batch: int | None, threads: int
+) -> Engine:
+    """The first runtime of the list in `open_engine` that can answer here."""
+    gpu = torch.device(device).type == "cuda"
+    needed, first = ("tensorrt", "trt") if gpu else ("onnxruntime", "onnx")
+    if importlib.util.find_spec(needed) is not None:
+        # on a CPU only the FP32 file is for ONNX Runtime: the INT8 file is made for TensorRT, and slower there
+        asked = precision or (None if gpu else "fp32")
+        try:
+            return open_engine(bundle, first, device=device, exports=exports, precision=asked, batch=batch, threads=threads)  # fmt: skip
+        except (ExportError, HardwareError):  # none, stale, of another machine: torch gives the same answers
+            pass
+    return _open_torch(bundle, "torch", device, precision, batch)
+
+
+def _open_aoti(export: Export, bundle: Bundle, device: str, threads: int, most: dict[str, Any]) -> Engine:
+    made = str((export.meta.get("host") or {}).get("device", "cpu"))  # a package knows its kind of device
+    device = device if torch.device(device).type == made else made
+    return AotiEngine(export.path, export.meta, bundle.labels, bundle.pixels, device=device, **most)
+
+
+def _open_onnx(export: Export, bundle: Bundle, device: str, threads: int, most: dict[str, Any]) -> Engine:
+    device = device if cuda_provider() else "cpu"
+    return OnnxEngine(export.path, bundle.labels, bundle.pixels, device=device, threads=threads, **most)
+
+
+def _open_openvino(export: Export, bundle: Bundle, device: str, threads: int, most: dict[str, Any]) -> Engine:
+    return OpenVinoEngine(export.path, bundle.labels, bundle.pixels, threads=threads, **most)
+
+
+def _open_trt(export: Export, bundle: Bundle, device: str, threads: int, most: dict[str, Any]) -> Engine:
+    from .trt_runtime import TrtEngine
+
+    index = torch.device(device).index or 0
+    return TrtEngine(export.path, export.meta, bundle.labels, bundle.pixels, device=index)
+
+
+# runtime -> (target of the export that it opens, how)
+OPENERS: dict[str, tuple[str, Callable[[Export, Bundle, str, int, dict[str, Any]], Engine]]] = {
+    "aoti": ("aoti", _open_aoti),
+    "onnx": ("onnx", _open_onnx),
+    "openvino": ("onnx", _open_openvino),
+    "trt": ("trt", _open_trt),
+}
