@@ -25,6 +25,7 @@ Verdict = Literal["pass", "fail", "underpowered"]
 CONFIDENCE = 0.95
 
 _HALVINGS = 80  # of an interval of at most 2: beyond the last bit of a float
+_NEVER = 1e9  # rows; a drop that differs from the allowed one by rounding alone would ask for more
 
 
 def tango_upper_bound(lost: float, gained: float, n: float, confidence: float = 0.95) -> float:
@@ -84,7 +85,7 @@ def rows_needed(max_drop: float, lost: float, gained: float, n: float, confidenc
 
     Returns:
         The smallest such number, which may be below `n`; None when the observed drop is not below `max_drop`, so that no
-        number would do. With `n` = 0 the rates are taken as 0.
+        number would do (nor one above a thousand million). With `n` = 0 the rates are taken as 0.
 
     Raises:
         ValueError: as `tango_upper_bound`, or `max_drop` outside (0, 1].
@@ -95,12 +96,13 @@ def rows_needed(max_drop: float, lost: float, gained: float, n: float, confidenc
     p_lost, p_gained = (lost / n, gained / n) if n else (0.0, 0.0)
     if p_lost - p_gained >= max_drop:
         return None
-    each = _excess(p_lost, p_gained, max_drop)  # of one row, below 0
-    found = max(1, math.ceil((z / each) ** 2 - 1e-9))
-    # the division may have rounded to the wrong side of the bound
-    while tango_upper_bound(p_lost * found, p_gained * found, found, confidence) > max_drop:
-        found += 1
-    return found
+    rows = (z / _excess(p_lost, p_gained, max_drop)) ** 2
+    if rows > _NEVER:
+        return None
+    found = max(1, math.ceil(rows - 1e-9))
+    # rounding may have put it on the wrong side of the bound
+    enough = tango_upper_bound(p_lost * found, p_gained * found, found, confidence) <= max_drop
+    return found if enough else found + 1
 
 
 def _excess(p_lost: float, p_gained: float, drop: float) -> float:

@@ -1,0 +1,350 @@
+"""The gate: may this engine replace the model it was made from? Judged row by row, against FP32, on labelled images.
+
+Rows are divided once, by seed: a search may look at its part as often as it likes, and the engine that comes out of it sees the
+other part, once. Verdicts, with the one-sided 95 % score bounds of the drop of accuracy (`evaluation/paired.py`):
+
+    pass            the upper bound is within the budget
+    fail            the lower bound is above the budget: the rows show that the engine loses more
+    underpowered    the rows cannot tell; named is how many could
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from ..core.batch import Batch
+from ..core.errors import DataError, GateFailed
+from ..core.files import sha256_json
+from ..core.manifest import Manifest, PathList
+from ..core.predictions import Predictions
+from ..engines.base import Engine, predict
+from ..evaluation.paired import Judgement, judge
+
+Batches = Callable[[np.ndarray], Iterable[Batch]]  # row numbers of the gate's manifest -> batches of them
+
+METHOD = "one-sided score bound on paired counts (Tango 1998)"
+SCHEMA = 1
+_NEXT = {"int8": "fp16", "fp16": "fp32", "bf16": "fp32"}  # what loses less
+
+
+# ---------------------------------------------------------------- rows
+
+
+@dataclass(frozen=True, eq=False)
+class GateRows:
+    """The two parts of the gate rows: (s,) and (v,) int64 positions, ascending, disjoint, together all of them."""
+
+    search: np.ndarray
+    verdict: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class GateData:
+    """Labelled images that may judge an engine.
+
+    Args:
+        manifest: exactly these images, renumbered from 0.
+        left_out: how many were not allowed to: "calibration" (they set the INT8 ranges), "training" (the model has learnt
+            them), "repeated" (the same file twice), "unlabelled".
+    """
+
+    manifest: Manifest
+    left_out: Mapping[str, int] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.manifest)
+
+    def digest(self, rows: np.ndarray | None = None) -> str:
+        """SHA-256 over the files' digests, whatever their order."""
+        digests = self.manifest.digest if rows is None else self.manifest.digest[rows]
+        return rows_digest(digests)
+
+
+def gate_data(
+    manifest: Manifest, which: str = "val", *, calibration: np.ndarray | None = None, extra: Manifest | None = None
+) -> GateData:
+    """The rows of a run that may judge its engines, and those of `--gate-data`.
+
+    Args:
+        manifest: of the run.
+        which: "val", "test" or "val+test".
+        calibration: (m, 16) uint8 digests of the files that set INT8 ranges. They never serve, wherever they come from.
+        extra: more labelled images, scanned with the classes of the model; all of their rows, whatever their split.
+
+    Raises:
+        ValueError: `which` is none of the three, or `extra` has other classes.
+    """
+    if which not in ("val", "test", "val+test"):
+        raise ValueError(f"gate rows are 'val', 'test' or 'val+test', got {which!r}")
+    own = np.concatenate([manifest.rows(split) for split in ("val", "test") if split in which.split("+")])
+    whole = manifest.take(own)
+    if extra is not None:
+        if extra.labels != manifest.labels:
+            raise ValueError(f"the classes are {extra.labels.classes}, expected {manifest.labels.classes}")
+        whole = _joined(whole, extra)
+    forbidden = {
+        "calibration": _keys(calibration if calibration is not None else np.zeros((0, 16), np.uint8)),
+        "training": _keys(manifest.digest[manifest.rows("train")]),
+    }
+    keep, counts, keys = np.ones(len(whole), bool), {}, _keys(whole.digest)
+    for reason, digests in forbidden.items():
+        refused = np.isin(keys, digests) & keep
+        counts[reason] = int(refused.sum())
+        keep &= ~refused
+    unlabelled = (whole.label < 0) & keep
+    keep &= ~unlabelled
+    repeated = keep.copy()
+    kept = np.flatnonzero(keep)
+    repeated[kept[np.unique(keys[kept], return_index=True)[1]]] = False
+    counts |= {"repeated": int(repeated.sum()), "unlabelled": int(unlabelled.sum())}
+    return GateData(whole.take(np.flatnonzero(keep & ~repeated)), {k: n for k, n in counts.items() if n})
+
+
+def split_rows(targets: np.ndarray | int, seed: int, fraction: float = 0.5) -> GateRows:
+    """Divide gate rows into search rows and verdict rows, every class alike (to within one row).
+
+    Args:
+        targets: (n,) class numbers, (n, K) targets, or n where no classes are known.
+        seed: the same seed and targets give the same parts.
+        fraction: part of the rows that a search may look at; 0 leaves all of them for the verdict.
+
+    Raises:
+        ValueError: `fraction` outside [0, 1).
+    """
+    if not 0 <= fraction < 1:
+        raise ValueError(f"the search fraction must be in [0, 1), got {fraction}")
+    if isinstance(targets, int):
+        label = np.zeros(targets, np.int64)
+    else:
+        label = targets.argmax(1) if targets.ndim == 2 else np.asarray(targets)
+    mixed = np.random.Generator(np.random.Philox(seed)).permutation(len(label))
+    order = mixed[np.argsort(label[mixed], kind="stable")]  # class after class, each in random order
+    place = np.arange(len(order))
+    search = np.floor((place + 1) * fraction) > np.floor(place * fraction)
+    return GateRows(np.sort(order[search]).astype(np.int64), np.sort(order[~search]).astype(np.int64))
+
+
+def rows_digest(digests: np.ndarray) -> str:
+    """SHA-256 of a set of files, from their (n, 16) uint8 digests."""
+    return sha256_json(sorted(row.tobytes().hex() for row in np.asarray(digests, np.uint8)))
+
+
+def _joined(first: Manifest, second: Manifest) -> Manifest:
+    """Two manifests as one: the rows of the second come last, with absolute paths."""
+    names = ("label", "split", "group", "width", "height", "orientation", "digest", "flags")
+    columns: dict[str, Any] = {name: np.concatenate([getattr(first, name), getattr(second, name)]) for name in names}
+    columns["group"] = np.full(len(columns["group"]), -1, np.int32)  # numbers of two scans mean different groups
+    paths = [*first.paths, *(str(second.path(row).absolute()) for row in range(len(second)))]
+    return replace(first, paths=PathList.of(paths), group_names=(), **columns)
+
+
+def _keys(digests: np.ndarray) -> np.ndarray:
+    """(n,) of 16 opaque bytes, which NumPy compares as one value."""
+    return np.ascontiguousarray(np.asarray(digests, np.uint8).reshape(-1, 16)).view("V16").ravel()
+
+
+# ---------------------------------------------------------------- refusal
+
+
+def demand(judgement: Judgement, name: str, *, run: str = "RUN", verdict_share: float = 1.0) -> None:
+    """Let an engine that passed go on.
+
+    Args:
+        name: "<target>-<precision>", as folders of exports begin.
+        run: for the command to try.
+        verdict_share: part of added rows that will judge; the rest goes to the search.
+
+    Raises:
+        GateFailed: E902 when it lost too much, E903 when the rows cannot tell; with the numbers.
+    """
+    if judgement.passed:
+        return
+    target, _, precision = name.partition("-")
+    command = f"imgcls-fast export {run} --{target}"
+    milder = f"{command} --precision {_NEXT[precision]}" if precision in _NEXT else f"imgcls-fast verify {run}"
+    more = f"{command} --precision {precision} --gate-data DATA"
+    drop, bound, lower, allowed, sure = (
+        f"{100 * value:.4g}"
+        for value in (
+            judgement.drop, judgement.bound, judgement.lower_bound, judgement.max_drop, judgement.confidence
+        )
+    )  # fmt: skip
+    counts = f"{judgement.lost:,} lost and {judgement.gained:,} gained of {judgement.rows:,} rows"
+    where = "judged in another runtime than the one that is exported" if judgement.simulated else ""
+    if judgement.verdict == "fail":
+        share = f"{judgement.reference_accuracy:.2%} -> {judgement.accuracy:.2%}"
+        raise GateFailed(
+            "E902",
+            f"{name} lost {drop} points of accuracy ({share}; {counts}), at least {lower} with {sure} % confidence; "
+            f"{allowed} are allowed",
+            where=where, why=_worst_class(judgement), try_=milder,
+        )  # fmt: skip
+    said = (
+        f"{judgement.rows:,} rows cannot show that {name} loses at most {allowed} points of accuracy: {counts}, a drop of {drop} "
+        f"that may be {bound} with {sure} % confidence"
+    )
+    if judgement.rows_needed is None:
+        why = f"a drop of {drop} is not below {allowed}, so more rows like these would not let it pass"
+        raise GateFailed("E903", said, where=where, why=why, try_=milder)
+    images = math.ceil(max(1, judgement.rows_needed - judgement.rows) / verdict_share)
+    why = f"add about {images:,} labelled images that are neither training nor calibration images"
+    said += f"; {judgement.rows_needed:,} rows like these would show it"
+    raise GateFailed("E903", said, where=where, why=why, try_=more)
+
+
+def _worst_class(judgement: Judgement) -> str:
+    if len(judgement.per_class) < 2:
+        return ""
+    name, rows, lost, gained = max(judgement.per_class, key=lambda entry: (entry[2] - entry[3]) / entry[1])
+    return f"the class that lost most is {name!r}: {lost:,} lost and {gained:,} gained of {rows:,}"
+
+
+# ---------------------------------------------------------------- the procedure
+
+
+def answers_of(engine: Engine, manifest: Manifest, batches: Iterable[Batch]) -> Predictions:
+    """What an engine says of batches of labelled rows; padding goes."""
+    return predict(engine, batches, paths=manifest.paths, fingerprint=manifest.fingerprint)
+
+
+class Gate:
+    """The gate of one export: search rows that may be looked at again and again, verdict rows that are looked at once.
+
+    Args:
+        data: labelled images.
+        reference: the model in FP32.
+        batches: gives the batches of some rows of `data.manifest`; each candidate is shown the same.
+        max_drop_pp: the budget, percentage points.
+        seed, fraction: of `split_rows`.
+    """
+
+    def __init__(
+        self,
+        data: GateData,
+        reference: Engine,
+        batches: Batches,
+        *,
+        max_drop_pp: float,
+        seed: int = 0,
+        fraction: float = 0.5,
+    ) -> None:
+        self.data, self.max_drop_pp, self.seed, self.fraction = data, max_drop_pp, seed, fraction
+        self.rows = split_rows(data.manifest.label, seed, fraction)
+        self.history: list[dict[str, Any]] = []
+        self._reference, self._batches = reference, batches
+        self._said: dict[str, Predictions] = {}
+        self._judged = ""
+
+    def look(self, name: str, engine: Engine, *, simulated: bool, **facts: Any) -> Judgement:
+        """Judge a candidate on the search rows, and write it into the history with `facts`.
+
+        Raises:
+            DataError: D010 when a file can no longer be read as it was.
+        """
+        judgement = self._judge("search", engine, simulated)
+        self.history.append({"name": name, "precision": engine.precision, **facts, **judgement.to_dict()})
+        return judgement
+
+    def verdict(self, name: str, engine: Engine, *, simulated: bool) -> Judgement:
+        """Judge the chosen candidate on the verdict rows. Whoever comes back with another one has searched on them.
+
+        Raises:
+            RuntimeError: the verdict rows have been looked at.
+            DataError: D010 when a file can no longer be read as it was.
+        """
+        if self._judged:
+            raise RuntimeError(f"the verdict rows have judged {self._judged}; they cannot judge {name} as well")
+        self._judged = name
+        return self._judge("verdict", engine, simulated)
+
+    def _judge(self, part: Literal["search", "verdict"], engine: Engine, simulated: bool) -> Judgement:
+        rows, manifest = getattr(self.rows, part), self.data.manifest
+        if part not in self._said:
+            self._said[part] = answers_of(self._reference, manifest, self._batches(rows) if len(rows) else ())
+        said = answers_of(engine, manifest, self._batches(rows) if len(rows) else ())
+        if not np.array_equal(said.rows, self._said[part].rows):
+            changed = np.setxor1d(said.rows, self._said[part].rows)
+            raise DataError(
+                "D010",
+                f"{len(changed):,} of {len(rows):,} gate images can no longer be read as before, first {manifest.path(int(changed[0]))}",
+                try_="imgcls-fast data check DATA",
+            )
+        return judge(self._said[part], said, self.max_drop_pp, simulated=simulated)
+
+
+# ---------------------------------------------------------------- gate.json
+
+
+def gate_report(
+    judgement: Judgement,
+    gate: Gate,
+    *,
+    judge_runtime: str,
+    judge_precision: str,
+    exported_runtime: str,
+    versions: Mapping[str, str],
+    bundle: str,
+    engine: str,
+    calibration: np.ndarray | None = None,
+) -> dict[str, Any]:
+    """Content of gate.json: who judged what, on which rows, with which result.
+
+    Args:
+        judge_runtime, judge_precision: what computed the scores, and in which precision it really computed.
+        exported_runtime: what the exported file is for.
+        versions: of the libraries involved.
+        bundle, engine: SHA-256 of the weights and of the exported file.
+        calibration: (m, 16) uint8 digests of the calibration rows.
+    """
+    verdict_rows = gate.rows.verdict
+    return {
+        "schema": SCHEMA,
+        "verdict": judgement.verdict,
+        "simulated": judgement.simulated,
+        "statement": _statement(judgement, judge_runtime, judge_precision, exported_runtime),
+        "judge": {"runtime": judge_runtime, "precision": judge_precision, "exported_for": exported_runtime},
+        "method": METHOD,
+        **{name: value for name, value in judgement.to_dict().items() if name not in ("verdict", "simulated")},
+        "split": {
+            "seed": gate.seed,
+            "search_fraction": gate.fraction,
+            "search_rows": len(gate.rows.search),
+            "verdict_rows": len(verdict_rows),
+            "left_out": dict(gate.data.left_out),
+        },
+        "digests": {
+            "bundle": bundle,
+            "engine": engine,
+            "gate_rows": gate.data.digest(),
+            "verdict_rows": gate.data.digest(verdict_rows),
+            "calibration_rows": None if calibration is None else rows_digest(calibration),
+        },
+        "versions": dict(versions),
+        "search": list(gate.history),
+    }
+
+
+def counts_as_passed(report: Mapping[str, Any] | None, engine: str) -> bool:
+    """Whether a gate.json lets exactly this file pass: judged itself, in its own runtime, within the budget.
+
+    Args:
+        engine: SHA-256 of the file that is about to be used.
+    """
+    if not report or report.get("verdict") != "pass" or report.get("simulated") is not False:
+        return False
+    return bool(report.get("digests", {}).get("engine") == engine)
+
+
+def _statement(judgement: Judgement, runtime: str, precision: str, exported_for: str) -> str:
+    judged = f"{judgement.verdict}: judged in {runtime}, which computed in {precision}"
+    if not judgement.simulated:
+        return f"{judged}; this holds for the file whose digest stands here, and for no other"
+    return (
+        f"{judged}, not in {exported_for}: a simulation. An engine for {exported_for} counts as passed only when that engine "
+        "was judged"
+    )

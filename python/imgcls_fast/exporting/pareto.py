@@ -1,0 +1,207 @@
+"""The picture of an export: accuracy against latency of every candidate, and which of them may be compared at all."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from ..core.files import write_whole
+from ..evaluation.paired import Verdict
+from ..evaluation.plots import ACCENT, DPI, GRID, INK, MUTED, SECOND
+from ..evaluation.text import printable
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# marker, colour and meaning of each verdict; colours that stay apart with colour blindness
+_LOOKS: dict[str, tuple[str, str, str]] = {
+    "reference": ("s", INK, "FP32"),
+    "pass": ("o", ACCENT, "passes"),
+    "underpowered": ("^", SECOND, "too few rows to tell"),
+    "fail": ("X", "#b42318", "fails"),
+}
+_PLACES = ((9, 5, "left"), (9, -13, "left"), (-9, 5, "right"), (-9, -13, "right"), (9, 17, "left"), (9, -25, "left"),
+           (-9, 17, "right"), (-9, -25, "right"))  # fmt: skip
+_RUNTIMES = {"trt": "TensorRT", "onnx": "ONNX Runtime", "openvino": "OpenVINO", "torch": "PyTorch", "aoti": "AOTInductor",
+             "compile": "torch.compile"}  # fmt: skip
+_WIDE_RANGE = 8.0  # of latencies, from which on the axis is logarithmic
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One engine.
+
+    Args:
+        name: shown beside its point.
+        accuracy: on the rows that all candidates saw, a fraction.
+        latency_ms: of one batch; None: not measured.
+        timed_in: the runtime in which the latency was measured.
+        verdict: of the gate; "reference" for the model itself.
+        least_accuracy: accuracy of the reference minus the bound of the drop, a fraction; None: no whisker.
+        chosen: the one that is exported.
+    """
+
+    name: str
+    accuracy: float
+    latency_ms: float | None
+    timed_in: str
+    verdict: Verdict | Literal["reference"]
+    least_accuracy: float | None = None
+    chosen: bool = False
+
+    @property
+    def point(self) -> tuple[float, float]:
+        """Milliseconds and percent; of a candidate that was not timed, NaN and percent."""
+        return math.nan if self.latency_ms is None else self.latency_ms, 100 * self.accuracy
+
+
+def frontier(candidates: Iterable[Candidate], exported_for: str) -> list[Candidate]:
+    """The candidates that no other one beats in both accuracy and latency, the fastest first.
+
+    Only latencies of the exported runtime are compared, and only what may be exported: the model itself and what passed.
+    """
+    able = [c for c in candidates if c.verdict in ("reference", "pass")]
+    ranked = [c for c in able if c.latency_ms is not None and c.timed_in == exported_for]
+    found: list[Candidate] = []
+    for candidate in sorted(ranked, key=lambda c: (c.latency_ms, -c.accuracy)):
+        if not found or candidate.accuracy > found[-1].accuracy:
+            found.append(candidate)
+    return found
+
+
+def pareto_plot(
+    candidates: Sequence[Candidate], path: Path, *, exported_for: str, batch: int = 1, rows: str = "the search rows"
+) -> None:
+    """Write the picture of all candidates as a PNG.
+
+    Latencies of another runtime than the exported one are drawn hollow, labelled, and not ranked: what is fast on a CPU says
+    nothing about TensorRT. Candidates without a latency are listed below the picture.
+
+    Args:
+        exported_for: the runtime that the export is for.
+        batch: images in the batch that was timed.
+        rows: what the accuracies were measured on.
+
+    Raises:
+        HardwareError: H003 when the disk refuses.
+    """
+    figure = draw(candidates, exported_for=exported_for, batch=batch, rows=rows)
+    write_whole(path, lambda file: figure.savefig(file, format="png", metadata={"Software": None}))
+
+
+def draw(candidates: Sequence[Candidate], *, exported_for: str, batch: int, rows: str) -> Figure:
+    """The figure of `pareto_plot`."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.6, 5.2), dpi=DPI, layout="constrained", facecolor="white")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    timed = [c for c in candidates if c.latency_ms is not None]
+    own = [c for c in timed if c.timed_in == exported_for]
+    best = frontier(candidates, exported_for)
+    if len(best) > 1:
+        axes.plot(
+            *zip(*(c.point for c in best), strict=True),
+            color=ACCENT,
+            lw=1.5,
+            alpha=0.55,
+            drawstyle="steps-post",
+            label="frontier",
+            gid="frontier",
+        )
+    for verdict in _LOOKS:
+        for hollow in (False, True):
+            _points(axes, [c for c in timed if c.verdict == verdict and (c not in own) == hollow], verdict, hollow)
+    for c in timed:
+        if c.chosen:
+            axes.plot(*c.point, "o", ms=17, mfc="none", mec=INK, mew=1.3, ls="", label="exported")
+    _axes(axes, timed, f"Candidates for {_runtime(exported_for)}")
+    axes.set_xlabel(f"latency of a batch of {batch} (ms)\n{_where(timed, exported_for)}", fontsize=10, color=MUTED)
+    axes.set_ylabel(f"accuracy on {rows} (%)", fontsize=10, color=MUTED)
+    if missing := [c for c in candidates if c.latency_ms is None]:
+        listed = ", ".join(f"{_shown(c.name)} ({100 * c.accuracy:.2f} %, {_LOOKS[c.verdict][2]})" for c in missing)
+        figure.supxlabel(f"not timed: {listed}", fontsize=9, color=MUTED, x=0.01, ha="left", wrap=True)
+    if any(c.least_accuracy is not None for c in timed):
+        axes.plot([], [], marker="|", ms=13, mew=1.1, color=MUTED, ls="", label="down to the 95 % bound")
+    if timed:
+        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize=9, frameon=False, labelspacing=0.9)
+    else:
+        axes.text(0.5, 0.5, "no candidate was timed", transform=axes.transAxes, ha="center", color=MUTED)
+        axes.set(xticks=[], yticks=[])
+    figure.draw_without_rendering()  # the layout decides where a point lies
+    _name_points(axes, timed, canvas.get_renderer())
+    return figure
+
+
+def _where(timed: Sequence[Candidate], exported_for: str) -> str:
+    """Which latencies are of the exported runtime, and which are not."""
+    own = f"timed in {_runtime(exported_for)}" if any(c.timed_in == exported_for for c in timed) else ""
+    foreign = ", ".join(sorted({_runtime(c.timed_in) for c in timed if c.timed_in != exported_for}))
+    other = f"hollow: timed in {foreign}, which says nothing about {_runtime(exported_for)}" if foreign else ""
+    return "; ".join(part for part in (own, other) if part)
+
+
+def _points(axes: Axes, points: Sequence[Candidate], verdict: str, hollow: bool) -> None:
+    if not points:
+        return
+    marker, color, said = _LOOKS[verdict]
+    x, y = zip(*(c.point for c in points), strict=True)
+    least = [y if c.least_accuracy is None else min(y, 100 * c.least_accuracy) for y, c in zip(y, points, strict=True)]
+    axes.vlines(x, least, y, color=color, lw=1.1, alpha=0.6)
+    axes.plot(x, y, marker, ms=8.5, color=color, mfc="white" if hollow else color, mew=1.5,
+              label=f"{said}\n(not comparable)" if hollow else said, zorder=3)  # fmt: skip
+
+
+def _axes(axes: Axes, timed: Sequence[Candidate], title: str) -> None:
+    latencies = [c.latency_ms for c in timed if c.latency_ms]
+    if latencies and max(latencies) > _WIDE_RANGE * min(latencies):
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.margins(x=0.16, y=0.14)
+    axes.set_title(title, loc="left", fontsize=12, color=INK, pad=10)
+    axes.tick_params(labelsize=10, colors=INK, length=0, pad=5)
+    axes.grid(True, color=GRID, lw=0.8)
+    axes.set_axisbelow(True)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color("#c4ccd4")
+
+
+def _name_points(axes: Axes, timed: Sequence[Candidate], renderer: Any) -> None:
+    """Write each name beside its point, where it covers no other name and no point, if there is such a place."""
+    from matplotlib.patheffects import withStroke
+
+    halo = [withStroke(linewidth=3, foreground="white")]
+    points = axes.transData.transform(np.array([c.point for c in timed]).reshape(-1, 2))
+    taken: list[Any] = []
+    for candidate in sorted(timed, key=lambda c: (-c.accuracy, c.name)):
+        tries: list[tuple[int, int, Any, Any]] = []
+        for dx, dy, side in _PLACES:
+            label = axes.annotate(_shown(candidate.name), candidate.point, (dx, dy), textcoords="offset points", fontsize=9,
+                                  color=INK, ha=side, path_effects=halo)  # fmt: skip
+            box = label.get_window_extent(renderer).expanded(1.02, 1.1)
+            crowd = sum(box.overlaps(other) for other in taken) + sum(box.contains(*point) for point in points)
+            crowd += 0 if axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1 else 1
+            tries.append((crowd, len(tries), label, box))
+            if not crowd:
+                break
+        _, kept, _, box = min(tries, key=lambda entry: entry[:2])
+        for number, (_, _, label, _) in enumerate(tries):
+            if number != kept:
+                label.remove()
+        taken.append(box)
+
+
+def _runtime(name: str) -> str:
+    return _RUNTIMES.get(name, name)
+
+
+def _shown(name: str) -> str:
+    return printable(name).replace("$", r"\$")
