@@ -109,7 +109,8 @@ def autocast(
         calibration: (N, S, S, C) uint8, N >= 1.
 
     Returns:
-        Facts for meta.json: made_by, versions, fp32_layers (names), layers (count), opset, seconds.
+        Facts for meta.json: made_by, versions, fp32_layers (names), layers (count), opset, seconds, verified ("onnxruntime",
+        "reference" for a small BF16 graph, else "structure-only") and max_score_diff to float32 (None: not run).
 
     Raises:
         HardwareError: H004 when ModelOpt or what it needs is missing; H003 when the disk refuses.
