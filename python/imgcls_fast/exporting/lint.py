@@ -93,6 +93,8 @@ def lint(path: Path, precision: str) -> list[Finding]:
         raise ExportError(
             "E001", f"{path} is not a readable ONNX graph: {error}", try_="imgcls-fast export --onnx"
         ) from error
+    if not view.nodes:
+        raise ExportError("E001", f"{path} holds no ONNX graph", try_="imgcls-fast export --onnx")
     outside = [Finding("external-data", name, message) for name, message in _external_data(view)]
     return outside or lint_view(view, precision)
 

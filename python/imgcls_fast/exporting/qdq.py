@@ -82,7 +82,10 @@ class View:
         """Element type of every tensor whose type can be told."""
         import onnx
 
-        graph = onnx.shape_inference.infer_shapes(self.model).graph
+        try:
+            graph = onnx.shape_inference.infer_shapes(self.model).graph
+        except onnx.shape_inference.InferenceError:  # of an operator that ONNX does not know
+            graph = self.graph
         values = [*graph.input, *graph.output, *graph.value_info]
         found = {value.name: int(value.type.tensor_type.elem_type) for value in values}
         return found | {name: int(tensor.data_type) for name, tensor in self.constants.items()}
