@@ -607,6 +607,23 @@ def test_an_extreme_shape_is_the_centre_of_the_resized_whole_which_is_never_buil
 
 
 @needs_dali
+def test_the_server_may_set_batch_size_threads_and_executor_when_it_loads_the_pipeline(pictures):
+    from nvidia.dali.pipeline import Pipeline
+
+    from imgcls_fast.exporting.triton_decode import decode_pipeline, run_pipeline
+
+    model = decode_pipeline(spec(32), gpu=False)
+    files = [encoded(Image.fromarray(p), "JPEG") for p in pictures[:5]]
+    alone = run_pipeline(model, files)
+    pipeline = Pipeline.deserialize(
+        model, batch_size=8, num_threads=3, exec_pipelined=True, exec_async=True, prefetch_queue_depth=1
+    )
+    for chosen in ([0, 1, 2, 3, 4], [3, 1], [4]):
+        pipeline.feed_input("encoded", [np.frombuffer(files[k], np.uint8) for k in chosen])
+        np.testing.assert_array_equal(pipeline.run()[0].as_array(), np.stack([alone[k] for k in chosen]))
+
+
+@needs_dali
 def test_the_pipeline_names_no_path_of_the_machine_that_made_it_and_is_the_same_each_time():
     from nvidia.dali._utils import dali_trace
 
