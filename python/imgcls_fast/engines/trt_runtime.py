@@ -120,6 +120,7 @@ class TrtEngine:
         self.precision = str(meta.get("effective_precision") or meta.get("precision") or "")
         self._heard = Messages()
         self._gathering = threading.Lock()  # held while all lanes are taken out of the pool
+        self._closing = threading.Lock()
         self._pool: SimpleQueue[_Lane | None] = SimpleQueue()
         self._bounds: weakref.WeakSet[TrtBound] = weakref.WeakSet()
         self._streams, self._device = streams, CudaDevice(device)
@@ -235,12 +236,13 @@ class TrtEngine:
 
     def close(self) -> None:
         """Wait for running calls, then free graphs, contexts, buffers and the engine, in this order."""
-        if self._loaded is None:
-            return
-        for lane in [*self._take_all(), *(bound.lane for bound in self._bounds)]:
-            lane.free()
-        self._loaded = None
-        self._pool.put(None)
+        with self._closing:
+            if self._loaded is None:
+                return
+            for lane in [*self._take_all(), *(bound.lane for bound in self._bounds)]:
+                lane.free()
+            self._loaded = None
+            self._pool.put(None)
 
 
 class TrtBound:
@@ -285,7 +287,8 @@ class _Lane:
     """
 
     def __init__(self, loaded: _Loaded, rows: int) -> None:
-        self.on, device, shapes = loaded, loaded.device, loaded.shapes
+        self._on: _Loaded | None = loaded
+        device, shapes = loaded.device, loaded.shapes
         self.stream = device.stream()
         self.input = device.zeros((rows, *shapes.image), torch.uint8, self.stream)
         self.output = device.zeros((rows, shapes.columns), torch.float32, self.stream)
@@ -294,6 +297,13 @@ class _Lane:
         self.scratch_bytes = loaded.engine.device_memory_size_v2
         self.scratch = device.zeros((max(1, self.scratch_bytes),), torch.uint8, self.stream)
         self.sizes: OrderedDict[int, _Size] = OrderedDict()
+
+    @property
+    def on(self) -> _Loaded:
+        """The plan that it runs; RuntimeError after `free`."""
+        if self._on is None:
+            raise closed(TrtEngine.runtime)
+        return self._on
 
     def scores(self, pixels: np.ndarray) -> np.ndarray:
         """(n, K) scores of at most `rows` images. Rows that pad the batch hold older images; their scores are not read."""
@@ -304,7 +314,8 @@ class _Lane:
             self.launch(n)
             device.copy(self.fetched[:n], self.output[:n], self.stream)
             device.wait(self.stream)
-        return np.array(self.fetched[:n])
+        scores: np.ndarray = self.fetched[:n].numpy().copy()
+        return scores
 
     def launch(self, n: int) -> None:
         """Put the work for `n` images on the stream: plainly the first time, captured the second, replayed from then on."""
@@ -368,4 +379,5 @@ class _Lane:
         for size in self.sizes.values():
             size.graph = None
         self.sizes.clear()
+        self._on = None
         self.input = self.output = self.scratch = self.sent = self.fetched = torch.empty(0)
