@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -30,12 +30,15 @@ def shared_data() -> Path:
 
 @pytest.fixture
 def bundle_of(tmp_path: Path) -> Callable[..., Any]:
-    """Makes the bundle of an untrained network: `bundle_of("small-cnn", size=32, args={"width": 8})`."""
+    """Makes the bundle of an untrained network: `bundle_of("small-cnn", size=32, args={"width": 8})`.
+
+    `seen` is what its batch norms have the statistics of: (N, S, S, C) uint8 images, noise, or nothing (mean 0, variance 1).
+    """
     made: list[int] = []
 
     def make(
         arch: str = "small-cnn", *, size: int = 32, color: str = "rgb", temperature: float = 1.7, classes: int = 3,
-        args: dict[str, Any] | None = None, crop_pct: float = 0.875,
+        args: dict[str, Any] | None = None, crop_pct: float = 0.875, seen: np.ndarray | Literal["noise", "nothing"] = "noise",
     ) -> Any:  # fmt: skip
         import torch
         from safetensors.torch import save
@@ -61,7 +64,10 @@ def bundle_of(tmp_path: Path) -> Callable[..., Any]:
             for norm in norms:  # and untrained statistics let every image fade into the same features
                 norm.momentum = None
             model.train()
-            model((torch.rand(16, 1, 1, channels) * torch.rand(16, size, size, channels) * 255).to(torch.uint8))
+            if isinstance(seen, np.ndarray):
+                model(torch.from_numpy(seen))
+            elif seen == "noise":
+                model((torch.rand(16, 1, 1, channels) * torch.rand(16, size, size, channels) * 255).to(torch.uint8))
             model.eval()
         state = {name: value.contiguous() for name, value in model.state_dict().items()}
         return write_bundle(

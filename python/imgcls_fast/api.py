@@ -17,6 +17,8 @@ from .core.run import list_runs as _all_runs
 
 if TYPE_CHECKING:
     from .core.config import RunConfig
+    from .core.exports import Export
+    from .core.manifest import Manifest
     from .engines.predictor import Predictor as _Predictor
     from .evaluation.metrics import Metrics
 
@@ -91,6 +93,7 @@ def evaluate(
     *,
     split: str = "test",
     runtime: str = "torch",
+    precision: str | None = None,
     batch_size: int | None = None,
     out: str | Path | None = None,
 ) -> Metrics:
@@ -99,22 +102,24 @@ def evaluate(
     Args:
         data: other images, in any form that `train` takes; their classes must be classes of the model.
         split: train, val or test; with `data`, all of its images are judged.
-        runtime: torch or onnx.
+        runtime: torch, compile, aoti, onnx, openvino, trt or auto.
+        precision: of the export that the runtime opens; None: the chosen one.
         out: folder for metrics.json, per_class.csv, confusion.csv and predictions.csv.
 
     Raises:
         DataError: D001..D014; ModelError M004, M005; ExportError E001.
     """
     from .core.manifest import SPLITS
+    from .data.loader import usual_loader
     from .evaluation.metrics import judge
     from .evaluation.report import write_evaluation
-    from .training.judging import run_engine, score_rows, usual_loader
+    from .training.judging import run_engine, score_rows
 
     found = _run(run)
     if split not in SPLITS:
         raise ConfigError("C003", f"split must be one of 'train', 'val', 'test', got {split!r}", try_="--split test")
     device = _device()
-    engine, note = run_engine(found, runtime, device)
+    engine, note = run_engine(found, runtime, device, precision)
     manifest, rows = _rows_to_judge(found, data, split, engine)
     settings = found.config.evaluate
     predictions = score_rows(
@@ -138,6 +143,7 @@ def predict(
     images: Sequence[Any] | str | Path = (),
     *,
     runtime: str = "torch",
+    precision: str | None = None,
     top_k: int = 1,
     batch_size: int | None = None,
 ) -> list[dict[str, Any]]:
@@ -155,7 +161,7 @@ def predict(
     listed: list[Any] = []
     for image in [images] if isinstance(images, str | Path) else images:
         listed += _files(image) if isinstance(image, str | Path) else [image]
-    predictor = Predictor(run, runtime=runtime, batch=batch_size or 32, top_k=top_k)
+    predictor = Predictor(run, runtime=runtime, precision=precision, batch=batch_size or 32, top_k=top_k)
     try:
         return [answer.to_dict() for answer in predictor.stream(listed)]
     finally:
@@ -163,13 +169,20 @@ def predict(
 
 
 def Predictor(
-    run: RunLike = None, *, runtime: str = "torch", batch: int = 32, top_k: int = 1, device: str | None = None
+    run: RunLike = None,
+    *,
+    runtime: str = "torch",
+    precision: str | None = None,
+    batch: int = 32,
+    top_k: int = 1,
+    device: str | None = None,
 ) -> _Predictor:
     """A loaded model that answers about paths, bytes, Pillow images, arrays, lists and folders.
 
     Args:
         run: a run, or the folder of a bundle.
-        runtime: torch or onnx.
+        runtime: torch, compile, aoti, onnx, openvino, trt or auto.
+        precision: of the export that the runtime opens; None: the chosen one.
         batch: images per forward pass.
         top_k: classes in each answer.
         device: of the torch runtime; None: a GPU if there is one.
@@ -185,9 +198,9 @@ def Predictor(
     device = device or _device()
     lone = bundle_folder(Path(run)) if isinstance(run, str | Path) and str(run) != "last" else None
     if lone is not None:
-        engine: Any = open_engine(read_bundle(lone), runtime, device=device)
+        engine: Any = open_engine(read_bundle(lone), runtime, device=device, precision=precision)
     else:
-        engine, note = run_engine(_run(run), runtime, device)
+        engine, note = run_engine(_run(run), runtime, device, precision)
         _say(note)
     return Loaded(engine, batch=batch, top_k=top_k, threads=min(8, env.usable_cpus()))
 
@@ -198,46 +211,109 @@ def load_model(run: RunLike = None, *, runtime: str = "torch") -> _Predictor:
 
 
 def export(
-    run: RunLike = None, target: str = "onnx", *, opset: int | None = None, out: str | Path | None = None
-) -> dict[str, Any]:
-    """Write the model for another runtime, and compare it with the original on real images before it is called done.
+    run: RunLike = None,
+    target: str = "onnx",
+    *,
+    precision: str | None = None,
+    out: str | Path | None = None,
+    overrides: dict[str, Any] | None = None,
+    say: Callable[[str], None] | None = None,
+    progress: Callable[[str, float], None] | None = None,
+    **settings: Any,
+) -> Export:
+    """Write the model for another runtime; compare it with the original and judge it before it is called done.
 
     Args:
-        target: onnx.
-        opset: ONNX operator set; None: the run's setting.
+        target: onnx, trt, pt2, aoti, torchscript or triton.
+        precision: fp32, fp16, bf16 or int8; None: fp16 for trt, else fp32.
         out: also copy the file there.
+        overrides: dotted setting names to values, for this export.
+        say: told what happens, in sentences; None: as Python warnings.
+        progress: told (phase, fraction) while an engine is built.
+        settings: flags by their Python names: `max_drop=0.5, gate_data="more/", batch=8`.
 
     Returns:
-        path, images, same_top1, max_score_diff, opset, bytes and sha256.
+        `.path`, `.folder`, `.meta` (comparison, latency, quantisation, ...), `.gate` (the judgement), `.to_dict()`.
 
     Raises:
-        ConfigError: C003 for another target or an operator set outside 18..25.
-        ExportError: E001; GateFailed E901 with the numbers when the exported model disagrees.
+        ConfigError: C001 to C004 for a wrong target, precision or setting.
+        ExportError: E001 to E004.
+        GateFailed: E901 when the file disagrees with the original, E902 when it lost accuracy, E903 when the rows cannot tell.
+        HardwareError: H004, H001 where a library or a GPU is missing; what could be made stays.
     """
-    if target != "onnx":
-        raise ConfigError("C003", f"target must be 'onnx', got {target!r}", try_="imgcls-fast export RUN --onnx")
     from .core.bundle import read_bundle
     from .core.settings import replace_settings
-    from .exporting.onnx_graph import export_onnx
-    from .training.judging import export_batches
+    from .exporting.session import TARGETS, Exporter, export_bundle
+
+    if target not in TARGETS:
+        legal = ", ".join(repr(name) for name in TARGETS)
+        raise ConfigError(
+            "C003", f"target must be one of {legal}, got {target!r}", try_="imgcls-fast export RUN --onnx"
+        )
+    changes = _overrides(overrides, settings)
+    found = _run(run)
+    bundle = read_bundle(found.bundle_path)
+    config = replace_settings(found.config, changes)
+    extra = _scanned(found, config.export.gate_data, bundle) if config.export.gate_data else None
+    exporter = Exporter(
+        bundle, found.manifest, found.exports, config.export, seed=config.train.seed, extra=extra,
+        strict="export.max_drop" in changes, run=str(found.directory), say=say or _say, progress=progress,
+    )  # fmt: skip
+    made = export_bundle(exporter, target, precision)
+    if out is not None:
+        _copy(made.path, Path(out))
+    return made
+
+
+def verify(run: RunLike = None, *, images: int | None = None, out: str | Path | None = None) -> dict[str, Any]:
+    """Compare the pixels of every loader and the scores of every runtime that is here, on real images of the run.
+
+    Args:
+        images: how many; None: the run's setting.
+        out: also write the result there, as JSON.
+
+    Returns:
+        images, undecodable, pixels and scores (reference, allowed, compared, absent with reasons), and table: the same as rows.
+
+    Raises:
+        GateFailed: E904 when pixels differ by more than 2 levels (0.25 on average), or FP32 scores by more than 1e-4.
+    """
+    from .core.bundle import read_bundle
+    from .core.files import write_json
+    from .exporting.verify import engines_of, verify_run, verify_table
 
     found = _run(run)
     bundle = read_bundle(found.bundle_path)
-    config = found.config if opset is None else replace_settings(found.config, {"export.opset": opset})
-    settings = config.export
-    batches = export_batches(bundle, found.manifest, settings.verify_images)
-    made = export_onnx(bundle, found.exports, batches, opset=settings.opset, max_score_diff=settings.max_score_diff)
+    reference, engines = engines_of(bundle, found.exports, _device())
+    result = verify_run(
+        bundle, found.manifest, reference, engines,
+        images=images or found.config.export.verify_images, run=str(found.directory),
+    )  # fmt: skip
     if out is not None:
-        from .core.files import write_whole
+        write_json(Path(out), result)
+    return result | {"table": verify_table(result)}
 
-        content = Path(made["path"]).read_bytes()
-        write_whole(Path(out), lambda file: file.write(content))
-        made["copy"] = str(out)
-    return {
-        "path": made["path"],
-        **made["comparison"],
-        **{k: made[k] for k in ("opset", "bytes", "sha256", "copy") if k in made},
-    }
+
+def deploy(run: RunLike = None, kind: str = "kserve", **options: Any) -> str:
+    """A manifest that serves the Triton export of a run: for KServe, or for plain Kubernetes.
+
+    Args:
+        kind: kserve or k8s.
+        options: of `exporting.deploy.render`.
+
+    Returns:
+        YAML.
+
+    Raises:
+        ConfigError: C003 for an unknown kind; ExportError: E001 without a Triton export.
+    """
+    from .core.bundle import read_bundle
+    from .core.exports import find_export
+    from .exporting.deploy import render
+
+    found = _run(run)
+    made = find_export(found.exports, read_bundle(found.bundle_path), "triton")
+    return render(kind, name=options.pop("name", None) or "classifier", export=made, **options)
 
 
 def report(run: RunLike = None) -> Path:
@@ -409,15 +485,26 @@ def _rows_to_judge(run: Run, data: str | Path | None, split: str, engine: Any) -
                 "D014", f"{run.name} has no {split} images", try_=f"imgcls-fast eval {run.directory} --split val"
             )
         return manifest, rows
+    manifest = _scanned(run, data, engine)
+    return manifest, np.arange(len(manifest), dtype=np.int64)
+
+
+def _scanned(run: Run, data: str | Path, model: Any) -> Manifest:
+    """Other labelled images, with the classes and pixels of a model (an engine or a bundle)."""
     from .data.prepare import scan_options
     from .data.scan import scan
 
-    config = run.config
     options = scan_options(
-        config.data, engine.pixels.exif, env.cache_dir(), purpose="judge", classes=engine.labels.classes
+        run.config.data, model.pixels.exif, env.cache_dir(), purpose="judge", classes=model.labels.classes
     )
-    manifest = scan(Path(data), options).manifest
-    return manifest, np.arange(len(manifest), dtype=np.int64)
+    return scan(Path(data), options).manifest
+
+
+def _copy(source: Path, place: Path) -> None:
+    """A copy of a file, or of a folder, that appears whole."""
+    from .core.files import copy_whole
+
+    copy_whole(source, place)
 
 
 def _files(path: str | Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""`eval`, `predict`, `export` and `report`: what a finished run can do."""
+"""`eval`, `predict` and `report`: what a finished run can say."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from ..core.errors import DataError, UsageError
 from .answer import Answer, Request, Session, plain, write_lines
-from .settings import settings_of, whole_number
+from .settings import whole_number
 from .show import facts, say, share, table
 
 MANY_CLASSES = 30  # beyond this only the worst are listed
@@ -20,15 +20,22 @@ MANY_CLASSES = 30  # beyond this only the worst are listed
 def evaluate(request: Request, session: Session) -> Answer:
     """Judge a run on its own rows or on other labelled images."""
     batch_size = whole_number(request, "batch_size")
-    run, rest = _run_and_rest(request.things)
+    run, rest = run_and_rest(request.things)
     if len(rest) > 1:
         raise UsageError("U003", f"{request.things[0]} is not a run", try_="imgcls-fast runs list")
     from .. import api
     from ..track import counted
 
     split, runtime = request.get("split", "test"), request.get("runtime", "torch")
+    precision = request.get("engine_precision")
     found = api.evaluate(
-        run, rest[0] if rest else None, split=split, runtime=runtime, batch_size=batch_size, out=request.get("out")
+        run,
+        rest[0] if rest else None,
+        split=split,
+        runtime=runtime,
+        precision=precision,
+        batch_size=batch_size,
+        out=request.get("out"),
     )
     metrics = plain(found)
     what = rest[0] if rest else split
@@ -45,7 +52,7 @@ def predict(request: Request, session: Session) -> Answer:
         raise UsageError(
             "U002", f"--out must end in .csv or .jsonl, got {out}", try_=f"--out {out.with_suffix('.csv')}"
         )
-    run, images = _run_and_rest(request.things)
+    run, images = run_and_rest(request.things)
     if not images:
         raise UsageError(
             "U002", f"{run} is a run; predict needs images as well", try_=f"imgcls-fast predict {run} IMAGES..."
@@ -54,7 +61,14 @@ def predict(request: Request, session: Session) -> Answer:
     from ..track import counted
 
     answers = plain(
-        api.predict(run, images, runtime=request.get("runtime", "torch"), top_k=top_k, batch_size=batch_size)
+        api.predict(
+            run,
+            images,
+            runtime=request.get("runtime", "torch"),
+            precision=request.get("engine_precision"),
+            top_k=top_k,
+            batch_size=batch_size,
+        )  # fmt: skip
     )
     bad = [answer for answer in answers if answer.get("error")]
     if out is not None:
@@ -75,32 +89,16 @@ def predict(request: Request, session: Session) -> Answer:
     return Answer(value, show, line, exit_code=3 if answers and len(bad) == len(answers) else 0)
 
 
-def export(request: Request, session: Session) -> Answer:
-    """Write an ONNX file that has been compared with the original."""
-    config, _ = settings_of(request)
-    run, _ = _run_and_rest(request.things, data=False)
-    from .. import api
-
-    opset = config.export.opset if "opset" in request.options else None  # None: the setting of the run
-    made = plain(api.export(run, target="onnx", opset=opset, out=request.get("out")))
-
-    def show(console: Any) -> None:
-        say(console, str(made["path"]), "bold")
-        facts(console, {name: value for name, value in made.items() if name != "path"}, 2)
-
-    return Answer(made, show, str(made["path"]))
-
-
 def report(request: Request, session: Session) -> Answer:
     """Write report.html again."""
-    run, _ = _run_and_rest(request.things, data=False)
+    run, _ = run_and_rest(request.things, data=False)
     from .. import api
 
     path = str(api.report(run))
     return Answer({"run": run or "last", "report": path}, lambda console: say(console, path), path)
 
 
-def _run_and_rest(things: Sequence[str], *, data: bool = True) -> tuple[str | None, list[str]]:
+def run_and_rest(things: Sequence[str], *, data: bool = True) -> tuple[str | None, list[str]]:
     """The run (None: the last one) and the images or data after it.
 
     The first word is a run if it names one; else it is data, if it exists. A word that is neither is most probably a

@@ -234,12 +234,11 @@ class EvaluateConfig(Section):
 class ExportConfig(Section):
     """How a model leaves."""
 
-    opset: Annotated[int, Field(ge=18, le=25)] = Field(20, description="ONNX operator set", json_schema_extra=FREE)
+    opset: Annotated[int, Field(ge=18, le=25)] = Field(
+        20, description="ONNX operator set; from 23 on attention is one operator", json_schema_extra=FREE
+    )
     verify_images: PositiveInt = Field(200, description="real images compared with torch", json_schema_extra=FREE)
     max_score_diff: PositiveFloat = Field(1e-4, description="largest score difference allowed", json_schema_extra=FREE)
-    attention: Literal["decomposed", "native"] = Field(
-        "decomposed", description="native: one Attention operator of opset 23", json_schema_extra=FREE
-    )
     batch: PositiveInt | None = Field(None, description="fixed batch size; none: dynamic", json_schema_extra=FREE)
     max_batch: PositiveInt = Field(64, description="largest batch of a TensorRT engine", json_schema_extra=FREE)
     best_batch: PositiveInt | None = Field(

@@ -48,6 +48,10 @@ class Export:
         """The model's file (or folder, of a Triton repository)."""
         return self.folder / str(self.meta["file"])
 
+    def to_dict(self) -> dict[str, Any]:
+        """path, everything of meta.json, and gate."""
+        return {"path": str(self.path), **self.meta, "gate": self.gate}
+
     @property
     def gate(self) -> dict[str, Any] | None:
         """Content of gate.json; None where nothing was judged."""
@@ -134,14 +138,14 @@ def finish(temporary: Path, bundle: Bundle, target: str, precision: str, file: s
     return Export(folder, whole)
 
 
-def choose(export: Export) -> None:
-    """Name an export in index.json: for its target, and for its target with its precision."""
+def choose(export: Export, *, default: bool = True) -> None:
+    """Name an export in index.json: for its target with its precision, and with `default` for its target."""
     exports = export.folder.parent
-    target, precision = export.meta["target"], export.meta["precision"]
+    target, precision, name = export.meta["target"], export.meta["precision"], export.folder.name
     with explained_write(exports), _turn(exports):
         write_json(
             exports / INDEX,
-            {**_read_index(exports), target: export.folder.name, f"{target}-{precision}": export.folder.name},
+            {**_read_index(exports), f"{target}-{precision}": name, **({target: name} if default else {})},
         )
 
 
@@ -166,6 +170,15 @@ def find_export(exports: Path, bundle: Bundle, target: str, precision: str | Non
             "E001", f"{found.folder / str(found.meta.get('file'))} is damaged, or was made from another model", try_=again
         )  # fmt: skip
     return found
+
+
+def find_key(exports: Path, bundle: Bundle, target: str, precision: str, key: str) -> Export | None:
+    """The export with this key, if it is there and whole; None when it has to be made."""
+    try:
+        found = read_export(exports / f"{target}-{precision}-{key}")
+    except (OSError, ValueError):
+        return None
+    return found if found.meta.get("bundle") == bundle.digest and _intact(found) else None
 
 
 def read_export(folder: Path) -> Export:

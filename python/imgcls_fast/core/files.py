@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,6 +62,26 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
             temporary.unlink(missing_ok=True)
             raise
         sync_directory(path.parent)
+
+
+def copy_whole(source: Path, place: Path) -> None:
+    """Copy a file, or a folder that is not there yet, so that readers see all of it or nothing.
+
+    Raises:
+        HardwareError: H003 when the disk refuses, or the folder exists.
+    """
+    if source.is_file():
+        with open(source, "rb") as file:
+            write_whole(place, lambda target: shutil.copyfileobj(file, target))
+        return
+    temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
+    with explained_write(place):
+        try:
+            shutil.copytree(source, temporary)
+            os.rename(temporary, place)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
 
 
 def write_text(path: Path, text: str) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 from ..core.batch import Batch
 from ..core.errors import ConfigError, HardwareError
 from ..core.manifest import Manifest
+from ..core.pixels import Pixels
 from .sampler import Request, Sampler
 
 BACKENDS = ("torch", "dali-cpu", "dali-gpu")
@@ -54,6 +55,13 @@ def dali_missing() -> str | None:
     from importlib.util import find_spec
 
     return None if find_spec("nvidia") and find_spec("nvidia.dali") else "nvidia-dali-cuda130 is not installed"
+
+
+def usual_loader(pixels: Pixels, device: str) -> str:
+    """The loader for judging images that no run has planned for."""
+    if dali_missing() or pixels.color == "rgba":
+        return "torch"
+    return "dali-cpu" if device == "cpu" else "dali-gpu"
 
 
 def open_loader(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,12 +19,14 @@ from ..core import env
 from ..core.batch import Batch
 from ..core.bundle import Bundle
 from ..core.errors import DataError, GateFailed, ImgclsError
+from ..core.exports import list_exports
 from ..core.manifest import Manifest
 from ..core.pixels import Pixels
 from ..data.loader import dali_missing, make_batch, open_loader
 from ..data.sampler import Sampler
 from ..engines.base import Engine
 from ..engines.predictor import Predictor
+from ..engines.runtimes import open_engine
 
 Opened = Engine | Callable[[], Engine] | str  # str: why it is absent
 Batches = Generator[Batch, None, None]
@@ -186,6 +189,24 @@ def verify_table(result: Mapping[str, Any]) -> list[tuple[str, str, str, str, st
     for kind in ("pixels", "scores"):
         table += [(kind, name, "", "", f"absent: {why}") for name, why in result[kind]["absent"].items()]
     return table
+
+
+def engines_of(bundle: Bundle, exports: Path, device: str) -> tuple[Engine, dict[str, Opened]]:
+    """The model in torch, and how to open each runtime on each of its exports; what is usual is asked for even if it is not there."""
+
+    def opener(runtime: str, precision: str) -> Callable[[], Engine]:
+        return lambda: open_engine(bundle, runtime, device=device, exports=exports, precision=precision)
+
+    there = [(export.meta.get("target"), export.meta.get("precision")) for export in list_exports(exports)]
+    wanted = [("onnx", "fp32"), ("openvino", "fp32"), ("aoti", "fp32"), ("trt", "fp16")]
+    for runtime in ("onnx", "openvino", "aoti", "trt"):
+        wanted += [(runtime, str(precision)) for target, precision in there if target == _TARGETS[runtime]]
+    engines: dict[str, Opened] = {
+        f"{runtime} {precision}": opener(runtime, precision)
+        for runtime, precision in dict.fromkeys(wanted)
+        if precision != "bf16" or runtime == "trt"  # no ONNX runtime on a CPU takes it
+    }
+    return open_engine(bundle, "torch"), engines
 
 
 def spread_rows(manifest: Manifest, images: int) -> np.ndarray:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from imgcls_fast.core.errors import ConfigError
+from imgcls_fast.core.manifest import LabelSpace
 from imgcls_fast.models.backbones import (
     INCEPTION_AUX_SIDE,
     ModelSpec,
@@ -81,10 +82,13 @@ class Classifier(nn.Module):
         return logits
 
     def normalise(self, pixels: Tensor) -> Tensor:
-        """``(pixels / 255 - mean) / std`` as (N, C, H, W) floats, channels-last without a copy of the bytes."""
+        """``(pixels / 255 - mean) / std`` as (N, C, H, W) floats; the view that comes out is channels-last.
+
+        The bytes become floats before anything else happens to them: TensorRT takes no other first layer on uint8.
+        """
         if self.training and self.aux_weights and self.spec.arch == "torchvision/inception_v3":
             self._check_aux_side(min(pixels.shape[1:3]))
-        return pixels.permute(0, 3, 1, 2).to(self.scale.dtype) * self.scale + self.shift
+        return pixels.to(self.scale.dtype).permute(0, 3, 1, 2) * self.scale + self.shift
 
     def _check_aux_side(self, side: int) -> None:
         if side < INCEPTION_AUX_SIDE:
@@ -196,6 +200,17 @@ class Classifier(nn.Module):
         raise ConfigError(
             "C004", f"the stages of {self.spec.arch} cannot be told apart: {failure}", try_="--freeze backbone"
         )
+
+
+def probabilities(logits: Tensor, labels: LabelSpace, temperature: float) -> Tensor:
+    """(N, K) float32 scores of (N, K) logits: of each task softmax (one_of) or sigmoid (any_of) of logits / temperature."""
+    logits = logits.float() / temperature
+    sizes = [len(task.classes) for task in labels.tasks]
+    parts = [
+        torch.softmax(part, 1) if task.kind == "one_of" else torch.sigmoid(part)
+        for task, part in zip(labels.tasks, logits.split(sizes, 1) if len(sizes) > 1 else (logits,), strict=True)
+    ]
+    return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
 
 def _all_frozen(module: nn.Module) -> bool:

@@ -18,7 +18,7 @@ from ..core.pixels import Pixels
 from ..core.predictions import Predictions
 from ..core.run import Run
 from ..core.settings import flatten
-from ..data.loader import dali_missing, open_loader
+from ..data.loader import open_loader
 from ..data.sampler import Sampler
 from ..engines.base import Engine, predict
 from ..engines.runtimes import TorchEngine, open_engine
@@ -54,13 +54,6 @@ def score_rows(
         )
     finally:
         source.close()
-
-
-def usual_loader(pixels: Pixels, device: str) -> str:
-    """The loader for judging images that no run has planned for."""
-    if dali_missing() or pixels.color == "rgba":
-        return "torch"
-    return "dali-cpu" if device == "cpu" else "dali-gpu"
 
 
 def best_model(run: Run) -> tuple[Classifier, dict[str, Any], Progress]:
@@ -123,7 +116,9 @@ def calibrated(predictions: Predictions, temperature: float) -> Predictions:
     )
 
 
-def run_engine(run: Run, runtime: str = "torch", device: str = "cpu") -> tuple[Engine, str]:
+def run_engine(
+    run: Run, runtime: str = "torch", device: str = "cpu", precision: str | None = None
+) -> tuple[Engine, str]:
     """An engine for a run, and a note where it is not the judged model (training has not ended yet).
 
     Raises:
@@ -131,7 +126,9 @@ def run_engine(run: Run, runtime: str = "torch", device: str = "cpu") -> tuple[E
         ConfigError: C004 for another runtime than torch before training has ended.
     """
     if run.finished:
-        return open_engine(read_bundle(run.bundle_path), runtime, device=device, exports=run.exports), ""
+        return open_engine(
+            read_bundle(run.bundle_path), runtime, device=device, exports=run.exports, precision=precision
+        ), ""
     if runtime != "torch":
         raise ConfigError(
             "C004",
@@ -144,21 +141,6 @@ def run_engine(run: Run, runtime: str = "torch", device: str = "cpu") -> tuple[E
         engine,
         f"{run.name} is not finished: answers come from its best checkpoint so far (epoch {progress.best_epoch + 1}), not calibrated",
     )
-
-
-def export_batches(bundle: Bundle, manifest: Manifest, images: int, batch_size: int = 16) -> Any:
-    """Up to `images` real images as the model sees them, (n, S, S, C) uint8: test rows first, then val, then train."""
-    order = np.concatenate([manifest.rows(split) for split in ("test", "val", "train")])[:images]
-    loader = open_loader(
-        Sampler(manifest, order, bundle.pixels, batch_size), usual_loader(bundle.pixels, "cpu"), workers=2, once=True
-    )
-    try:
-        for batch in loader.epoch(0):
-            keep = np.asarray(batch.weight) > 0
-            if keep.any():
-                yield np.ascontiguousarray(np.asarray(batch.pixels)[keep])
-    finally:
-        loader.close()
 
 
 def bundle_folder(path: Path) -> Path | None:

@@ -1,0 +1,145 @@
+"""`export`, `verify` and `deploy render`: how a model leaves, and whether it is still the same model there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..core.errors import UsageError
+from ..core.flags import PRECISIONS
+from .answer import Answer, Request, Session
+from .judge import run_and_rest
+from .settings import settings_of
+from .show import facts, say, table
+
+TARGETS = ("onnx", "trt", "pt2", "aoti", "torchscript", "triton")
+_POINTS = ("verdict", "rows", "lost", "gained", "drop_pp", "bound_pp", "max_drop_pp", "rows_needed", "simulated")
+
+
+def export(request: Request, session: Session) -> Answer:
+    """Make one export; it has been compared and judged when this returns."""
+    target, precision = _target(request), _precision(request)
+    config, arguments = settings_of(request)
+    from ..core.settings import flatten
+
+    asked = {name: value for name, value in flatten(config).items() if name in _asked(arguments)}
+    run, _ = run_and_rest(request.things, data=False)
+    from .. import api
+
+    made = api.export(
+        run, target, precision=precision, overrides=asked, out=request.get("out"), say=session.note,
+        progress=_progress(session),
+    ).to_dict()  # fmt: skip
+
+    def show(console: Any) -> None:
+        say(console, str(made["path"]), "bold")
+        facts(
+            console,
+            {name: made[name] for name in ("target", "precision", "opset", "bytes", "copy") if made.get(name)},
+            2,
+        )
+        _show_comparison(console, made)
+        _show_gate(console, made.get("gate"))
+        _show_latency(console, made.get("latency"))
+
+    return Answer(made, show, str(made["path"]))
+
+
+def verify(request: Request, session: Session) -> Answer:
+    """Compare pixels between loaders and scores between runtimes."""
+    run, _ = run_and_rest(request.things, data=False)
+    from .. import api
+
+    found = api.verify(run, out=request.get("out"))
+
+    line = f"{found['images']:,} images: every loader and runtime that is here gives the same"
+
+    def show(console: Any) -> None:
+        table(console, ["what", "of", "difference", "same answers", "verdict"], found["table"])
+        say(console, line, "bold")
+
+    return Answer(found, show, line)
+
+
+def deploy(request: Request, session: Session) -> Answer:
+    """Write a manifest for Kubernetes or KServe."""
+    kind, *rest = request.things
+    run, _ = run_and_rest(rest, data=False)
+    from .. import api
+
+    named = {name: request.get(name) for name in ("name", "image", "storage") if request.get(name)}
+    text = api.deploy(run, kind, **named)
+    out = request.get("out")
+    if out:
+        from ..core.files import write_text
+
+        write_text(Path(out), text)
+    return Answer({"kind": kind, "manifest": text, "out": out}, lambda console: say(console, out or text), out or text)
+
+
+def _target(request: Request) -> str:
+    named = [name for name in TARGETS if request.get(name)]
+    if len(named) > 1:
+        both = " and ".join(f"--{name}" for name in named)
+        raise UsageError(
+            "U002", f"{both} exclude each other: one export at a time", try_=f"imgcls-fast export --{named[0]}"
+        )
+    return named[0] if named else "onnx"
+
+
+def _precision(request: Request) -> str | None:
+    given = [request.get("precision")] if request.get("precision") else []
+    given += [name for name in PRECISIONS if request.get(name) and name not in given]
+    if len(given) > 1:
+        raise UsageError(
+            "U002",
+            f"two precisions are asked for: {' and '.join(given)}",
+            try_=f"imgcls-fast export --precision {given[0]}",
+        )
+    return given[0] if given else None
+
+
+def _progress(session: Session) -> Callable[[str, float], None] | None:
+    """A line a phase of a build that takes minutes; nothing where nobody looks."""
+    if session.json or session.quiet:
+        return None
+    last = [""]
+
+    def told(phase: str, done: float) -> None:
+        if phase != last[0]:
+            last[0] = phase
+            session.note(f"TensorRT {done:.0%}: {phase}")
+
+    return told
+
+
+def _asked(arguments: dict[str, Any]) -> set[str]:
+    """Names of the settings that the command line sets."""
+    return set(arguments["overrides"]) | {text.partition("=")[0].strip() for text in arguments["sets"]}
+
+
+def _show_comparison(console: Any, made: dict[str, Any]) -> None:
+    found = made.get("comparison")
+    if found:
+        line = f"same class as torch on {found['same_top1']:,} of {found['images']:,} images, "
+        say(console, f"  {line}largest score difference {found['max_score_diff']:.1e}")
+    elif made.get("verified"):
+        say(console, f"  verified: {made['verified']}")
+
+
+def _show_gate(console: Any, gate: dict[str, Any] | None) -> None:
+    if not gate:
+        return
+    say(console, f"gate: {gate['statement']}", "bold")
+    facts(console, {name: gate[name] for name in _POINTS if gate.get(name) is not None}, 2)
+
+
+def _show_latency(console: Any, latency: dict[str, Any] | None) -> None:
+    if not latency:
+        return
+    rows = [
+        [str(t["batch"]), *(f"{t['end_to_end'][name]:.3g}" for name in ("p50_ms", "p90_ms", "p99_ms")), f"{t['images_per_s']:,.0f}"]
+        for t in {row["batch"]: row for row in (latency["one"], latency["best"])}.values()
+    ]  # fmt: skip
+    table(console, ["batch", "p50 ms", "p90 ms", "p99 ms", "images/s"], rows, numbers=range(5))

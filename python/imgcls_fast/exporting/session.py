@@ -1,0 +1,479 @@
+"""One export, from what was asked for to a file that has been compared, judged and timed; or an error, and nothing handed over."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from ..core import env
+from ..core.bundle import Bundle
+from ..core.config import ExportConfig
+from ..core.errors import ConfigError, GateFailed, HardwareError
+from ..core.exports import GATE, Export, choose, export_key, find_key, finish, new_export
+from ..core.files import explained_write, sha256_file, sync_directory, write_json
+from ..core.manifest import Manifest
+from ..engines.base import Engine
+from ..engines.onnx_runtimes import OnnxEngine
+from ..engines.runtimes import FunctionEngine, open_engine
+from ..engines.timing import best_batch, measure
+from ..evaluation.paired import Judgement
+from .gate import Gate, GateData, demand, gate_data, gate_report, rows_digest
+from .images import batches_of, comparison_rows, pixels_of
+from .lint import demand_clean, lint
+from .onnx_graph import Precision, export_onnx, graph_facts, scorer_of, verify_graph
+from .pareto import Candidate, pareto_plot
+from .quantize import autocast, calibration_facts, calibration_rows, quantize
+
+Target = Literal["onnx", "trt", "pt2", "aoti", "torchscript", "triton"]
+TARGETS: tuple[Target, ...] = ("onnx", "trt", "pt2", "aoti", "torchscript", "triton")
+MODEL, PLAN, PICTURE = "model.onnx", "model.plan", "pareto.png"
+
+_LARGEST_LIST = 64  # calibration images that AutoCast and the ranking of layers look at
+_SHORT = {"warmup_s": 0.2, "duration_s": 1.0}  # of a timing that goes into meta.json; `bench_engines.py` takes longer
+_SWEPT = (1, 2, 4, 8, 16, 32, 64)
+
+
+@dataclass
+class Exporter:
+    """Everything that the exports of one bundle share; what costs time is made when it is first needed.
+
+    Args:
+        bundle: the model.
+        manifest: the images of its run.
+        exports: folder of the run's exports.
+        settings: of this export.
+        seed: of calibration rows and of the division of gate rows.
+        extra: more labelled images for the gate (`--gate-data`), scanned with the classes of the model.
+        strict: also refuse FP16 and BF16 that the rows cannot prove; INT8 is always refused then.
+        run: how the run is named in commands.
+        say: told what happens, in whole sentences.
+        progress: told how far the building of an engine is (phase, 0..1).
+    """
+
+    bundle: Bundle
+    manifest: Manifest
+    exports: Path
+    settings: ExportConfig
+    seed: int = 0
+    extra: Manifest | None = None
+    strict: bool = False
+    run: str = "RUN"
+    say: Callable[[str], None] = field(default=lambda sentence: None)
+    progress: Callable[[str, float], None] | None = None
+
+    # --- images -------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def comparison(self) -> list[np.ndarray]:
+        """Real images for comparing a file with its original, (n, S, S, C) uint8 each."""
+        return pixels_of(self.bundle, self.manifest, comparison_rows(self.manifest, self.settings.verify_images))
+
+    @cached_property
+    def calibration_rows(self) -> np.ndarray:
+        """Rows of the training split that set INT8 ranges."""
+        return calibration_rows(self.manifest, self.settings.calibration_images, self.seed)
+
+    @cached_property
+    def calibration(self) -> np.ndarray:
+        """(N, S, S, C) uint8."""
+        parts = pixels_of(self.bundle, self.manifest, self.calibration_rows)
+        side, channels = self.bundle.pixels.size, self.bundle.pixels.channels
+        return np.concatenate(parts) if parts else np.zeros((0, side, side, channels), np.uint8)
+
+    @cached_property
+    def gate_data(self) -> GateData:
+        """Labelled images that may judge."""
+        digests = self.manifest.digest[self.calibration_rows]
+        data = gate_data(self.manifest, self.settings.gate_rows, calibration=digests, extra=self.extra)
+        if data.left_out:
+            left = ", ".join(f"{count:,} {reason}" for reason, count in data.left_out.items())
+            self.say(f"{len(data):,} gate rows; left out: {left}")
+        return data
+
+    @cached_property
+    def reference(self) -> Engine:
+        """The model in FP32."""
+        return open_engine(self.bundle, "torch")
+
+    def new_gate(self, fraction: float) -> Gate:
+        """A gate whose verdict rows nobody has seen."""
+        manifest = self.gate_data.manifest
+        return Gate(
+            self.gate_data,
+            self.reference,
+            lambda rows: batches_of(self.bundle, manifest, rows),
+            max_drop_pp=self.settings.max_drop,
+            seed=self.seed,
+            fraction=fraction,
+        )
+
+    # --- ONNX ---------------------------------------------------------------------------------------------------------
+
+    def onnx(self, precision: str, *, exported_for: str = "onnx") -> Export:
+        """The ONNX export of a precision: compared, linted, judged; named in index.json if it may be used.
+
+        Args:
+            exported_for: what the file is meant for: "trt" when it is only the way to an engine, and its judgement a simulation.
+
+        Raises:
+            ExportError: E001, E002, E003; GateFailed: E901, E902, E903; HardwareError: H003, H004.
+        """
+        if precision == "fp32":
+            export = self._graph("fp32")
+            demand_clean(lint(export.path, "fp32"), export.path)
+        elif precision == "int8":
+            export = self._judged_int8(exported_for)
+        else:
+            export = self._judged_half(precision, exported_for)
+        choose(export, default=exported_for == "onnx")
+        return export
+
+    def _graph(self, precision: Precision) -> Export:
+        return export_onnx(
+            self.bundle, self.exports, self.comparison, precision=precision, settings=self.settings, name_it=False
+        )
+
+    def _judged_half(self, precision: str, exported_for: str) -> Export:
+        export = self._half(precision)
+        demand_clean(lint(export.path, precision), export.path)
+        engine = self._open_onnx(export.path, precision)
+        gate = self.new_gate(0)
+        simulated = engine.runtime != exported_for
+        judgement = gate.verdict(f"{exported_for}-{precision}", engine, simulated=simulated)
+        write_json(
+            export.folder / GATE,
+            self._report(judgement, gate, engine, exported_for, str(export.meta["sha256"])),
+        )
+        engine.close()
+        self._demand(judgement, exported_for, precision)
+        return export
+
+    def _half(self, precision: str) -> Export:
+        """The half model between float edges; where its ranges burst FP16, AutoCast decides what stays in float32."""
+        try:
+            return self._graph(precision)  # type: ignore[arg-type]
+        except GateFailed as failed:
+            if precision != "fp16" or not len(self.calibration):
+                raise
+            self.say(f"{failed.message}; layers that need float32 keep it (AutoCast)")
+        base = self._graph("fp32")
+        key = export_key(self.bundle, base=base.meta["sha256"], autocast=env.versions(("nvidia-modelopt",)))
+        if (made := find_key(self.exports, self.bundle, "onnx", precision, key)) is not None:
+            return made
+        with new_export(self.exports, "onnx", precision, key) as temporary:
+            path = temporary / MODEL
+            facts = autocast(base.path, path, "fp16", self.calibration[:_LARGEST_LIST])
+            found = verify_graph(path, self.bundle, self.comparison, precision, self.settings.max_score_diff)
+            meta = {**graph_facts(path, self.bundle, self.settings.batch), **found, "autocast": facts}
+            return finish(temporary, self.bundle, "onnx", precision, MODEL, meta)
+
+    # --- INT8 ---------------------------------------------------------------------------------------------------------
+
+    def _judged_int8(self, exported_for: str) -> Export:
+        base = self._graph("fp32")
+        key = self._int8_key(base, exported_for)
+        made = find_key(self.exports, self.bundle, "onnx", "int8", key)
+        if made is not None and (made.gate or {}).get("verdict") == "pass":
+            return made
+        with new_export(self.exports, "onnx", "int8", key) as temporary:
+            gate = self.new_gate(self.settings.search_fraction)
+            facts = self.quantised(base, temporary, gate, exported_for)
+            engine = self._open_onnx(temporary / MODEL, "int8")
+            judgement = gate.verdict(f"{exported_for}-int8", engine, simulated=engine.runtime != exported_for)
+            report = self._report(judgement, gate, engine, exported_for, sha256_file(temporary / MODEL))
+            write_json(temporary / GATE, report)
+            engine.close()
+            meta = {**graph_facts(temporary / MODEL, self.bundle, self.settings.batch), **facts}
+            export = finish(temporary, self.bundle, "onnx", "int8", MODEL, meta)
+        self._demand(judgement, exported_for, "int8")
+        return export
+
+    def _int8_key(self, base: Export, exported_for: str) -> str:
+        settings = self.settings
+        return export_key(
+            self.bundle,
+            base=base.meta["sha256"],
+            calibration=rows_digest(self.manifest.digest[self.calibration_rows]),
+            method=settings.calibration_method,
+            quantizer=settings.quantizer,
+            versions=env.versions(("nvidia-modelopt", "onnx", "onnxruntime")),
+            gate=[self.gate_data.digest(), settings.max_drop, settings.search_fraction, self.seed, exported_for],
+        )
+
+    def quantised(self, base: Export, folder: Path, gate: Gate, exported_for: str) -> dict[str, Any]:
+        """Write folder/model.onnx in INT8: plain if the search rows let it pass, else with the worst layers in FP16.
+
+        Returns:
+            what meta.json says about quantisation, calibration, search and latency.
+        """
+        from .sensitivity import layer_sqnr, rescue
+
+        settings = self.settings
+        calibrated = calibration_facts(self.manifest, self.calibration_rows, self.seed)
+        simulated = exported_for != "onnx"
+        made: dict[Path, dict[str, Any]] = {}
+        timings: dict[str, float] = {}
+
+        def make(exclude: tuple[str, ...]) -> Path:
+            path = folder / f"candidate{len(made)}.onnx"
+            made[path] = quantize(
+                base.path, path, self.calibration, method=settings.calibration_method,
+                quantizer=settings.quantizer, exclude=exclude,
+            )  # fmt: skip
+            demand_clean(lint(path, "int8"), path)
+            return path
+
+        def look(path: Path) -> _Looked:
+            engine = self._open_onnx(path, "int8")
+            name = f"int8, {len(made[path]['excluded'])} layers in FP16" if made[path]["excluded"] else "int8"
+            timings[name] = measure(engine, self.settings.batch or 1, **_SHORT).end_to_end.p50_ms  # type: ignore[arg-type]
+            judgement = gate.look(name, engine, simulated=simulated, excluded=list(made[path]["excluded"]))
+            engine.close()
+            return _Looked(judgement, "pass" if promising(judgement) else judgement.verdict)
+
+        searched: dict[str, Any] | None = None
+        with explained_write(folder):
+            chosen = make(())
+            looked = look(chosen)
+            if looked.verdict != "pass" and settings.search_s > 0:
+                self.say(_loses(looked.judgement))
+                ranked = layer_sqnr(base.path, chosen, self.calibration[:_LARGEST_LIST])
+                found = rescue(ranked, lambda layers: make(tuple(layers)), look, budget_s=settings.search_s)
+                chosen = found.chosen.path if found.chosen else chosen
+                searched = {"ended": found.ended, "candidates": len(found.history), "sqnr_db": dict(ranked)}
+            facts = made[chosen]
+            if facts["note"]:
+                self.say(facts["note"])
+            shutil.copyfile(chosen, folder / MODEL)
+            for path in made:
+                path.unlink(missing_ok=True)
+            self._picture(folder / PICTURE, gate, timings, facts, exported_for)
+            sync_directory(folder)
+        return {
+            "quantisation": {**facts, "calibration": {**calibrated, **facts["calibration"]}},
+            "search": searched,
+            "latency": self._latency(folder / MODEL, "int8"),
+        }
+
+    def _picture(
+        self, path: Path, gate: Gate, timings: dict[str, float], facts: dict[str, Any], exported_for: str
+    ) -> None:
+        """Accuracy on the search rows against latency, of every candidate."""
+        if not gate.history or not gate.history[0]["rows"]:
+            return
+        batch = self.settings.batch or 1
+        reference = self._open_onnx(self._graph("fp32").path, "fp32")
+        took = measure(reference, batch, **_SHORT).end_to_end.p50_ms  # type: ignore[arg-type]
+        reference.close()
+        full = gate.history[0]["reference_accuracy"]
+        points = [Candidate("fp32", full, took, "onnx", "reference")]
+        for seen in gate.history:
+            points.append(
+                Candidate(
+                    seen["name"], seen["accuracy"], timings.get(seen["name"]), "onnx", seen["verdict"],
+                    least_accuracy=full - seen["bound_pp"] / 100, chosen=seen["excluded"] == facts["excluded"],
+                )
+            )  # fmt: skip
+        pareto_plot(points, path, exported_for=exported_for, batch=batch)
+
+    # --- engines ------------------------------------------------------------------------------------------------------
+
+    def trt(self, precision: str) -> Export:
+        """A TensorRT engine, judged itself; without TensorRT or a GPU the linted ONNX file and how to build it elsewhere.
+
+        Raises:
+            HardwareError: H004 or H001 where TensorRT or a GPU is missing; the ONNX file stays.
+            ExportError: E004; and what `onnx` raises.
+        """
+        from .trt_engine import build_plan, require_builder, timing_cache_path, trt_missing
+
+        missing = trt_missing()
+        if missing:
+            self.say(f"{missing}; the ONNX file for it is made all the same")
+            source = self.onnx(precision, exported_for="trt")
+            require_builder(source.path, source.folder / PLAN, self.trt_options(None))
+        options = self.trt_options(timing_cache_path())
+        base = self._graph("fp32") if precision == "int8" else None
+        gate = self.new_gate(self.settings.search_fraction if precision == "int8" else 0)
+        key = export_key(self.bundle, options=repr(options), precision=precision, device=_gpu(),
+                         source=self._int8_key(base, "trt") if base else None,
+                         versions=env.versions(("tensorrt", "onnx", "torch")))  # fmt: skip
+        with new_export(self.exports, "trt", precision, key) as temporary:
+            facts: dict[str, Any] = {}
+            if base is not None:
+                facts = self.quantised(base, temporary, gate, "trt")
+            else:
+                half = self._graph("fp32") if precision == "fp32" else self._half(precision)
+                demand_clean(lint(half.path, precision), half.path)
+                shutil.copyfile(half.path, temporary / MODEL)
+            built = build_plan(temporary / MODEL, temporary / PLAN, options, progress=self.progress)
+            meta = {**graph_facts(temporary / MODEL, self.bundle, self.settings.batch), **facts, **built}
+            judgement = self._judge_plan(temporary, gate, meta, precision)
+            export = finish(temporary, self.bundle, "trt", precision, PLAN, meta)
+        if judgement is not None:
+            self._demand(judgement, "trt", precision)
+        choose(export)
+        return export
+
+    def trt_options(self, timing_cache: Path | None) -> Any:
+        """What the settings ask of TensorRT."""
+        from .trt_engine import TrtOptions
+
+        s = self.settings
+        best = min(s.best_batch or s.max_batch, s.max_batch)
+        batches = (s.batch,) * 3 if s.batch else (1, best, s.max_batch)
+        return TrtOptions(
+            level=s.trt_level, workspace_gb=s.trt_workspace_gb, hardware=s.trt_hardware, refit=s.trt_refit,
+            version_compatible=s.trt_version_compatible, batches=batches, timing_cache=timing_cache,
+        )  # fmt: skip
+
+    def _judge_plan(self, folder: Path, gate: Gate, meta: dict[str, Any], precision: str) -> Judgement | None:
+        """Judge the plan that lies in `folder`, and time it; FP32 is compared on real images instead."""
+        from ..engines.trt_runtime import TrtEngine
+        from .onnx_graph import compare_engines, judge_comparison
+
+        digest = sha256_file(folder / PLAN)
+        whole = {**meta, "sha256": digest, "bundle": self.bundle.digest}
+        engine = TrtEngine(
+            folder / PLAN, whole, self.bundle.labels, self.bundle.pixels, streams=self.settings.streams
+        )  # fmt: skip
+        try:
+            result = compare_engines(self.reference, engine, self.comparison)
+            meta["comparison"] = result.to_dict()
+            if precision != "int8":
+                judge_comparison(result, precision, self.settings.max_score_diff, "TensorRT")
+            meta["latency"] = _timings(engine, self.settings.batch)
+            if precision == "fp32":
+                return None
+            judgement = gate.verdict(f"trt-{precision}", engine, simulated=False)
+            write_json(folder / GATE, self._report(judgement, gate, engine, "trt", digest))
+            return judgement
+        finally:
+            engine.close()
+
+    def program(self, target: str, precision: str) -> Export:
+        """A program of PyTorch: torch.export, AOTInductor or TorchScript."""
+        from .programs import WRITERS
+
+        return WRITERS[target](self.bundle, self.exports, self.comparison, settings=self.settings, precision=precision)
+
+    def triton(self, precision: str) -> Export:
+        """A Triton repository around the TensorRT engine where one can be built, else around the ONNX file."""
+        from .triton import TritonOptions, export_triton
+        from .trt_engine import trt_missing
+
+        missing = trt_missing()
+        if missing:
+            self.say(f"{missing}: the repository holds the ONNX file")
+        source = self.onnx(precision) if missing else self.trt(precision)
+        return export_triton(
+            self.bundle, self.exports, source, TritonOptions(gpu=torch.cuda.is_available(), max_batch=self.settings.max_batch)
+        )  # fmt: skip
+
+    # --- parts --------------------------------------------------------------------------------------------------------
+
+    def _open_onnx(self, path: Path, precision: str) -> Engine:
+        """What computes the scores of an ONNX file here. No ONNX runtime on a CPU takes BF16, so PyTorch stands in for it."""
+        if precision != "bf16":
+            return OnnxEngine(path, self.bundle.labels, self.bundle.pixels)
+        return FunctionEngine(
+            scorer_of(self.bundle, "bf16"), self.bundle.labels, self.bundle.pixels, runtime="torch", precision="bf16"
+        )
+
+    def _latency(self, path: Path, precision: str) -> dict[str, Any]:
+        engine = self._open_onnx(path, precision)
+        try:
+            return _timings(engine, self.settings.batch)
+        finally:
+            engine.close()
+
+    def _report(
+        self, judgement: Judgement, gate: Gate, engine: Engine, exported_for: str, digest: str
+    ) -> dict[str, Any]:
+        names = ("torch", "onnx", "onnxruntime", "nvidia-modelopt", "tensorrt")
+        found = {name: version for name, version in env.versions(names).items() if version}
+        return gate_report(
+            judgement, gate, judge_runtime=engine.runtime, judge_precision=engine.precision,
+            exported_runtime=exported_for, versions={**found, "imgcls-fast": env.package_version()},
+            bundle=self.bundle.digest, engine=digest, calibration=self.manifest.digest[self.calibration_rows],
+        )  # fmt: skip
+
+    def _demand(self, judgement: Judgement, target: str, precision: str) -> None:
+        """INT8 has to be proven. Half precision has to be proven if a budget was asked for, else not to be disproven."""
+        share = 1 - self.settings.search_fraction if precision == "int8" else 1.0
+        try:
+            demand(judgement, f"{target}-{precision}", run=self.run, verdict_share=share)
+        except GateFailed as refused:
+            if refused.code != "E903" or precision == "int8" or self.strict:
+                raise
+            self.say(f"not proven: {refused.message}")
+
+
+@dataclass(frozen=True)
+class _Looked:
+    """What the search rows said: "pass" for a candidate that is worth the verdict rows."""
+
+    judgement: Judgement
+    verdict: str
+
+
+def promising(judgement: Judgement) -> bool:
+    """Whether a candidate that did so on the search rows is worth the verdict rows.
+
+    It is if the search rows alone would let it pass, or if it lost no more than half of the budget: with few rows no bound can
+    be within the budget, and then the verdict, not a search, has to say so.
+    """
+    return judgement.passed or judgement.drop <= judgement.max_drop / 2
+
+
+def export_bundle(exporter: Exporter, target: str, precision: str | None = None) -> Export:
+    """Make one export; see `Exporter`.
+
+    Args:
+        target: one of `TARGETS`.
+        precision: fp32, fp16, bf16 or int8; None: fp16 for trt, else fp32.
+
+    Raises:
+        ConfigError: C003 for an unknown target, C004 for a precision that the target does not have.
+    """
+    if target not in TARGETS:
+        legal = ", ".join(repr(name) for name in TARGETS)
+        raise ConfigError(
+            "C003", f"target must be one of {legal}, got {target!r}", try_="imgcls-fast export RUN --onnx"
+        )
+    precision = precision or ("fp16" if target == "trt" else "fp32")
+    if target in ("pt2", "aoti", "torchscript"):
+        if precision == "int8":
+            raise ConfigError(
+                "C004", f"--{target} has no int8; INT8 leaves through ONNX", try_="imgcls-fast export --onnx --precision int8"
+            )  # fmt: skip
+        return exporter.program(target, precision)
+    if target == "onnx":
+        return exporter.onnx(precision)
+    return exporter.trt(precision) if target == "trt" else exporter.triton(precision)
+
+
+def _timings(engine: Engine, batch: int | None) -> dict[str, Any]:
+    """Latency of batch 1 (or of the fixed batch) and of the batch with the highest rate."""
+    sweep = best_batch(engine, [batch] if batch else _SWEPT, budget_s=10.0, **_SHORT)
+    return {"one": sweep.timings[0].to_dict(), "best": sweep.best.to_dict()}
+
+
+def _loses(judgement: Judgement) -> str:
+    return (
+        f"plain INT8 loses {100 * judgement.drop:.2f} points on {judgement.rows:,} search rows "
+        f"({100 * judgement.max_drop:g} are allowed): looking for the layers that it harms"
+    )
+
+
+def _gpu() -> str:
+    if not torch.cuda.is_available():
+        raise HardwareError("H001", "there is no GPU", try_="imgcls-fast doctor")
+    return torch.cuda.get_device_name()
