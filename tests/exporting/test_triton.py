@@ -170,13 +170,15 @@ def test_a_fixed_batch_of_one_fits_behind_the_decoder(bundle_of, tmp_path):
     facts = write_triton(bundle, onnx_export(bundle, batch=1), tmp_path / "repository", TritonOptions(name="m"))
     assert (
         facts["models"] == ["m", "m_decode", "m_ensemble"] and parsed(tmp_path / "repository" / "m").max_batch_size == 0
+    with pytest.raises(ConfigError, match="decode_batch is 2, and the model takes 1"):
+        write_triton(bundle, onnx_export(bundle, batch=1), tmp_path / "other", TritonOptions(decode_batch=2))
     )
 
 
 @needs_dali
 def test_a_plan_is_bound_to_its_gpu_and_its_profile(bundle_of, tmp_path):
     bundle = bundle_of()
-    options = TritonOptions(name="m", gpu=True, cuda_graphs=True, instances=2)
+    options = TritonOptions(name="m", cuda_graphs=True, instances=2)
     facts = write_triton(bundle, plan_export(bundle), tmp_path / "repository", options)
     config = parsed(tmp_path / "repository" / "m")
     assert config.platform == "tensorrt_plan" and config.max_batch_size == 64 and config.optimization.cuda.graphs
@@ -376,9 +378,9 @@ def test_sources_that_cannot_be_served_are_refused(bundle_of, tmp_path):
     with pytest.raises(ExportError, match="ONNX or a TensorRT export, got 'pt2'"):
         write_triton(bundle, Export(source.folder, {**source.meta, "target": "pt2"}), target)
     with pytest.raises(ConfigError, match="runs on GPUs only"):
-        write_triton(bundle, plan_export(bundle), target)
+        write_triton(bundle, plan_export(bundle), target, TritonOptions(gpu=False))
     with pytest.raises(ConfigError, match="built for at most 64"):
-        write_triton(bundle, plan_export(bundle), target, TritonOptions(gpu=True, max_batch=128))
+        write_triton(bundle, plan_export(bundle), target, TritonOptions(max_batch=128))
     with pytest.raises(ExportError, match="bfloat16"):
         write_triton(bundle, onnx_export(bundle, precision="bf16"), target)
     source.path.write_bytes(source.path.read_bytes()[:-1])
@@ -419,7 +421,8 @@ def test_odd_class_names_that_fit_on_a_line_are_kept_as_they_are(bundle_of, tmp_
 
 def test_rgba_gets_a_model_without_a_decoder(bundle_of, tmp_path):
     bundle = bundle_of(color="rgba")
-    assert write_triton(bundle, onnx_export(bundle), tmp_path / "repository")["decode"] is False
+    facts = write_triton(bundle, onnx_export(bundle), tmp_path / "repository")
+    assert facts["decode"] is False and "RGBA" in facts["no_decoder"]
     with pytest.raises(ConfigError, match="RGBA"):
         write_triton(bundle, onnx_export(bundle), tmp_path / "other", TritonOptions(dali=True))
 

@@ -109,7 +109,7 @@ def render(
         raise ConfigError(
             "C004",
             f"a manifest serves a Triton export, got one of target {meta.get('target')!r}",
-            try_="imgcls-fast export RUN --onnx --triton",
+            try_="imgcls-fast export RUN --triton",
         )
     _check_name(name)
     if namespace is not None and not (_NAMESPACE.fullmatch(namespace) and len(namespace) <= 63):

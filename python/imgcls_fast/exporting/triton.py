@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ class TritonOptions:
 
     Args:
         name: of the model; None: the architecture's.
-        gpu: run on GPUs.
+        gpu: run on GPUs; None: a plan does, an ONNX file does not.
         instances: copies of the model on each GPU (or on the CPU).
         max_batch: largest batch, images; None: the plan's, or 64. A model exported with a fixed batch keeps it.
         preferred: batches that are sent without waiting longer; empty: the plan's best and `max_batch`.
@@ -57,7 +57,7 @@ class TritonOptions:
     """
 
     name: str | None = None
-    gpu: bool = False
+    gpu: bool | None = None
     instances: int = 1
     max_batch: int | None = None
     preferred: tuple[int, ...] = ()
@@ -80,7 +80,11 @@ class _Plan:
     batch: int | None  # fixed
     max_batch: int  # 0: the batch is fixed
     preferred: tuple[int, ...]
-    dali: bool
+    no_decoder: str  # why there is none; "" when there is one
+
+    @property
+    def dali(self) -> bool:
+        return not self.no_decoder
 
 
 def export_triton(bundle: Bundle, exports: Path, source: Export, options: TritonOptions | None = None) -> Export:
@@ -97,7 +101,7 @@ def export_triton(bundle: Bundle, exports: Path, source: Export, options: Triton
     plan = _plan(bundle, source, options)
     versions = env.versions(("nvidia-dali-cuda130", "onnx"))
     precision = str(source.meta["precision"])
-    facts = {**asdict(options), "name": plan.name, "dali": plan.dali, "versions": versions}
+    facts = {**asdict(plan.options), "name": plan.name, "dali": plan.dali, "versions": versions}
     key = export_key(bundle, source=source.meta["sha256"], **facts)
     export = find_key(exports, bundle, "triton", precision, key)
     if export is None:
@@ -152,6 +156,8 @@ def _plan(bundle: Bundle, export: Export, options: TritonOptions) -> _Plan:
             f"a Triton model's name is up to 100 letters, digits, '.', '_' or '-', and begins with a letter or digit, got {name!r}",
             why="it becomes a folder, a part of a URL and the label of a metric",
         )
+    if options.gpu is None:
+        options = replace(options, gpu=export.meta.get("target") == "trt")
     _check_source(bundle, export, options)
     _check_numbers(options)
     _check_labels(bundle)
@@ -163,10 +169,10 @@ def _plan(bundle: Bundle, export: Export, options: TritonOptions) -> _Plan:
     preferred = () if batch else tuple(sorted(options.preferred or usual))
     if any(not 1 <= size <= max_batch for size in preferred):
         raise ConfigError("C003", f"preferred batches are 1 to {max_batch}, got {list(preferred)}")
-    dali = _wants_dali(bundle, batch, options)
-    if dali and not batch and max_batch < options.decode_batch:
-        raise ConfigError("C004", f"decode_batch is {options.decode_batch}, and the model takes {max_batch}")
-    return _Plan(name, options, _PLATFORMS[export.meta["target"]], batch, max_batch, preferred, dali)
+    no_decoder = _no_decoder(bundle, batch, options)
+    if not no_decoder and options.decode_batch > (batch or max_batch):
+        raise ConfigError("C004", f"decode_batch is {options.decode_batch}, and the model takes {batch or max_batch}")
+    return _Plan(name, options, _PLATFORMS[export.meta["target"]], batch, max_batch, preferred, no_decoder)
 
 
 def _usual_name(bundle: Bundle) -> str:
@@ -179,7 +185,7 @@ def _check_source(bundle: Bundle, export: Export, options: TritonOptions) -> Non
         raise ExportError(
             "E001",
             f"Triton is given an ONNX or a TensorRT export, got {target!r}",
-            try_="imgcls-fast export RUN --onnx --triton",
+            try_="imgcls-fast export RUN --triton",
         )
     again = f"imgcls-fast export {export.folder.parent.parent} --{target}"
     if meta.get("bundle") != bundle.digest or meta.get("temperature") != bundle.temperature:
@@ -242,23 +248,22 @@ def _profile(found: Any) -> tuple[int | None, int | None, int | None]:
     return low, best, high
 
 
-def _wants_dali(bundle: Bundle, batch: int | None, options: TritonOptions) -> bool:
+def _no_decoder(bundle: Bundle, batch: int | None, options: TritonOptions) -> str:
+    """Why no decoder is put in front of the model; empty when one is."""
     if options.dali is False:
-        return False
+        return "it was not asked for"
     reason = ""
     if bundle.pixels.color == "rgba":
         reason = "DALI has no decoder that gives RGBA for every file"
     elif batch not in (None, 1):
         reason = f"the model takes exactly {batch} images, and requests come one by one"
     if reason and options.dali:
-        raise ConfigError("C004", f"no decoder can be put in front of the model: {reason}", try_="without dali")
-    if not reason and (missing := dali_missing()):
-        if options.dali:
-            raise HardwareError(
-                "H004", f"a decoder for Triton needs DALI: {missing}", try_="pip install nvidia-dali-cuda130"
-            )
-        return False
-    return not reason
+        raise ConfigError("C004", f"no decoder can be put in front of the model: {reason}")
+    if not reason and (reason := dali_missing() or "") and options.dali:
+        raise HardwareError(
+            "H004", f"a decoder for Triton needs DALI: {reason}", try_="pip install nvidia-dali-cuda130"
+        )
+    return reason
 
 
 # ---------------------------------------------------------------- the three models
@@ -365,7 +370,7 @@ def _write_decode(bundle: Bundle, folder: Path, plan: _Plan) -> dict[str, float]
     with explained_write(folder):
         (folder / "1").mkdir(parents=True)
         (folder / "warmup").mkdir()
-        pipeline = decode_pipeline(bundle.pixels, gpu=options.gpu)
+        pipeline = decode_pipeline(bundle.pixels, gpu=bool(options.gpu))
         write_whole(folder / "1" / "model.dali", lambda file: file.write(pipeline))
         write_whole(folder / "warmup" / _WARMUP, lambda file: file.write(picture))
         write_text(folder / CONFIG, to_pbtxt(config))
@@ -399,7 +404,7 @@ def _tensor(name: str, kind: str, dims: list[int]) -> dict[str, Any]:
     return {"name": name, "data_type": Word(kind), "dims": dims}
 
 
-def _instances(count: int, gpu: bool) -> dict[str, Any]:
+def _instances(count: int, gpu: bool | None) -> dict[str, Any]:
     return {"count": count, "kind": Word("KIND_GPU" if gpu else "KIND_CPU")}
 
 
@@ -431,6 +436,7 @@ def _facts(export: Export, plan: _Plan) -> dict[str, Any]:
         "queue_delay_us": options.queue_delay_us,
         "instances": options.instances,
         "decode": plan.dali,
+        "no_decoder": plan.no_decoder,
         "server_args": ["--backend-config=tensorrt,version-compatible=true"] if version_compatible else [],
         "plan": {name: meta[name] for name in bound if name in meta} if meta["target"] == "trt" else None,
     }
