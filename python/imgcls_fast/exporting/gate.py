@@ -181,7 +181,7 @@ def demand(judgement: Judgement, name: str, *, run: str = "RUN", verdict_share: 
         raise GateFailed(
             "E902",
             f"{name} lost {drop} points of accuracy ({share}; {counts}), at least {lower} with {sure} % confidence; "
-            f"{allowed} are allowed",
+            f"allowed: {allowed}",
             where=where, why=_worst_class(judgement), try_=milder,
         )  # fmt: skip
     said = (
