@@ -100,6 +100,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
 def write_onnx(net: Any, path: Path, *, opset: int = 20, batch: int | None = None, size: int = 32) -> Path:
     """A network on normalised pixels as `export` would write it: uint8 NHWC in, probabilities out."""
+    import onnx
     import torch
     from torch import nn
 
@@ -117,6 +118,15 @@ def write_onnx(net: Any, path: Path, *, opset: int = 20, batch: int | None = Non
         Scorer().eval(), (example,), str(path), dynamo=True, opset_version=opset, input_names=["pixels"], output_names=["scores"],
         dynamic_shapes=dynamic, external_data=False, verbose=False,
     )  # fmt: skip
+    model = onnx.load(str(path))
+    cast = next(node for node in model.graph.node if node.op_type == "Cast" and "pixels" in node.input)
+    for node in model.graph.node:  # the exporter asks the bytes for their shape
+        if node.op_type == "Shape" and "pixels" in node.input:
+            node.input[0] = cast.output[0]
+            model.graph.node.remove(cast)
+            model.graph.node.insert(0, cast)
+            break
+    onnx.save(model, str(path))
     return path
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 import os
 import re
 import signal
@@ -99,8 +100,6 @@ def quantise(folder: Path, request: dict[str, Any], calibration: Any) -> dict[st
 
 
 def _refuse_nan(overflows: list[tuple[str, float]]) -> None:
-    import math
-
     wrong = [(name, value) for name, value in overflows if not math.isfinite(value)]
     if wrong:
         raise ValueError(
@@ -224,7 +223,8 @@ def autocast(folder: Path, request: dict[str, Any], calibration: Any) -> dict[st
         low_precision_type=precision,
         keep_io_types=True,
         calibration_data={name: images},
-        data_max=half.LARGEST_HALF / half.HEADROOM,
+        data_max=half.LARGEST_HALF / half.HEADROOM if precision == "fp16" else math.inf,  # BF16 has float32's range
+        init_max=half.LARGEST_HALF if precision == "fp16" else math.inf,
         providers=["cpu"],
         opset=max(qdq.opset(original), _BF16_OPSET if precision == "bf16" else 0),
     )
