@@ -168,11 +168,10 @@ def test_a_fixed_batch_stays_in_the_dims_and_is_not_batched(bundle_of, tmp_path)
 def test_a_fixed_batch_of_one_fits_behind_the_decoder(bundle_of, tmp_path):
     bundle = bundle_of()
     facts = write_triton(bundle, onnx_export(bundle, batch=1), tmp_path / "repository", TritonOptions(name="m"))
-    assert (
-        facts["models"] == ["m", "m_decode", "m_ensemble"] and parsed(tmp_path / "repository" / "m").max_batch_size == 0
+    assert facts["models"] == ["m", "m_decode", "m_ensemble"]
+    assert parsed(tmp_path / "repository" / "m").max_batch_size == 0
     with pytest.raises(ConfigError, match="decode_batch is 2, and the model takes 1"):
         write_triton(bundle, onnx_export(bundle, batch=1), tmp_path / "other", TritonOptions(decode_batch=2))
-    )
 
 
 @needs_dali
