@@ -242,7 +242,7 @@ def judge(
     lost, gained = int(lost_rows.sum()), int(gained_rows.sum())
     upper = tango_upper_bound(lost, gained, n, confidence)
     lower = tango_lower_bound(lost, gained, n, confidence)
-    member = [reference.targets[:, k] > 0 for k in range(labels.size)]
+    member = (reference.targets[:, k] > 0 for k in range(labels.size))  # one class at a time: K may be thousands
     return Judgement(
         rows=n,
         lost=lost,
