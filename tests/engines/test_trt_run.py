@@ -483,6 +483,56 @@ def test_the_double_notices_an_enqueue_that_a_capture_did_not_follow(world: Any,
     assert size.graph is None and not size.capturable
 
 
+# ---------------------------------------------------------------- our half of CUDA, where a GPU is
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CudaDevice.count(), reason="needs a GPU")
+class TestCuda:
+    def test_a_graph_replays_what_was_captured_with_new_content(self) -> None:
+        import torch
+
+        device = CudaDevice()
+        stream = device.stream()
+        a, b = (device.zeros((4,), torch.float32, stream) for _ in range(2))
+        sent, fetched = (device.pinned((4,), torch.float32) for _ in range(2))
+
+        def work() -> None:
+            with torch.cuda.stream(stream):
+                torch.add(a, 1, out=b)
+
+        with device.active():
+            work()
+            graph = device.capture(stream, work)
+            for value in (1.0, 5.0):
+                sent.fill_(value)
+                device.copy(a, sent, stream)
+                device.replay(graph, stream)
+                device.copy(fetched, b, stream)
+                device.wait(stream)
+                assert (fetched == value + 1).all()
+        assert stream.cuda_stream and a.data_ptr() % 256 == 0
+
+    def test_a_capture_that_fails_leaves_the_stream_usable(self) -> None:
+        import torch
+
+        device = CudaDevice()
+        stream = device.stream()
+
+        def work() -> None:
+            raise ExportError("E005", "refused")
+
+        with device.active(), pytest.raises((ExportError, RuntimeError)):
+            device.capture(stream, work)
+        made = device.zeros((4,), torch.float32, stream)
+        device.wait(stream)
+        assert (made == 0).all()
+
+    def test_facts_name_the_gpu(self) -> None:
+        facts = CudaDevice().facts()
+        assert facts["gpu"] and len(facts["compute_capability"]) == 2 and facts["cuda"]
+
+
 # ---------------------------------------------------------------- really, where TensorRT and a GPU are
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shlex
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -79,22 +82,23 @@ def test_the_network_is_strongly_typed_in_both_numberings_and_no_flag_asks_for_a
 
 
 def test_options_reach_the_builder(world: Any, onnx: Path) -> None:
-    options = TrtOptions(5, 2.5, "ampere+", version_compatible=True, refit=True, batches=(2, 4, 16))
+    options = TrtOptions(5, 2.5, "ampere+", refit=True, batches=(2, 4, 16))
     facts = build_plan(onnx, onnx.with_name("model.plan"), options)
     config = world.config
     assert config["builder_optimization_level"] == 5
     assert config["_workspace"] == int(2.5 * 2**30)
-    assert config["_flags"] == {"VERSION_COMPATIBLE", "REFIT"}
+    assert config["_flags"] == {"REFIT"}
     assert repr(config["hardware_compatibility_level"]) == "HardwareCompatibilityLevel.AMPERE_PLUS"
     assert repr(config["profiling_verbosity"]) == "ProfilingVerbosity.DETAILED"
     assert world.profile == (("pixels", (2, 4, 4, 3), (4, 4, 4, 3), (16, 4, 4, 3)),)
-    assert (facts["level"], facts["hardware"], facts["version_compatible"], facts["refit"]) == (
-        5,
-        "ampere+",
-        True,
-        True,
-    )
-    assert facts["refittable"] is True
+    assert (facts["level"], facts["hardware"], facts["refit"], facts["refittable"]) == (5, "ampere+", True, True)
+    assert world.config["host_code"] is False
+
+
+def test_a_plan_for_several_versions_carries_its_lean_runtime_and_may_run_it(world: Any, onnx: Path) -> None:
+    facts = build_plan(onnx, onnx.with_name("model.plan"), TrtOptions(version_compatible=True))
+    assert world.config["_flags"] == {"VERSION_COMPATIBLE"}  # and not EXCLUDE_LEAN_RUNTIME
+    assert world.config["host_code"] is True and facts["version_compatible"] is True
 
 
 def test_facts_say_what_the_plan_is_tied_to_and_what_became_of_its_layers(world: Any, onnx: Path) -> None:
@@ -219,7 +223,6 @@ def test_an_engine_for_ampere_is_not_begun_on_an_older_gpu(world: Any, onnx: Pat
 
 def test_a_full_disk_is_h003_and_leaves_nothing(world: Any, onnx: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import errno
-    import os
 
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -261,6 +264,14 @@ def test_what_the_callback_raises_passes_tensorrt_by_and_is_raised(
         build_plan(onnx, onnx.with_name("model.plan"), OPTIONS, progress=progress)
     assert caught.value is error
     assert not onnx.with_name("model.plan").exists()
+
+
+def test_a_signal_stops_a_build_whose_steps_are_told_from_another_thread(world: Any, onnx: Path) -> None:
+    world.endless, world.during = True, lambda: os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        build_plan(onnx, onnx.with_name("model.plan"), OPTIONS)
+    assert not onnx.with_name("model.plan").exists()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("tensorrt")]
 
 
 def test_after_a_failure_no_callback_is_asked_again() -> None:
@@ -429,14 +440,12 @@ def test_a_missing_tensorrt_is_h004_and_names_what_was_left(
 
 
 def test_the_trtexec_line_builds_the_same_engine(onnx: Path) -> None:
-    options = TrtOptions(
-        4, 2.5, "same-cc", version_compatible=True, refit=True, batches=(1, 16, 32), timing_cache=Path("/a/t.timings")
-    )
+    options = TrtOptions(4, 2.5, "same-cc", refit=True, batches=(1, 16, 32), timing_cache=Path("/a/t.timings"))
     words = shlex.split(trtexec_line(onnx, Path("my model.plan"), options))
     assert words == [
         "trtexec", f"--onnx={onnx}", "--saveEngine=my model.plan", "--stronglyTyped", "--noTF32", "--builderOptimizationLevel=4",
         "--memPoolSize=workspace:2560", "--minShapes=pixels:1x4x4x3", "--optShapes=pixels:16x4x4x3", "--maxShapes=pixels:32x4x4x3",
-        "--hardwareCompatibilityLevel=sameComputeCapability", "--versionCompatible", "--refit", "--timingCacheFile=t.timings",
+        "--hardwareCompatibilityLevel=sameComputeCapability", "--refit", "--timingCacheFile=t.timings",
         "--profilingVerbosity=detailed", "--skipInference",
     ]  # fmt: skip
 
@@ -446,6 +455,7 @@ def test_the_trtexec_line_knows_versions_and_fixed_batches(tmp_path: Path) -> No
     assert "--stronglyTyped" in trtexec_line(onnx, Path("p"), OPTIONS, "10.16.1.11")
     eleven = trtexec_line(onnx, Path("p"), OPTIONS, "11.4.0.106")
     assert "--stronglyTyped" not in eleven and "Shapes" not in eleven
+    assert "--versionCompatible" in trtexec_line(onnx, Path("p"), TrtOptions(version_compatible=True))
     assert not {"--fp16", "--int8", "--bf16", "--best"} & set(shlex.split(eleven))
 
 
@@ -464,6 +474,12 @@ def test_options_come_from_the_settings() -> None:
 def test_batches_out_of_order_are_c004(batches: tuple[int, int, int]) -> None:
     with pytest.raises(ConfigError) as caught:
         TrtOptions(batches=batches)
+    assert caught.value.code == "C004"
+
+
+def test_a_refittable_engine_for_several_versions_is_c004() -> None:
+    with pytest.raises(ConfigError) as caught:
+        TrtOptions(version_compatible=True, refit=True)
     assert caught.value.code == "C004"
 
 

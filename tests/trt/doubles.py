@@ -13,6 +13,7 @@ import ctypes
 import inspect
 import json
 import threading
+import time
 import types
 import typing
 import weakref
@@ -50,6 +51,8 @@ class World:
     refuse: set[str] = field(default_factory=set)  # calls that give False or None
     scratch: int = 4096  # bytes
     inspector: str = ""  # empty: one convolution in float16
+    during: Callable[[], None] = lambda: None  # called while a build is under way, which then lasts until it is stopped
+    endless: bool = False
     phases: tuple[tuple[str, str | None, int], ...] = (("Building", None, 2), ("Tactics", "Building", 4))
 
     calls: list[str] = field(default_factory=list)  # in order
@@ -402,6 +405,10 @@ def _building(trt: types.ModuleType, world: World, names: dict[str, Any]) -> Non
         for name, parent, steps in world.phases:
             monitor.phase_start(name, parent, steps)
         stopped = False
+        world.during()
+        while world.endless and not stopped:
+            time.sleep(0.01)
+            stopped = not _asked(monitor, world.phases[-1][0], 0)
         for name, _, steps in reversed(world.phases):
             for step in range(steps):
                 if stopped or not _asked(monitor, name, step):

@@ -161,15 +161,20 @@ def version_of(text: str) -> tuple[int, ...]:
 
 def trt_missing() -> str:
     """Empty where TensorRT (10.13 or later) and a GPU are usable, else a sentence that names what is missing."""
+    return _missing()[1]
+
+
+def _missing() -> tuple[str, str]:
+    """(code of the error, what is missing)."""
     try:
         import tensorrt as trt
     except ModuleNotFoundError:
-        return "TensorRT is not installed"
+        return "H004", "TensorRT is not installed"
     except (ImportError, OSError) as error:
-        return f"TensorRT is installed, but cannot be loaded: {error}"
+        return "H004", f"TensorRT is installed, but cannot be loaded: {error}"
     if version_of(trt.__version__)[:2] < OLDEST:
-        return f"TensorRT is {trt.__version__}, and {'.'.join(map(str, OLDEST))} or later is needed"
-    return "" if CudaDevice.count() else "there is no usable GPU"
+        return "H004", f"TensorRT is {trt.__version__}, and {'.'.join(map(str, OLDEST))} or later is needed"
+    return ("", "") if CudaDevice.count() else ("H001", "there is no usable GPU")
 
 
 def require_trt(purpose: str, **explained: str) -> None:
@@ -181,13 +186,10 @@ def require_trt(purpose: str, **explained: str) -> None:
     Raises:
         HardwareError: H004 when TensorRT is missing, too old or broken, H001 without a GPU.
     """
-    missing = trt_missing()
-    if "GPU" in missing:
-        raise HardwareError("H001", f"{missing}, and {purpose} needs one", try_="imgcls-fast doctor", **explained)
-    if missing:
-        raise HardwareError(
-            "H004", f"{missing}, and {purpose} needs it", try_="pip install 'imgcls-fast[trt]'", **explained
-        )
+    code, missing = _missing()
+    if code:
+        command = "pip install 'imgcls-fast[trt]'" if code == "H004" else "imgcls-fast doctor"
+        raise HardwareError(code, f"{missing}, and {purpose} needs it", try_=command, **explained)
 
 
 def machine(device: CudaDevice) -> dict[str, Any]:

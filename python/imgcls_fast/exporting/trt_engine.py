@@ -31,7 +31,7 @@ from ..engines.trt_plan import (
     version_of,
 )
 from ..engines.trt_runtime import INPUT, OUTPUT, dims_of, shapes_of
-from .trt_reports import Progress, error_recorder, failed, progress_monitor, summarise, unreadable
+from .trt_reports import Progress, error_recorder, failed, interruptible, progress_monitor, summarise, unreadable
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -65,7 +65,7 @@ class TrtOptions:
         timing_cache: file that remembers timings of tactics between builds.
 
     Raises:
-        ConfigError: C004 when the batches are not in order.
+        ConfigError: C004 when the batches are not in order, or for a refittable engine for several versions.
     """
 
     level: int = 3
@@ -81,6 +81,11 @@ class TrtOptions:
             raise ConfigError(
                 "C004", f"the batches of a TensorRT engine must grow from 1 on, got {self.batches}",
                 where="export.best_batch, export.max_batch", try_=f"--max-batch {max(self.batches)}",
+            )  # fmt: skip
+        if self.version_compatible and self.refit:  # the lean runtime that runs such a plan cannot refit
+            raise ConfigError(
+                "C004", "an engine for several TensorRT versions cannot be refitted",
+                where="export.trt_version_compatible, export.trt_refit", try_="--set export.trt_refit=false",
             )  # fmt: skip
         if self.hardware not in get_args(Hardware):
             legal = ", ".join(map(repr, get_args(Hardware)))
@@ -151,9 +156,13 @@ def build_plan(
     here = machine(gpu)
     _check_hardware(options, here)
     monitor = Progress(progress, should_stop)
-    with gpu.active(), listening() as heard:
-        data, facts = _build(onnx, options, monitor, heard)
-        facts |= _inspected(data, heard, onnx)
+
+    def work() -> tuple[bytes, dict[str, Any]]:
+        with gpu.active(), listening() as heard:
+            data, facts = _build(onnx, options, monitor, heard)
+            return data, facts | _inspected(data, heard, onnx, host_code=options.version_compatible)
+
+    data, facts = interruptible(work, monitor)
     write_whole(plan, lambda file: file.write(data))
     return {
         **here, **facts, **options.shaping(), "tf32": False, "build_seconds": round(time.perf_counter() - started, 2),
@@ -329,13 +338,13 @@ def _keep_timings(config: trt.IBuilderConfig, path: Path | None, outcome: str) -
 # ---------------------------------------------------------------- the plan, after TensorRT made it
 
 
-def _inspected(data: bytes, heard: Messages, source: Path) -> dict[str, Any]:
+def _inspected(data: bytes, heard: Messages, source: Path, *, host_code: bool) -> dict[str, Any]:
     """Load a new plan as its users will, and ask what its layers became.
 
     Raises:
         ExportError: E004 when it cannot be loaded, or takes or gives something else than our graphs do.
     """
-    engine = _loaded(data, heard, source)
+    engine = _loaded(data, heard, source, host_code=host_code)
     try:
         shapes = shapes_of(engine)
     except ValueError as error:
@@ -352,9 +361,9 @@ def _rows(lowest: int, highest: int) -> int | str:
     return highest if lowest == highest else "batch"
 
 
-def _loaded(data: bytes, heard: Messages, source: Path) -> trt.ICudaEngine:
+def _loaded(data: bytes, heard: Messages, source: Path, *, host_code: bool) -> trt.ICudaEngine:
     runtime = start_runtime(heard)
-    runtime.engine_host_code_allowed = True  # only for plans that this process has made or checked
+    runtime.engine_host_code_allowed = host_code
     engine = runtime.deserialize_cuda_engine(data)
     if engine is None:
         raise ExportError("E004", f"TensorRT cannot load the engine of {source}", why=heard.summary())
@@ -388,7 +397,7 @@ def refit_plan(plan_in: Path, onnx: Path, plan_out: Path, *, device: int = 0) ->
     check_onnx(onnx)
     started, old = time.perf_counter(), plan_in.read_bytes()
     with CudaDevice(device).active(), listening() as heard:
-        data = _refitted(_loaded(old, heard, plan_in), plan_in, onnx, heard)
+        data = _refitted(_loaded(old, heard, plan_in, host_code=False), plan_in, onnx, heard)
     write_whole(plan_out, lambda file: file.write(data))
     return {
         "refitted_from": sha256(old).hexdigest(), "onnx_sha256": sha256_file(onnx), "sha256": sha256(data).hexdigest(),

@@ -7,9 +7,10 @@ import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..core.errors import ExportError, HardwareError, ImgclsError, Interrupted
 from ..engines.trt_plan import Messages
@@ -17,6 +18,9 @@ from ..engines.trt_plan import Messages
 if TYPE_CHECKING:
     import tensorrt as trt
 
+Made = TypeVar("Made")
+
+_POLL_S = 0.2
 _SHOWN = 3  # errors of a parser in one message
 _TYPES = {  # from what is least precise to what is most, as the inspectors of 10.x and 11.x spell them
     "fp8": re.compile(r"fp8", re.I),
@@ -173,6 +177,10 @@ class Progress:
         with self._lock:
             self._phases.pop(name, None)
 
+    def stop(self, error: BaseException) -> None:
+        """End the build at its next step, and raise `error` from `demand_done`."""
+        self._failure = self._failure or error
+
     def demand_done(self) -> None:
         """Raise what stopped the build, if anything but TensorRT did."""
         if self._failure is not None:
@@ -204,6 +212,20 @@ class Progress:
         phase = self._phases[name]
         inner = max((self._part(child) for child, other in self._phases.items() if other.parent == name), default=0.0)
         return min(1.0, (phase.done + inner) / phase.steps)
+
+
+def interruptible(work: Callable[[], Made], progress: Progress) -> Made:
+    """Do the work in another thread, so that this one can take signals: Python's handlers run in the main thread only, and that
+    would be inside TensorRT for minutes. A signal that raises stops the build at its next step."""
+    with ThreadPoolExecutor(1, "tensorrt") as pool:
+        future = pool.submit(work)
+        while not future.done():
+            try:
+                wait([future], _POLL_S)
+            except (ImgclsError, KeyboardInterrupt) as error:
+                progress.stop(error)
+        progress.demand_done()
+        return future.result()
 
 
 def progress_monitor(progress: Progress) -> trt.IProgressMonitor:
