@@ -323,6 +323,11 @@ def first_line(error: BaseException) -> str:
     return next((line for line in str(error).strip().splitlines() if line.strip()), type(error).__name__)
 
 
+def last_line(error: BaseException) -> str:
+    """The last line of an error's text: where TorchScript puts the reason."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+
+
 def operators_of(model: nn.Module, device: torch.device, autocast: torch.dtype | None = None) -> Counter[str]:
     """Convolutions and linear layers by the precision that they compute in on `device`.
 

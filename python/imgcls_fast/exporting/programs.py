@@ -1,7 +1,7 @@
 """A bundle as a program of PyTorch: torch.export, AOTInductor or TorchScript; each compared with torch when it is written.
 
-Each takes `pixels` (batch, S, S, C) uint8 and gives `scores` (batch, K) float32, needs no code of ours, and is made from the
-one graph of torch.export. AOTInductor's package is native code for this kind of processor or GPU.
+Each takes `pixels` (batch, S, S, C) uint8, gives `scores` (batch, K) float32, and needs no code of ours. AOTInductor's
+package is native code for this kind of processor or GPU.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from ..engines.runtimes import (
     TorchEngine,
     aoti_host,
     first_line,
+    last_line,
     load_model,
     operators_of,
 )
@@ -86,7 +87,7 @@ def write_torchscript(
     settings: ExportConfig | None = None,
     name_it: bool = True,
 ) -> Export:
-    """A frozen trace of the torch.export program, which keeps the batch dynamic where a trace of the model may not."""
+    """A frozen trace. See `export_program`; one that takes only the batch size of its example is E001: fix it with `--batch`."""
     return export_program(
         bundle, exports, batches, "torchscript", precision=precision, settings=settings, name_it=name_it
     )
@@ -170,16 +171,16 @@ def _save_aoti(scorer: Scorer, bundle: Bundle, path: Path, batch: int | None, de
 
 
 def _save_torchscript(scorer: Scorer, bundle: Bundle, path: Path, batch: int | None, device: str) -> None:
-    module = program_of(scorer, bundle, batch, device).module()
-    example = _example(bundle, batch, device)
-
-    def write() -> None:
-        traced = torch.jit.trace(module, (example,), check_trace=False)
-        torch.jit.freeze(traced.eval()).save(str(path))
+    # of the network itself: a trace of the torch.export program takes the batch size of the example for a constant
+    def write() -> Any:
+        traced = torch.jit.freeze(torch.jit.trace(scorer, (_example(bundle, batch, device),), check_trace=False))
+        traced.save(str(path))
+        return traced
 
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # that it is deprecated is said in meta.json
-        _explained("TorchScript", bundle, write)
+        traced = _explained("TorchScript", bundle, write)
+    _refuse_foreign(bundle, {node.kind().replace("::", ".") for node in traced.inlined_graph.nodes()})
 
 
 _Saver = Callable[[Scorer, Bundle, Path, int | None, str], None]
@@ -200,14 +201,18 @@ def program_of(scorer: Scorer, bundle: Bundle, batch: int | None, device: str = 
             bundle,
             lambda: torch.export.export(scorer, (_example(bundle, batch, device),), dynamic_shapes=dynamic),
         )
-    foreign = sorted({name for name in _operators(program) if name.split(".")[0] not in _ALLOWED})
+    _refuse_foreign(bundle, set(_operators(program)))
+    return program
+
+
+def _refuse_foreign(bundle: Bundle, operators: set[str]) -> None:
+    foreign = sorted(name for name in operators if name.split(".")[0] not in _ALLOWED)
     if foreign:
         raise ExportError(
             "E001",
             f"{bundle.arch.get('arch')} needs operators that are not PyTorch's own: {', '.join(foreign)}",
             try_="imgcls-fast export --onnx",
         )
-    return program
 
 
 def pickled_payloads(path: Path) -> list[str]:
@@ -264,7 +269,15 @@ def _verify(
     listed = list(batches)
     listed += [listed[0][:1]] if listed and settings.batch is None else []  # a trace may have swallowed the batch size
     margin = 1e-3 if precision == "fp32" else 5e-2
-    result = compare_engines(reference, engine, listed, margin=margin)
+    try:
+        result = compare_engines(reference, engine, listed, margin=margin)
+    except RuntimeError as error:
+        raise ExportError(
+            "E001",
+            f"{RUNTIMES[target]} of {bundle.arch.get('arch')} does not run with {sorted({len(x) for x in listed})} images: "
+            f"{last_line(error)}",
+            try_=f"imgcls-fast export --{target} --batch 1",
+        ) from error
     engine.close()
     judge_comparison(result, precision, settings.max_score_diff, RUNTIMES[target])
     return result.to_dict()
