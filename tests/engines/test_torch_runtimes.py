@@ -18,14 +18,12 @@ from imgcls_fast.core.exports import choose, finish, new_export
 from imgcls_fast.core.manifest import LabelSpace, Task
 from imgcls_fast.core.pixels import Pixels
 from imgcls_fast.engines import runtimes
+from imgcls_fast.engines.packages import AotiEngine, aoti_host, foreign_host
 from imgcls_fast.engines.runtimes import (
-    AotiEngine,
     CompiledEngine,
     FunctionEngine,
     TorchEngine,
-    aoti_host,
     bucket,
-    foreign_host,
     open_engine,
     operators_of,
     padded,

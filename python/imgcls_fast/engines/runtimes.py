@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import platform
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +27,7 @@ from .onnx_runtimes import OnnxEngine, OpenVinoEngine, cuda_provider
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _PRECISIONS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-_MAX_BATCH = 1024
+MAX_BATCH = 1024
 # A CUDA graph belongs to one batch size; the sizes are the powers of two up to this one.
 _COMPILED_MAX_BATCH = 64
 _COMPILED_SIZES = 32  # that dynamo may compile before it gives up, bound ones included
@@ -55,7 +53,7 @@ class FunctionEngine:
         runtime: str,
         device: str | torch.device = "cpu",
         precision: str = "fp32",
-        max_batch: int = _MAX_BATCH,
+        max_batch: int = MAX_BATCH,
         fixed: bool = False,
     ) -> None:
         self.labels, self.pixels, self.runtime = labels, pixels, runtime
@@ -142,7 +140,7 @@ class TorchEngine(FunctionEngine):
         temperature: float = 1.0,
         device: str | torch.device = "cpu",
         precision: str = "fp32",
-        max_batch: int = _MAX_BATCH,
+        max_batch: int = MAX_BATCH,
     ) -> None:
         super().__init__(self._scores_of_model, labels, pixels, runtime="torch", device=device, max_batch=max_batch)
         self.model, self.temperature = model, temperature
@@ -199,7 +197,7 @@ class CompiledEngine(TorchEngine):
         max_batch: int | None = None,
     ) -> None:
         self._graphs = torch.device(device).type == "cuda"
-        most = max_batch or (_COMPILED_MAX_BATCH if self._graphs else _MAX_BATCH)
+        most = max_batch or (_COMPILED_MAX_BATCH if self._graphs else MAX_BATCH)
         super().__init__(
             model.eval(), labels, pixels, temperature=temperature, device=device, precision=precision, max_batch=most
         )
@@ -243,58 +241,6 @@ class CompiledEngine(TorchEngine):
                 f"torch.compile cannot build the model for a batch of {len(x)}: {first_line(error)}",
                 try_="the same command with --runtime torch",
             ) from error
-
-
-class AotiEngine(FunctionEngine):
-    """A package that AOTInductor compiled for this kind of machine. See `base.Engine`.
-
-    The package is native code: its digest is checked against meta.json by `find_export`, which tells damage, not intent.
-    Open only packages that you or somebody you trust has made.
-
-    Args:
-        path: the .pt2 package: uint8 pixels -> scores.
-        meta: content of its meta.json: "host" as `aoti_host` gives it, "effective_precision", "batch".
-
-    Raises:
-        ExportError: E005 when it was made by another torch, or for another device or processor, or is damaged.
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        meta: dict[str, Any],
-        labels: LabelSpace,
-        pixels: Pixels,
-        *,
-        device: str | torch.device = "cpu",
-        max_batch: int = _MAX_BATCH,
-    ) -> None:
-        device = torch.device(device)
-        foreign = foreign_host(meta.get("host") or {}, aoti_host(device))
-        again = "imgcls-fast export --aoti   (on this machine)"
-        if foreign:
-            raise ExportError("E005", f"{path} cannot run here: {foreign}", where=str(path), try_=again)
-        index = (device.index or 0) if device.type == "cuda" else -1
-        batch = meta.get("batch")
-        try:
-            package = torch._inductor.aoti_load_package(str(path), device_index=index)
-        except (RuntimeError, OSError) as error:
-            raise ExportError("E005", f"{path} cannot be loaded: {first_line(error)}", try_=again) from error
-        super().__init__(
-            package,
-            labels,
-            pixels,
-            runtime="aoti",
-            device=device,
-            precision=str(meta["effective_precision"]),
-            max_batch=batch or max_batch,
-            fixed=batch is not None,
-        )
-        self._host = dict(meta["host"])
-
-    def facts(self) -> dict[str, Any]:
-        """Version of torch, threads, and the machine that the package was compiled for."""
-        return super().facts() | {"host": self._host}
 
 
 class _Scores(nn.Module):
@@ -353,35 +299,6 @@ def _float32_as(convolution: bool, device: torch.device) -> str:
         kind, known = (backends.mkldnn.conv if convolution else backends.mkldnn.matmul), {"bf16": "bf16"}
     setting = str(kind.fp32_precision)
     return known.get(str(backends.fp32_precision) if setting == "none" else setting, "fp32")
-
-
-def aoti_host(device: str | torch.device) -> dict[str, Any]:
-    """What a package of AOTInductor depends on: it is compiled with this torch, for this processor, for this GPU."""
-    device = torch.device(device)
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    facts: dict[str, Any] = {
-        "torch": torch.__version__,
-        "system": sys.platform,
-        "machine": platform.machine(),
-        "device": device.type,
-        "isa": torch.backends.cpu.get_cpu_capability(),
-        "instructions": sorted(name for name, value in capabilities.items() if value is True),
-    }
-    if device.type == "cuda":
-        known = torch.cuda.get_device_capability(device) if torch.cuda.is_available() else ("none",)
-        facts["compute_capability"] = ".".join(map(str, known))
-    return facts
-
-
-def foreign_host(made: dict[str, Any], here: dict[str, Any]) -> str:
-    """Why a package that was made on one host cannot run on another; empty when it can."""
-    if not made:
-        return "its meta.json does not say what it was made for"
-    for name in ("torch", "system", "machine", "device", "compute_capability", "isa"):
-        if made.get(name) != here.get(name):
-            return f"it was made for {name} {made.get(name)}, and here it is {here.get(name)}"
-    missing = sorted(set(made.get("instructions", ())) - set(here["instructions"]))
-    return f"it uses processor instructions that are missing here: {', '.join(missing)}" if missing else ""
 
 
 def load_model(bundle: Bundle) -> Classifier:
@@ -480,6 +397,8 @@ def _open_auto(
 
 
 def _open_aoti(export: Export, bundle: Bundle, device: str, threads: int, most: dict[str, Any]) -> Engine:
+    from .packages import AotiEngine
+
     made = str((export.meta.get("host") or {}).get("device", "cpu"))  # a package knows its kind of device
     device = device if torch.device(device).type == made else made
     return AotiEngine(export.path, export.meta, bundle.labels, bundle.pixels, device=device, **most)

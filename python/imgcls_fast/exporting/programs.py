@@ -23,11 +23,10 @@ from ..core.config import ExportConfig
 from ..core.errors import ConfigError, ExportError, near
 from ..core.exports import Export, choose, export_key, find_key, finish, new_export
 from ..engines.base import Engine, dominant
+from ..engines.packages import AotiEngine, aoti_host
 from ..engines.runtimes import (
-    AotiEngine,
     FunctionEngine,
     TorchEngine,
-    aoti_host,
     first_line,
     last_line,
     load_model,
