@@ -1,7 +1,7 @@
 """Running TensorRT plans, with doubles that are as strict as the declared API; on a GPU, running them really.
 
-The doubles compute the network of `tiny_onnx` when a stream is waited for, from the memory that was bound, so that wrong
-padding, a buffer that was read too early or a graph of another size give wrong numbers. The right ones come from ONNX Runtime.
+The doubles compute the network by ONNX Runtime when a stream is waited for, from the memory that was bound, so that wrong
+padding, a buffer that was read too early or a graph of another size give wrong numbers.
 """
 
 from __future__ import annotations
@@ -122,7 +122,8 @@ def test_any_number_of_images_gets_the_scores_of_onnx_runtime(
 
 
 def weights_of(made: Made) -> np.ndarray:
-    return np.asarray(doubles.read_tiny(made.onnx)["weights"], np.float32)
+    found: np.ndarray = doubles.weights_of(made.onnx)
+    return found
 
 
 def test_batches_of_different_sizes_in_turn_do_not_disturb_each_other(made: Made) -> None:

@@ -9,6 +9,7 @@ for, work that is being captured is not done, and a graph replays what was captu
 from __future__ import annotations
 import __future__
 
+import base64
 import ctypes
 import inspect
 import json
@@ -20,6 +21,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -256,7 +258,7 @@ def faithful(namespace: dict[str, Any]) -> Callable[[type], type]:
 
 
 def fake_tensorrt(world: World) -> types.ModuleType:
-    """A module `tensorrt` that builds and runs the small networks of `tiny_onnx` as `world` says."""
+    """A module `tensorrt` that builds and runs any network that ONNX Runtime can compute, as `world` says."""
     trt = declared()
     trt.__version__ = world.version
     major = int(world.version.split(".")[0])
@@ -423,7 +425,7 @@ def _building(trt: types.ModuleType, world: World, names: dict[str, Any]) -> Non
         fixed = tuple(graph["inputs"][0][1])
         plan = {
             "ends": shapes[1:] if shapes else (fixed,) * 3, "classes": graph["outputs"][0][1][1],
-            "weights": graph["weights"], "refit": "REFIT" in config._flags, "dtype": graph["dtype"],
+            "onnx": graph["onnx"], "refit": "REFIT" in config._flags, "dtype": graph["dtype"],
         }  # fmt: skip
         return _memory(trt, b"PLAN" + json.dumps(plan).encode())
 
@@ -463,7 +465,7 @@ def _building(trt: types.ModuleType, world: World, names: dict[str, Any]) -> Non
         def parse_from_file(self, model: str) -> bool:
             if world.parser_errors or not world.call("parse_from_file"):
                 return False
-            self._network._graph = read_tiny(Path(model))
+            self._network._graph = read_graph(Path(model))
             return True
 
         def get_error(self, index: int) -> Any:
@@ -613,14 +615,25 @@ def _running(trt: types.ModuleType, world: World, names: dict[str, Any]) -> None
 
 
 def _work(plan: dict[str, Any], shape: tuple[int, ...], addresses: dict[str, int]) -> Callable[[], None]:
-    """What the network does to the memory at these addresses, when its turn comes."""
+    """What the network does to the memory at these addresses, when its turn comes; ONNX Runtime does it here."""
+    session = _session(plan["onnx"])
 
     def do() -> None:
         pixels = _view(addresses["pixels"], shape, np.uint8)
         scores = _view(addresses["scores"], (shape[0], plan["classes"]), np.float32)
-        scores[:] = tiny_scores(pixels, np.asarray(plan["weights"], np.float32))
+        scores[:] = session.run(["scores"], {"pixels": pixels})[0]
 
     return do
+
+
+@cache
+def _session(onnx: str) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = 1, 3
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    return onnxruntime.InferenceSession(base64.b64decode(onnx), options, providers=["CPUExecutionProvider"])
 
 
 def _view(address: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
@@ -640,7 +653,7 @@ def _refitting(trt: types.ModuleType, world: World, names: dict[str, Any]) -> No
             return [] if world.call("get_missing_weights") else ["/conv/weight"]
 
         def refit_cuda_engine(self) -> bool:
-            self._engine._plan["weights"] = self._new
+            self._engine._plan["onnx"] = self._new
             return world.call("refit_cuda_engine")
 
     @strict
@@ -656,7 +669,7 @@ def _refitting(trt: types.ModuleType, world: World, names: dict[str, Any]) -> No
             return _parser_error(trt, names, world.parser_errors[index])
 
         def refit_from_file(self, model: str) -> bool:
-            self._refitter._new = read_tiny(Path(model))["weights"]
+            self._refitter._new = read_graph(Path(model))["onnx"]
             return not world.parser_errors
 
     trt.Refitter, trt.OnnxParserRefitter = Refitter, ParserRefitter
@@ -696,28 +709,34 @@ def tiny_onnx(
     return path
 
 
-def read_tiny(path: Path) -> dict[str, Any]:
-    """What the doubles need to know of such a file."""
+def read_graph(path: Path) -> dict[str, Any]:
+    """What the doubles need to know of an ONNX file, and the file."""
     import onnx
-    from onnx import numpy_helper
 
     graph = onnx.load(str(path)).graph
 
     def shape(value: Any) -> list[int]:
         return [dim.dim_value or -1 for dim in value.type.tensor_type.shape.dim]
 
-    weights = next(numpy_helper.to_array(entry) for entry in graph.initializer if entry.name == "W")
     return {
         "inputs": [(value.name, shape(value)) for value in graph.input],
         "outputs": [(value.name, shape(value)) for value in graph.output],
         "dtype": "uint8" if graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.UINT8 else "float32",
-        "weights": weights[0].tolist(),
-    }  # fmt: skip
+        "onnx": base64.b64encode(path.read_bytes()).decode(),
+    }
+
+
+def weights_of(path: Path) -> np.ndarray:
+    """(1, K) float32: W of a file of `tiny_onnx`."""
+    import onnx
+    from onnx import numpy_helper
+
+    return next(numpy_helper.to_array(entry) for entry in onnx.load(str(path)).graph.initializer if entry.name == "W")
 
 
 def tiny_scores(pixels: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """The network's formula in NumPy: (N, K) float32."""
-    logits = pixels.reshape(len(pixels), -1).astype(np.float64).mean(1, keepdims=True) / 255 * weights[None]
+    logits = pixels.reshape(len(pixels), -1).astype(np.float64).mean(1, keepdims=True) / 255 * weights
     grown = np.exp(logits - logits.max(1, keepdims=True))
     return (grown / grown.sum(1, keepdims=True)).astype(np.float32)
 

@@ -240,7 +240,7 @@ def check_plan(
         raise foreign(plan, f"it is damaged: its {len(data)} bytes do not have the SHA-256 of meta.json")
     if bundle and meta.get("bundle") != bundle:
         raise foreign(plan, f"it was made from bundle {str(meta.get('bundle'))[:8]}, not from {bundle[:8]}")
-    classes = list(meta.get("classes") or ())
+    classes = list(meta.get("classes", labels.classes))  # before an export is finished, nothing names them yet
     if len(classes) != labels.size:
         raise foreign(plan, f"it scores {len(classes)} classes, and the model has {labels.size}")
     if classes != list(labels.classes):

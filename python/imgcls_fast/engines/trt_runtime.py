@@ -115,6 +115,8 @@ class TrtEngine:
         streams: int = 1,
         bundle: str = "",
     ) -> None:
+        if streams < 1:
+            raise ValueError(f"streams must be at least 1, got {streams}")
         require_trt(f"the engine {plan.name}")
         self.plan, self.labels, self.pixels = plan, labels, pixels
         self.precision = str(meta.get("effective_precision") or meta.get("precision") or "")

@@ -189,6 +189,8 @@ def _build(onnx: Path, options: TrtOptions, monitor: Progress, heard: Messages) 
     config = _configured(builder, options)
     profile = _profiled(builder, network, config, options, onnx)
     cache = _with_timings(config, options.timing_cache)
+    recorder.clear()  # a cache that could not be read is no error of the build
+    heard.texts.clear()
     listener = progress_monitor(monitor)
     config.progress_monitor = listener
     serialized = builder.build_serialized_network(network, config)
@@ -211,9 +213,7 @@ def _configured(builder: trt.Builder, options: TrtOptions) -> trt.IBuilderConfig
         "ampere+": trt.HardwareCompatibilityLevel.AMPERE_PLUS,
     }[options.hardware]
     config.clear_flag(trt.BuilderFlag.TF32)  # on by default; float32 would have 10 bits of mantissa
-    if (
-        options.version_compatible
-    ):  # with its lean runtime inside: a plan that runs only where another file is installed is none
+    if options.version_compatible:  # the lean runtime goes along: a plan must not need a file that is somewhere else
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
     if options.refit:
         config.set_flag(trt.BuilderFlag.REFIT)
