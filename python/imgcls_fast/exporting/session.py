@@ -15,8 +15,8 @@ import torch
 from ..core import env
 from ..core.bundle import Bundle
 from ..core.config import ExportConfig
-from ..core.errors import ConfigError, GateFailed, HardwareError
-from ..core.exports import GATE, Export, choose, export_key, find_key, finish, new_export
+from ..core.errors import ConfigError, GateFailed
+from ..core.exports import GATE, Export, choose, common_meta, export_key, find_key, finish, new_export
 from ..core.files import explained_write, sha256_file, sync_directory, write_json
 from ..core.manifest import Manifest
 from ..engines.base import Engine
@@ -126,13 +126,12 @@ class Exporter:
             ExportError: E001, E002, E003; GateFailed: E901, E902, E903; HardwareError: H003, H004.
         """
         if precision == "fp32":
-            export = self._graph("fp32")
-            demand_clean(lint(export.path, "fp32"), export.path)
+            export = self._plain("fp32")
         elif precision == "int8":
             export = self._judged_int8(exported_for)
         else:
             export = self._judged_half(precision, exported_for)
-        choose(export, default=exported_for == "onnx")
+        choose(export, default=exported_for == "onnx" and precision != "bf16")  # which no ONNX runtime on a CPU takes
         return export
 
     def _graph(self, precision: Precision) -> Export:
@@ -141,8 +140,7 @@ class Exporter:
         )
 
     def _judged_half(self, precision: str, exported_for: str) -> Export:
-        export = self._half(precision)
-        demand_clean(lint(export.path, precision), export.path)
+        export = self._plain(precision)
         engine = self._open_onnx(export.path, precision)
         gate = self.new_gate(0)
         simulated = engine.runtime != exported_for
@@ -292,47 +290,49 @@ class Exporter:
             HardwareError: H004 or H001 where TensorRT or a GPU is missing; the ONNX file stays.
             ExportError: E004; and what `onnx` raises.
         """
-        from .trt_engine import build_plan, require_builder, timing_cache_path, trt_missing
+        from ..engines.trt_plan import CudaDevice, machine
+        from .trt_engine import TrtOptions, build_plan, require_builder, timing_cache_path, trt_missing
 
         missing = trt_missing()
         if missing:
             self.say(f"{missing}; the ONNX file for it is made all the same")
             source = self.onnx(precision, exported_for="trt")
-            require_builder(source.path, source.folder / PLAN, self.trt_options(None))
-        options = self.trt_options(timing_cache_path())
-        base = self._graph("fp32") if precision == "int8" else None
+            require_builder(source.path, source.folder / PLAN, TrtOptions.of(self.settings))
+        options = TrtOptions.of(self.settings, timing_cache_path())
+        base = self._graph("fp32") if precision == "int8" else self._plain(precision)
+        key = export_key(
+            self.bundle, options=options.shaping(), machine=machine(CudaDevice()), base=base.meta["sha256"],
+            gate=self._int8_key(base, "trt"),
+        )  # fmt: skip
+        made = find_key(self.exports, self.bundle, "trt", precision, key)
+        if made is None or (precision != "fp32" and (made.gate or {}).get("verdict") != "pass"):
+            made = self._built(precision, base, key, options, build_plan)
+        choose(made)
+        return made
+
+    def _plain(self, precision: str) -> Export:
+        """The linted file that an engine in fp32, fp16 or bf16 is built from."""
+        source = self._graph("fp32") if precision == "fp32" else self._half(precision)
+        demand_clean(lint(source.path, precision), source.path)
+        return source
+
+    def _built(
+        self, precision: str, base: Export, key: str, options: Any, build: Callable[..., dict[str, Any]]
+    ) -> Export:
         gate = self.new_gate(self.settings.search_fraction if precision == "int8" else 0)
-        key = export_key(self.bundle, options=repr(options), precision=precision, device=_gpu(),
-                         source=self._int8_key(base, "trt") if base else None,
-                         versions=env.versions(("tensorrt", "onnx", "torch")))  # fmt: skip
         with new_export(self.exports, "trt", precision, key) as temporary:
             facts: dict[str, Any] = {}
-            if base is not None:
+            if precision == "int8":
                 facts = self.quantised(base, temporary, gate, "trt")
             else:
-                half = self._graph("fp32") if precision == "fp32" else self._half(precision)
-                demand_clean(lint(half.path, precision), half.path)
-                shutil.copyfile(half.path, temporary / MODEL)
-            built = build_plan(temporary / MODEL, temporary / PLAN, options, progress=self.progress)
+                shutil.copyfile(base.path, temporary / MODEL)
+            built = build(temporary / MODEL, temporary / PLAN, options, progress=self.progress)
             meta = {**graph_facts(temporary / MODEL, self.bundle, self.settings.batch), **facts, **built}
             judgement = self._judge_plan(temporary, gate, meta, precision)
             export = finish(temporary, self.bundle, "trt", precision, PLAN, meta)
         if judgement is not None:
             self._demand(judgement, "trt", precision)
-        choose(export)
         return export
-
-    def trt_options(self, timing_cache: Path | None) -> Any:
-        """What the settings ask of TensorRT."""
-        from .trt_engine import TrtOptions
-
-        s = self.settings
-        best = min(s.best_batch or s.max_batch, s.max_batch)
-        batches = (s.batch,) * 3 if s.batch else (1, best, s.max_batch)
-        return TrtOptions(
-            level=s.trt_level, workspace_gb=s.trt_workspace_gb, hardware=s.trt_hardware, refit=s.trt_refit,
-            version_compatible=s.trt_version_compatible, batches=batches, timing_cache=timing_cache,
-        )  # fmt: skip
 
     def _judge_plan(self, folder: Path, gate: Gate, meta: dict[str, Any], precision: str) -> Judgement | None:
         """Judge the plan that lies in `folder`, and time it; FP32 is compared on real images instead."""
@@ -340,7 +340,7 @@ class Exporter:
         from .onnx_graph import compare_engines, judge_comparison
 
         digest = sha256_file(folder / PLAN)
-        whole = {**meta, "sha256": digest, "bundle": self.bundle.digest}
+        whole = {**common_meta(self.bundle), **meta, "sha256": digest}
         engine = TrtEngine(
             folder / PLAN, whole, self.bundle.labels, self.bundle.pixels, streams=self.settings.streams
         )  # fmt: skip
@@ -462,7 +462,8 @@ def export_bundle(exporter: Exporter, target: str, precision: str | None = None)
 
 def _timings(engine: Engine, batch: int | None) -> dict[str, Any]:
     """Latency of batch 1 (or of the fixed batch) and of the batch with the highest rate."""
-    sweep = best_batch(engine, [batch] if batch else _SWEPT, budget_s=10.0, **_SHORT)
+    sizes = [batch] if batch else [size for size in _SWEPT if size <= engine.max_batch]
+    sweep = best_batch(engine, sizes, budget_s=10.0, **_SHORT)
     return {"one": sweep.timings[0].to_dict(), "best": sweep.best.to_dict()}
 
 
@@ -471,9 +472,3 @@ def _loses(judgement: Judgement) -> str:
         f"plain INT8 loses {100 * judgement.drop:.2f} points on {judgement.rows:,} search rows "
         f"({100 * judgement.max_drop:g} are allowed): looking for the layers that it harms"
     )
-
-
-def _gpu() -> str:
-    if not torch.cuda.is_available():
-        raise HardwareError("H001", "there is no GPU", try_="imgcls-fast doctor")
-    return torch.cuda.get_device_name()
