@@ -223,14 +223,14 @@ def sort_nodes(model: Any) -> None:
 
 
 def clamp_scales(model: Any) -> dict[str, Any]:
-    """Raise FP16 scales below the smallest normal number (6.104e-5) to it.
+    """Raise FP16 scales below the smallest normal number (6.104e-5) to it; also those that have become zero.
 
     A convolution channel that batch normalisation has almost switched off gets a scale that FP16 holds with few bits or
     not at all; the GPU may flush it to zero, and a division by it gives infinities. The larger scale makes the few values of
     that channel coarser, which nobody sees.
 
     Returns:
-        count (channels changed) and worst (the smallest scale found; 0.0 where none was changed).
+        count (channels changed) and worst (the smallest scale found, 0.0 where FP16 holds nothing of it; None: none was changed).
     """
     from onnx import numpy_helper
 
@@ -242,13 +242,13 @@ def clamp_scales(model: Any) -> dict[str, Any]:
         if tensor.data_type != FLOAT16:
             continue
         value = view.array(name)
-        low = (value < SMALLEST_HALF) & np.isfinite(value)
+        low = (value < SMALLEST_HALF) & (value >= 0)
         if low.any():
             tensor.CopyFrom(numpy_helper.from_array(np.where(low, np.float16(SMALLEST_HALF), value), tensor.name))
             pairs[name] = value[low]
     changed = [pairs[node.input[1]] for node in view.nodes if node.op_type == DEQUANTIZE and node.input[1] in pairs]
     values = np.concatenate([part.reshape(-1) for part in changed]) if changed else np.zeros(0)
-    return {"count": int(values.size), "worst": float(values.min()) if values.size else 0.0}
+    return {"count": int(values.size), "worst": float(values.min()) if values.size else None}
 
 
 def bad_scales(model: Any) -> list[str]:

@@ -317,21 +317,29 @@ def _run(folder: Path, timeout_s: float | None) -> None:
 
 
 def _explain(code: int, text: str) -> None:
-    """Turn the end of a child into an error."""
-    lines = [line.rstrip() for line in text.strip().splitlines() if line.strip()]
-    tail = "\n         ".join(lines[-_TAIL_LINES:])[-_TAIL_CHARACTERS:]
+    """Turn the end of a child into an error; all that it said is the cause, which --debug shows."""
+    lines = [line.rstrip() for line in text.splitlines() if line.strip()]
+    tail = RuntimeError("\n".join(lines[-_TAIL_LINES:])[-_TAIL_CHARACTERS:])
     if code < 0:
         name = signal.Signals(-code).name
-        why = "the system's out-of-memory killer sends SIGKILL" if name == "SIGKILL" else tail
+        memory = "the system's out-of-memory killer does that"
         raise ExportError(
             "E003",
             f"the process that quantises was killed by {name}",
-            why=why,
+            why=memory if name == "SIGKILL" else _last_words(lines),
             try_="imgcls-fast export --onnx --precision int8 --calibration-images 128",
-        )
+        ) from tail
     raise ExportError(
         "E003",
-        f"the process that quantises ended with exit code {code}: {lines[-1][:500] if lines else 'it said nothing'}",
-        why=tail,
+        f"the process that quantises ended with exit code {code}",
+        why=_last_words(lines),
         try_="imgcls-fast export --onnx --precision fp16",
-    )
+    ) from tail
+
+
+def _last_words(lines: list[str]) -> str:
+    """What the child said last: of a traceback the exception alone."""
+    starts = [k for k, line in enumerate(lines) if line.startswith("Traceback (most recent call last)")]
+    behind = lines[starts[-1] + 1 :] if starts else lines[-3:]
+    words = [line for line in behind if not line.startswith(" ")] or behind[-1:] or ["it said nothing"]
+    return " ".join(words)[:500]

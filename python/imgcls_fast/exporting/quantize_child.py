@@ -85,9 +85,10 @@ def quantise(folder: Path, request: dict[str, Any], calibration: Any) -> dict[st
         kept: list[str] = []
     else:
         kept = half.to_half(model, [name for name, _ in overflows])
+    raised = qdq.clamp_scales(model)
     if bad := qdq.bad_scales(model):
-        raise ValueError(f"{len(bad)} scales are NaN, infinite or zero, first {bad[0]}")
-    facts |= {"scales_raised": qdq.clamp_scales(model), "overflowing": overflows, "fp32_layers": kept, "freed": freed}
+        raise ValueError(f"{len(bad)} scales are NaN, infinite, zero or negative, first {bad[0]}")
+    facts |= {"scales_raised": raised, "overflowing": overflows, "fp32_layers": kept, "freed": freed}
     qdq.drop_unused(model)
     qdq.add_metadata(model, qdq.metadata(original))
     _save(model, folder)
