@@ -123,9 +123,21 @@ def test_a_verb_of_later_says_not_in_this_version(verb: str, capsys: Capture) ->
     assert f"{verb} is not in this version" in capsys.readouterr().err
 
 
-def test_a_later_export_format_is_a_missing_capability(capsys: Capture) -> None:
-    assert main(["export", "--trt"]) == 4
-    assert "error[H004]" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["--onnx", "--trt"], "--onnx and --trt exclude each other"),
+        (["--int8", "--precision", "fp16"], "two precisions are asked for"),
+        (["--precision", "int4"], "fp32"),
+        (["--set", "train.epochs=3"], "train.epochs"),
+        (["--max-drop", "0"], "export.max_drop"),
+    ],
+)
+def test_an_export_that_contradicts_itself_is_refused_before_a_run_is_looked_for(
+    words: list[str], text: str, capsys: Capture
+) -> None:
+    assert main(["export", "nowhere", *words]) == 2
+    assert text in capsys.readouterr().err
 
 
 def test_a_path_instead_of_a_verb_is_led_to_train(tmp_path: Path, capsys: Capture) -> None:

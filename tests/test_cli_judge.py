@@ -12,6 +12,7 @@ import pytest
 
 from imgcls_fast import api
 from imgcls_fast.cli.app import main
+from imgcls_fast.core.exports import Export
 
 Capture = pytest.CaptureFixture[str]
 HOSTILE = [
@@ -128,7 +129,8 @@ def test_an_operator_set_outside_the_schema_is_refused_before_anything_is_export
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Capture
 ) -> None:
     asked: list[Any] = []
-    monkeypatch.setattr(api, "export", lambda run, **options: asked.append(options["opset"]) or {"path": "model.onnx"})
+    made = Export(tmp_path, {"file": "model.onnx", "target": "onnx", "precision": "fp32"})
+    monkeypatch.setattr(api, "export", lambda run, target, **options: asked.append(options["overrides"]) or made)
     _make_run(tmp_path / "runs" / "mine")
     for opset in ("17", "99", "x"):
         assert main(["export", "mine", "--opset", opset]) == 2
@@ -137,7 +139,7 @@ def test_an_operator_set_outside_the_schema_is_refused_before_anything_is_export
         assert f"--opset {opset}" in err
     assert asked == []
     assert main(["export", "mine", "--opset", "21"]) == main(["export", "mine"]) == 0
-    assert asked == [21, None]
+    assert asked == [{"export.opset": 21}, {}]
 
 
 def test_a_run_shows_its_date_to_people_and_its_seconds_to_programs(

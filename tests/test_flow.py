@@ -123,13 +123,19 @@ class TestCommandLine:
         folder = str(shell.folder / "cache" / "digits-v1" / "test" / "3")
         shell("predict", "last", folder, "--runtime", "onnx", code=1)  # E001: not exported yet
         made = shell.json("export", "--onnx")
-        assert made["same_top1"] == made["images"] == 32
-        assert made["max_score_diff"] <= 1e-4
+        assert made["comparison"]["same_top1"] == made["comparison"]["images"] == 32
+        assert made["comparison"]["max_score_diff"] <= 1e-4
         assert "export.opset" in shell("export", "--onnx", "--opset", "99", code=2)[1]
         with pytest.raises(ConfigError, match=r"export\.opset"):
             imgcls_fast.export(shell.folder / trained["run"], opset=99)
+        half = imgcls_fast.export(shell.folder / trained["run"], precision="fp16", say=lambda sentence: None)
+        assert half.gate is not None and half.gate["rows"] == trained["val"]["n"]
+        verified = shell.json("verify")
+        assert {entry["name"] for entry in verified["scores"]["compared"]} >= {"onnx fp32", "onnx fp16"}
+        assert "trt fp16" in verified["scores"]["absent"]
         by_torch = _predictions(shell.json("predict", "last", folder))
-        by_onnx = _predictions(shell.json("predict", "last", folder, "--runtime", "onnx"))
+        words = ("predict", "last", folder, "--runtime", "onnx", "--engine-precision", "fp32")
+        by_onnx = _predictions(shell.json(*words))
         assert len(by_torch) > 20
         for a, b in zip(by_torch, by_onnx, strict=True):
             assert (a["path"], a["label"]) == (b["path"], b["label"])

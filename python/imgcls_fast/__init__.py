@@ -16,7 +16,7 @@ from typing import Any
 _HOMES = {
     "train": "api", "plan": "api", "evaluate": "api", "predict": "api", "export": "api", "report": "api",
     "load_model": "api", "Predictor": "api", "demo": "api", "doctor": "api",
-    "check_data": "api", "split_data": "api", "data_stats": "api", "list_runs": "api", "show_run": "api",
+    "check_data": "api", "split_data": "api", "data_stats": "api", "list_runs": "api", "show_run": "api", "verify": "api", "deploy": "api",
     "attention": "models", "use_kernels": "models.kernels",
     "Run": "core.run", "RunConfig": "core.config",
     "ImgclsError": "core.errors", "UsageError": "core.errors", "ConfigError": "core.errors", "DataError": "core.errors",

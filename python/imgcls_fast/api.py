@@ -18,7 +18,6 @@ from .core.run import list_runs as _all_runs
 if TYPE_CHECKING:
     from .core.config import RunConfig
     from .core.exports import Export
-    from .core.manifest import Manifest
     from .engines.predictor import Predictor as _Predictor
     from .evaluation.metrics import Metrics
 
@@ -158,9 +157,11 @@ def predict(
     Raises:
         DataError: D001 for a path that does not exist, D002 when a folder holds no image.
     """
+    from .engines.predictor import files_of
+
     listed: list[Any] = []
     for image in [images] if isinstance(images, str | Path) else images:
-        listed += _files(image) if isinstance(image, str | Path) else [image]
+        listed += files_of(Path(image)) if isinstance(image, str | Path) else [image]
     predictor = Predictor(run, runtime=runtime, precision=precision, batch=batch_size or 32, top_k=top_k)
     try:
         return [answer.to_dict() for answer in predictor.stream(listed)]
@@ -242,26 +243,26 @@ def export(
         HardwareError: H004, H001 where a library or a GPU is missing; what could be made stays.
     """
     from .core.bundle import read_bundle
+    from .core.files import copy_whole
     from .core.settings import replace_settings
-    from .exporting.session import TARGETS, Exporter, export_bundle
+    from .data.prepare import scan_to_judge
+    from .exporting.session import Exporter, export_bundle
 
-    if target not in TARGETS:
-        legal = ", ".join(repr(name) for name in TARGETS)
-        raise ConfigError(
-            "C003", f"target must be one of {legal}, got {target!r}", try_="imgcls-fast export RUN --onnx"
-        )
     changes = _overrides(overrides, settings)
     found = _run(run)
     bundle = read_bundle(found.bundle_path)
     config = replace_settings(found.config, changes)
-    extra = _scanned(found, config.export.gate_data, bundle) if config.export.gate_data else None
+    extra = None
+    if config.export.gate_data:
+        source = Path(config.export.gate_data)
+        extra = scan_to_judge(config.data, source, bundle.pixels, bundle.labels, env.cache_dir())
     exporter = Exporter(
         bundle, found.manifest, found.exports, config.export, seed=config.train.seed, extra=extra,
         strict="export.max_drop" in changes, run=str(found.directory), say=say or _say, progress=progress,
     )  # fmt: skip
     made = export_bundle(exporter, target, precision)
     if out is not None:
-        _copy(made.path, Path(out))
+        copy_whole(made.path, Path(out))
     return made
 
 
@@ -485,40 +486,10 @@ def _rows_to_judge(run: Run, data: str | Path | None, split: str, engine: Any) -
                 "D014", f"{run.name} has no {split} images", try_=f"imgcls-fast eval {run.directory} --split val"
             )
         return manifest, rows
-    manifest = _scanned(run, data, engine)
+    from .data.prepare import scan_to_judge
+
+    manifest = scan_to_judge(run.config.data, Path(data), engine.pixels, engine.labels, env.cache_dir())
     return manifest, np.arange(len(manifest), dtype=np.int64)
-
-
-def _scanned(run: Run, data: str | Path, model: Any) -> Manifest:
-    """Other labelled images, with the classes and pixels of a model (an engine or a bundle)."""
-    from .data.prepare import scan_options
-    from .data.scan import scan
-
-    options = scan_options(
-        run.config.data, model.pixels.exif, env.cache_dir(), purpose="judge", classes=model.labels.classes
-    )
-    return scan(Path(data), options).manifest
-
-
-def _copy(source: Path, place: Path) -> None:
-    """A copy of a file, or of a folder, that appears whole."""
-    from .core.files import copy_whole
-
-    copy_whole(source, place)
-
-
-def _files(path: str | Path) -> list[Path]:
-    from .engines.predictor import images_in
-
-    place = Path(path)
-    if place.is_dir():
-        found = images_in(place)
-        if not found:
-            raise DataError("D002", f"there are no images in {place}", try_="imgcls-fast data check DATA")
-        return found
-    if not place.exists():
-        raise DataError("D001", f"{place} does not exist", try_="imgcls-fast predict RUN IMAGES...")
-    return [place]
 
 
 def _say(note: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from imgcls_fast.core.config import RunConfig, describe, free_settings, parse_seconds, setting_names
+from imgcls_fast.core.config import ExportConfig, RunConfig, describe, free_settings, parse_seconds, setting_names
 from imgcls_fast.core.errors import ConfigError
 from imgcls_fast.core.settings import build_config, flatten, preset_names, replace_settings, save_config, to_yaml
 
@@ -337,7 +337,7 @@ def test_every_setting_has_a_description_that_fits_one_line() -> None:
 def test_free_settings_are_exactly_those_that_do_not_shape_the_weights() -> None:
     assert free_settings() == {
         "out", "train.workers", "train.baseline", "train.save_every", "train.log_every", "evaluate.top_k", "evaluate.bootstrap",
-        "evaluate.batch_size", "evaluate.calibrate", "export.opset", "export.verify_images", "export.max_score_diff",
+        "evaluate.batch_size", "evaluate.calibrate", *(f"export.{name}" for name in ExportConfig.model_fields),
     }  # fmt: skip
 
 

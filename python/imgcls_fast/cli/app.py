@@ -17,7 +17,7 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from ..core.env import calm_threads
-from ..core.errors import HardwareError, ImgclsError, Interrupted, UsageError, near
+from ..core.errors import ImgclsError, Interrupted, UsageError, near
 from ..core.flags import LATER_FLAGS, LATER_VERBS, VERBS, Flag, Verb, flags_of
 from .answer import Answer, Request, Session
 from .old import is_old, modernize
@@ -132,7 +132,7 @@ def _check_options(words: list[str], known: set[str], verb: Verb) -> None:
         if not word.startswith("--") and word[:2] in known:
             continue  # -e30
         if name in LATER_FLAGS:
-            raise _later(name, verb)
+            raise UsageError("U001", f"{name} is not in this version", try_=f"{PROGRAM} {verb.name} --help")
         guess = near(name, tuple(sorted(known)))
         raise UsageError(
             "U001",
@@ -140,12 +140,6 @@ def _check_options(words: list[str], known: set[str], verb: Verb) -> None:
             why=f"it belongs to {', '.join(_anywhere(name))}" if _anywhere(name) else "",
             try_=f"{guess}{word[len(name) :]}" if guess else f"{PROGRAM} {verb.name} --help",
         )
-
-
-def _later(name: str, verb: Verb) -> ImgclsError:
-    if verb.name == "export":
-        return HardwareError("H004", f"export {name} is not in this version", try_=f"{PROGRAM} export --onnx")
-    return UsageError("U001", f"{name} is not in this version", try_=f"{PROGRAM} {verb.name} --help")
 
 
 def _anywhere(name: str) -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import UsageError
+from ..core.errors import ConfigError, UsageError
 from ..core.flags import PRECISIONS
 from .answer import Answer, Request, Session
 from .judge import run_and_rest
@@ -23,7 +23,8 @@ def export(request: Request, session: Session) -> Answer:
     config, arguments = settings_of(request)
     from ..core.settings import flatten
 
-    asked = {name: value for name, value in flatten(config).items() if name in _asked(arguments)}
+    named = _asked(arguments)
+    asked = {name: value for name, value in flatten(config).items() if name in named}
     run, _ = run_and_rest(request.things, data=False)
     from .. import api
 
@@ -115,8 +116,16 @@ def _progress(session: Session) -> Callable[[str, float], None] | None:
 
 
 def _asked(arguments: dict[str, Any]) -> set[str]:
-    """Names of the settings that the command line sets."""
-    return set(arguments["overrides"]) | {text.partition("=")[0].strip() for text in arguments["sets"]}
+    """Names of the settings that the command line sets.
+
+    Raises:
+        ConfigError: C004 for one that an export does not obey.
+    """
+    named = set(arguments["overrides"]) | {text.partition("=")[0].strip() for text in arguments["sets"]}
+    foreign = sorted(name for name in named if not name.startswith("export."))
+    if foreign:
+        raise ConfigError("C004", f"{foreign[0]} does not shape an export", try_="imgcls-fast export --help")
+    return named
 
 
 def _show_comparison(console: Any, made: dict[str, Any]) -> None:

@@ -12,8 +12,8 @@ import numpy as np
 from PIL import Image
 
 from ..core.config import DataConfig
-from ..core.manifest import SPLITS, Manifest
-from ..core.pixels import CHANNELS
+from ..core.manifest import SPLITS, LabelSpace, Manifest
+from ..core.pixels import CHANNELS, Pixels
 from .decode import Color, Undecodable, decode_pixels
 from .digits import write_digits
 from .scan import ScanOptions, ScanResult, scan
@@ -157,3 +157,16 @@ def statistics(prepared: Prepared) -> dict[str, Any]:
         "mean": [round(v, 4) for v in mean],
         "std": [round(v, 4) for v in deviation],
     }
+
+
+def scan_to_judge(data: DataConfig, source: Path, pixels: Pixels, labels: LabelSpace, cache: Path) -> Manifest:
+    """Other labelled images, whose classes must be classes of a model and are numbered as the model numbers them.
+
+    Args:
+        data: settings of the model's own data.
+        pixels, labels: of the model.
+
+    Raises:
+        DataError: as `scan`.
+    """
+    return scan(source, scan_options(data, pixels.exif, cache, purpose="judge", classes=labels.classes)).manifest

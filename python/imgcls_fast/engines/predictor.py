@@ -173,6 +173,22 @@ class Predictor:
         return Prediction(name, top[0][0], top[0][1], top)
 
 
+def files_of(place: Path) -> list[Path]:
+    """A file, or the images of a folder.
+
+    Raises:
+        DataError: D001 for a path that does not exist, D002 when a folder holds no image.
+    """
+    if place.is_dir():
+        found = images_in(place)
+        if not found:
+            raise DataError("D002", f"there are no images in {place}", try_="imgcls-fast data check DATA")
+        return found
+    if not place.exists():
+        raise DataError("D001", f"{place} does not exist", try_="imgcls-fast predict RUN IMAGES...")
+    return [place]
+
+
 def images_in(folder: Path) -> list[Path]:
     """The images of a folder and its sub-folders, by name; hidden files and other files are passed over."""
     listing = list_folder(folder, labelled=False)
