@@ -68,7 +68,7 @@ def predict(request: Request, session: Session) -> Answer:
             precision=request.get("engine_precision"),
             top_k=top_k,
             batch_size=batch_size,
-        )  # fmt: skip
+        )
     )
     bad = [answer for answer in answers if answer.get("error")]
     if out is not None:
