@@ -19,7 +19,7 @@ pytest.importorskip("onnxscript")
 import onnx
 
 from imgcls_fast.exporting import half, qdq, quantize
-from imgcls_fast.exporting.lint import lint
+from imgcls_fast.exporting.lint import lint, lint_view
 
 
 def noise(n: int, size: int = 32) -> np.ndarray:
@@ -174,6 +174,26 @@ def test_scales_that_fp16_holds_badly_are_raised_and_counted(trained: Any, tmp_p
     assert facts["scales_raised"] == {"count": 2, "worst": 0.0}
     assert lint(tmp_path / "int8.onnx", "int8") == []
     assert trained.accuracy(tmp_path / "int8.onnx") >= trained.accuracy(tmp_path / "fp32.onnx") - 0.02
+
+
+@pytest.mark.slow
+def test_a_float_that_the_graph_makes_itself_becomes_fp16_too(onnx_of: Callable[..., Path], tmp_path: Path) -> None:
+    import torch
+    from torch import Tensor, nn
+
+    class Masked(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            mask = x.new_zeros(x.shape[0], 1, 8, 8)  # as the windows of torchvision's Swin
+            mask[:, :, 2:] = 3
+            return torch.nn.functional.conv2d(x, torch.ones(4, 3, 1, 1)).add(mask).flatten(1)
+
+    source = onnx_of(Masked(), tmp_path / "fp32.onnx", size=8)
+    model = onnx.load(str(source))
+    assert "ConstantOfShape" in {node.op_type for node in model.graph.node}
+    exact = half.session(source).run(None, {"pixels": noise(3, 8)})[0]
+    assert half.to_half(model) == []
+    assert lint_view(qdq.View(model), "fp16") == []
+    np.testing.assert_allclose(half.session(model).run(None, {"pixels": noise(3, 8)})[0], exact, atol=5e-3)
 
 
 def test_values_beyond_fp16_are_named_largest_first(trained: Any) -> None:

@@ -236,12 +236,18 @@ class _Converter:
         """Nodes that make floats from something else say of which type."""
         import onnx
 
-        for attribute in node.attribute:
-            if node.op_type == "Cast" and attribute.name == "to" and attribute.i == FLOAT:
-                attribute.i = FLOAT16
-            if node.op_type == "ConstantOfShape" and attribute.name == "value" and attribute.t.data_type == FLOAT:
-                value = onnx.numpy_helper.to_array(attribute.t).astype(np.float16)
-                attribute.t.CopyFrom(onnx.numpy_helper.from_array(value, attribute.t.name))
+        if self.view.types.get(node.output[0]) != FLOAT:
+            return
+        if node.op_type == "Cast":
+            next(attribute for attribute in node.attribute if attribute.name == "to").i = FLOAT16
+        if node.op_type == "ConstantOfShape":
+            given = next((attribute.t for attribute in node.attribute if attribute.name == "value"), None)
+            value = (
+                onnx.numpy_helper.to_array(given) if given is not None else np.zeros(1)
+            )  # the default is a float32 zero
+            del node.attribute[:]
+            half = onnx.numpy_helper.from_array(np.asarray(value, np.float16))
+            node.attribute.append(onnx.helper.make_attribute("value", half))
 
     def _cast_output(self, name: str) -> None:
         import onnx

@@ -92,6 +92,7 @@ def quantise(folder: Path, request: dict[str, Any], calibration: Any) -> dict[st
     qdq.drop_unused(model)
     qdq.add_metadata(model, qdq.metadata(original))
     _save(model, folder)
+    _scores(folder / MADE, images[: step if given[0].dim_value else _REFERENCE_IMAGES])
     view = qdq.View(model)
     return facts | {
         "int8_layers": view.int8_layers(),
@@ -245,21 +246,32 @@ def _verify(folder: Path, images: Any, precision: str) -> dict[str, Any]:
     import numpy as np
     import onnx
 
-    from . import half
 
     small = (folder / MODEL).stat().st_size <= _REFERENCE_BYTES and images.shape[1] <= _REFERENCE_SIDE
     if precision == "bf16" and not small:
         return {"verified": "structure-only", "max_score_diff": None}
-    (exact,) = half.run_in_steps(half.session(folder / MODEL), images)
+    exact = _scores(folder / MODEL, images)
     if precision == "bf16":
         evaluator: Any = import_module("onnx.reference").ReferenceEvaluator(str(folder / MADE))
-        found = evaluator.run(None, {onnx.load(str(folder / MADE)).graph.input[0].name: images})
+        found = evaluator.run(None, {onnx.load(str(folder / MADE)).graph.input[0].name: images})[0]
     else:
-        (found,) = half.run_in_steps(half.session(folder / MADE), images)
-    worst = float(np.abs(np.asarray(found[0], np.float64) - exact[0]).max())
+        found = _scores(folder / MADE, images)
+    worst = float(np.abs(np.asarray(found, np.float64) - exact).max())
     if not np.isfinite(worst):
         raise ValueError(f"the {precision} graph gives NaN or infinity")
     return {"verified": "reference" if precision == "bf16" else "onnxruntime", "max_score_diff": worst}
+
+
+def _scores(path: Path, images: Any) -> Any:
+    """Scores of a few images, which must be numbers; a graph that ONNX Runtime does not load is an error here, not later."""
+    import numpy as np
+
+    from . import half
+
+    scores = np.concatenate([found[0] for found in half.run_in_steps(half.session(path), images)])
+    if not np.isfinite(scores).all():
+        raise ValueError(f"the scores of {path.name} are NaN or infinite")
+    return scores
 
 
 def _save(model: Any, folder: Path) -> None:
