@@ -364,6 +364,69 @@ def window_goals(check: Check, rows: list[dict[str, Any]]) -> None:
         )
 
 
+def engines_in_half(check: Check) -> None:
+    """One bundle in FP16 through eager PyTorch, torch.compile with CUDA graphs and AOTInductor, at batch 1 and the best batch.
+
+    Rehearsing, it is ViT-T in FP32. TensorRT has its own rows where it is installed.
+    """
+    import bench_engines
+
+    from imgcls_fast.engines.runtimes import open_engine
+    from imgcls_fast.engines.timing import best_batch
+    from imgcls_fast.exporting.programs import write_aoti
+
+    precision, model = ("fp32", "vit-t") if check.small else ("fp16", "resnet50")
+    with tempfile.TemporaryDirectory(prefix="imgcls-gpu-check-") as folder:
+        bundle = bench_engines.bundle_at(Path(folder), model)
+        exports = bundle.directory.parent / "exports"
+        x = bench_engines.images(8 if check.small else 64, 0)
+        write_aoti(bundle, exports, [x[:8]], precision=precision, device=check.device)
+        truth = open_engine(bundle, "torch", device=check.device)
+        expected, rates = truth.scores(x), {}
+        found: dict[str, Any] = {}
+        for runtime in ("torch", "compile", "aoti"):
+            engine = open_engine(bundle, runtime, device=check.device, exports=exports, precision=precision)
+            worst = float(np.abs(engine.scores(x) - expected).max())
+            sweep = best_batch(
+                engine, (1, 8) if check.small else None, budget_s=12, duration_s=0.5 if check.small else 1.0
+            )
+            one, best = sweep.timings[0], sweep.best
+            rates[runtime], found[runtime] = one.end_to_end.p50_ms, [t.to_dict() for t in sweep.timings]
+            text = f"b1 p50 {one.end_to_end.p50_ms:.3f} ms, best b{best.batch} {best.images_per_s:,.0f} img/s, {engine.precision}"
+            check.row(f"{model} {precision}, {runtime}", text, "scores within 0.05", worst <= 0.05)
+            engine.close()
+        check.details["engines"] = found
+        for runtime in ("compile", "aoti"):
+            check.row(
+                f"{model} {precision}, {runtime} against eager", f"{rates[runtime] / rates['torch']:.3f}x", "", None
+            )
+
+
+def tensorrt(check: Check) -> None:
+    """The tests that build and run real engines, where TensorRT is installed."""
+    from imgcls_fast.exporting.trt_engine import trt_missing
+
+    if missing := trt_missing():
+        check.row("TensorRT", missing, "tests pass", None)
+        return
+    words = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        "gpu",
+        str(ROOT / "tests" / "exporting"),
+    ]
+    done = subprocess.run(
+        [*words, str(ROOT / "tests" / "engines")], capture_output=True, text=True, timeout=240, cwd=ROOT
+    )
+    last = (done.stdout.strip().splitlines() or [done.stderr.strip()[-160:]])[-1]
+    check.row("TensorRT", last.strip("= ")[:120], "tests pass", done.returncode == 0)
+
+
 def _sync(check: Check) -> None:
     if check.device == "cuda":
         torch.cuda.synchronize()
@@ -371,7 +434,7 @@ def _sync(check: Check) -> None:
 
 PARTS = (
     kernels_are_right, sanitizer, kernel_speed, pixels_agree, restart_is_equal, training_works, no_host_sync, loader_speed,
-    step_against_bare_loop,
+    step_against_bare_loop, engines_in_half, tensorrt,
 )  # fmt: skip
 
 
