@@ -94,7 +94,7 @@ def kill_once(process: subprocess.Popen[str], run: Path, victim: str, delay_s: f
         children = [pid for pid in processes_of(run) if pid != process.pid]
         if children or victim == "parent":
             break
-        time.sleep(0.002)  # the child is still to come
+        time.sleep(0.01)  # the child is still to come
     if process.poll() is not None:
         return None
     for pid in [*([process.pid] if victim != "child" else []), *(children if victim != "parent" else [])]:

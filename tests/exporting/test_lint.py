@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -376,3 +377,10 @@ def test_what_is_exported_is_clean_in_float32_fp16_and_int8(
     images = np.random.default_rng(0).integers(0, 255, (16, 32, 32, 3), np.uint8)
     quantize(tmp_path / "fp32.onnx", tmp_path / "int8.onnx", images, quantizer="onnxruntime")
     assert lint(tmp_path / "int8.onnx", "int8") == []
+
+
+def test_the_page_on_int8_lists_every_rule_with_its_files() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "int8.md").read_text("utf-8")
+    rows = dict(re.findall(r"^\| `([\w-]+)` \| .* \| ([\w, ]+) \|$", page, re.MULTILINE))
+    every = ("fp32", "fp16", "bf16", "int8")
+    assert rows == {rule.id: "all" if rule.precisions == every else ", ".join(rule.precisions) for rule in RULES}

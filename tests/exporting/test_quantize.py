@@ -341,7 +341,7 @@ def test_a_file_without_int8_layers_is_refused(onnx_of: Callable[..., Path], tmp
     error = refused(
         lambda: quantize.quantize(source, tmp_path / "out.onnx", noise(2, 4), quantizer="onnxruntime"), tmp_path
     )
-    assert "none of the 0 layers" in error.message
+    assert "none of the 0 layers" in error.why
 
 
 # ---- calibration rows ----

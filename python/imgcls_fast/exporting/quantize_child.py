@@ -91,6 +91,10 @@ def quantise(folder: Path, request: dict[str, Any], calibration: Any) -> dict[st
     facts |= {"scales_raised": raised, "overflowing": overflows, "fp32_layers": kept, "freed": freed}
     qdq.drop_unused(model)
     qdq.add_metadata(model, qdq.metadata(original))
+    view = qdq.View(model)
+    layers = sum(1 for _ in view.layers())
+    if not view.int8_layers():
+        raise ValueError(f"none of the {layers} layers was quantised (fewer than 16 channels are not worth it)")
     _save(model, folder)
     _scores(folder / MADE, images[: step if given[0].dim_value else _REFERENCE_IMAGES])
     view = qdq.View(model)
@@ -245,7 +249,6 @@ def _verify(folder: Path, images: Any, precision: str) -> dict[str, Any]:
     """Scores of the made file beside those of the float32 file; BF16 runs on no CPU runtime, so that only small graphs can be run."""
     import numpy as np
     import onnx
-
 
     small = (folder / MODEL).stat().st_size <= _REFERENCE_BYTES and images.shape[1] <= _REFERENCE_SIDE
     if precision == "bf16" and not small:
