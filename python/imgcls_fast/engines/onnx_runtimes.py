@@ -77,7 +77,7 @@ class OnnxEngine:
         max_batch: int = _MAX_BATCH,
     ) -> None:
         onnxruntime = env.require("onnxruntime", "onnx", "the runtime onnx")
-        graph = read_graph(path)
+        graph, threads = read_graph(path), threads or env.usable_cpus()  # by itself it counts cores that are not ours
         self.labels, self.pixels, self.device = labels, pixels, device
         self._gpu = _Gpu(onnxruntime, device) if device != "cpu" else None
         with tempfile.TemporaryDirectory(prefix="imgcls-fast-") as folder:
