@@ -18,7 +18,7 @@ pytest.importorskip("onnxruntime")
 import onnx
 
 from imgcls_fast.exporting.lint import RULES, Finding, demand_clean, lint, lint_view
-from imgcls_fast.exporting.qdq import FLOAT, FLOAT16, UINT8, View
+from imgcls_fast.exporting.qdq import FLOAT, FLOAT16, UINT8, View, tidy
 
 HALF = np.float16
 
@@ -384,3 +384,28 @@ def test_the_page_on_int8_lists_every_rule_with_its_files() -> None:
     rows = dict(re.findall(r"^\| `([\w-]+)` \| .* \| ([\w, ]+) \|$", page, re.MULTILINE))
     every = ("fp32", "fp16", "bf16", "int8")
     assert rows == {rule.id: "all" if rule.precisions == every else ", ".join(rule.precisions) for rule in RULES}
+
+
+@pytest.mark.parametrize(
+    ("plant", "kind"),
+    [
+        (pair_before_the_activation, "activations"),
+        (residual_and_branch_quantised, "additions"),
+        (branch_quantised_in_place_of_the_residual, "additions"),
+        (softmax_quantised, "softmaxes"),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_what_quantizers_place_badly_is_taken_away(plant: Callable[[Graph], None], kind: str) -> None:
+    graph = Graph()
+    plant(graph)
+    if kind == "softmaxes":  # the output of the file itself keeps its name: something has to read the probabilities
+        graph.node("scores").output[0] = "probabilities_dq"
+        graph.add("Identity", ["probabilities_dq"], "scores")
+    model = graph.model()
+    assert lint_view(View(model), "int8")
+    counts = tidy(model)
+    assert counts.pop(kind) == 1 and set(counts.values()) == {0}
+    assert lint_view(View(model), "int8") == []
+    onnx.checker.check_model(model)
+    assert len(View(model).int8_layers()) == 2

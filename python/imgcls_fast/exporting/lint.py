@@ -35,6 +35,8 @@ from .qdq import (
     double_additions,
     metadata,
     opset,
+    quantised_branches,
+    quantised_softmaxes,
     split_activations,
 )
 
@@ -233,19 +235,10 @@ def _nothing_quantised(view: View) -> Found:
 
 
 def _residual_add(view: View) -> Found:
-    double = [node.name for node, _ in double_additions(view)]
-    for name in double:
-        yield name, "both inputs are quantised; the branch that ends in the layer to fuse with must not be"
-    for node in view.nodes:
-        if node.op_type not in ("Add", "Sum") or node.name in double:
-            continue
-        for name, other in zip(node.input, node.input[::-1], strict=True):
-            pair = view.quantised(name)
-            if pair is None or view.op(pair.source) not in WEIGHTED or other in view.constants:
-                continue
-            alone = all(len(view.users[tensor]) == 1 for tensor in (pair.source, pair.dequantise.output[0]))
-            if alone and view.op(other) not in (*WEIGHTED, DEQUANTIZE):
-                yield node.name, f"the layer's branch is quantised and the residual {other} is not"
+    for node, _ in double_additions(view):
+        yield node.name, "both inputs are quantised; the branch that ends in the layer to fuse with must not be"
+    for node, k, _ in quantised_branches(view):
+        yield node.name, f"the layer's branch is quantised and the residual {node.input[1 - k]} is not"
 
 
 def _before_activation(view: View) -> Found:
@@ -254,12 +247,8 @@ def _before_activation(view: View) -> Found:
 
 
 def _softmax(view: View) -> Found:
-    for node in view.nodes:
-        if node.op_type == QUANTIZE and view.op(view.behind(node.input[0])) == "Softmax":
-            yield (
-                node.name,
-                "attention probabilities in steps of 1/127: an attention spread over 197 tokens rounds to 0 or 2/127",
-            )
+    for node in quantised_softmaxes(view):
+        yield node.name, "probabilities in steps of 1/127: an attention spread over 197 tokens rounds to 0 or 2/127"
 
 
 def _rescale(view: View) -> Found:

@@ -283,27 +283,54 @@ def double_additions(view: View) -> Iterator[tuple[Any, list[Quantised]]]:
                 yield node, pairs
 
 
-def tidy(model: Any) -> dict[str, int]:
-    """Take away Q/DQ that quantizers place and that keep TensorRT from fusing layers.
+def quantised_branches(view: View) -> Iterator[tuple[Any, int, Quantised]]:
+    """Additions that could be fused with a layer, were it not for a pair between the two, while the other side has none."""
+    for node in view.nodes:
+        if node.op_type not in ("Add", "Sum") or len(node.input) != 2:
+            continue
+        for k, name in enumerate(node.input):
+            pair, other = view.quantised(name), node.input[1 - k]
+            if pair is None or view.op(pair.source) not in WEIGHTED or other in view.constants:
+                continue
+            alone = all(len(view.users[tensor]) == 1 for tensor in (pair.source, pair.dequantise.output[0]))
+            if alone and view.quantised(other) is None and view.op(other) not in WEIGHTED:
+                yield node, k, pair
 
-    ModelOpt 0.47 quantises between a convolution and a HardSwish, which it does not know as an activation, and both sides of
-    the 18 residual additions of torchvision's ConvNeXt-T.
+
+def quantised_softmaxes(view: View) -> Iterator[Any]:
+    """Q nodes behind a softmax."""
+    for node in view.nodes:
+        if node.op_type == QUANTIZE and view.op(view.behind(node.input[0])) == "Softmax":
+            yield node
+
+
+def tidy(model: Any) -> dict[str, int]:
+    """Take away Q/DQ that quantizers place and that cost accuracy, or keep TensorRT from fusing layers.
+
+    ModelOpt 0.47 quantises between a convolution and a HardSwish, which it does not know as an activation; both sides of the
+    18 residual additions of torchvision's ConvNeXt-T; and the softmax of ResNeSt, which is no attention between products.
 
     Returns:
         how many of each kind.
     """
     view = View(model)
-    activations = list(split_activations(view))
-    for node, pair in activations:
-        _bypass(view, node, 0, pair)
-    additions = list(double_additions(view))
-    for node, pairs in additions:  # the branch that nobody else reads can be fused with the addition
+    activations = [(node, 0, pair) for node, pair in split_activations(view)]
+    additions = list(quantised_branches(view))
+    for node, pairs in double_additions(view):  # the side that nobody else reads can be fused with the addition
         layers = [k for k, pair in enumerate(pairs) if view.op(pair.source) in WEIGHTED]
         alone = [k for k, pair in enumerate(pairs) if len(view.users[pair.dequantise.output[0]]) == 1]
         k = next(iter(layers + alone), 0)
-        _bypass(view, node, k, pairs[k])
+        additions.append((node, k, pairs[k]))
+    for node, k, pair in activations + additions:
+        _bypass(view, node, k, pair)
+    softmaxes = list(quantised_softmaxes(view))
+    for quantise in softmaxes:
+        for dequantise in view.users[quantise.output[0]]:
+            for user in view.users[dequantise.output[0]]:
+                for k, name in enumerate(user.input):
+                    user.input[k] = quantise.input[0] if name == dequantise.output[0] else name
     drop_unused(model)
-    return {"activations": len(activations), "additions": len(additions)}
+    return {"activations": len(activations), "additions": len(additions), "softmaxes": len(softmaxes)}
 
 
 def free_layers(model: Any, names: Collection[str]) -> list[str]:
