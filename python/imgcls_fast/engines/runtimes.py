@@ -417,7 +417,7 @@ def _open_trt(export: Export, bundle: Bundle, device: str, threads: int, most: d
     from .trt_runtime import TrtEngine
 
     index = torch.device(device).index or 0
-    return TrtEngine(export.path, export.meta, bundle.labels, bundle.pixels, device=index)
+    return TrtEngine(export.path, export.meta, bundle.labels, bundle.pixels, device=index, bundle=bundle.digest)
 
 
 # runtime -> (target of the export that it opens, how)

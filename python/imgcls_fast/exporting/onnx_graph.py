@@ -142,7 +142,7 @@ def judge_comparison(result: Comparison, precision: str, max_score_diff: float, 
         f"{runtime} disagrees with torch on {result.images} images: largest score difference {result.max_score_diff:.2e} "
         f"(allowed {allowed:.0e}), relative error {result.relative_l2:.1e}, same class on {result.same_top1} of {result.images}",
         why=f"in {precision}; nothing was exported",
-        try_="imgcls-fast export --onnx --opset 18" if full else "imgcls-fast export --onnx --precision fp32",
+        try_="imgcls-fast export --onnx --opset 18" if full else "the same command with --precision fp32",
     )  # fmt: skip
 
 
