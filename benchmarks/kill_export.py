@@ -29,6 +29,7 @@ SETTINGS = {
     "train.threads": "1", "train.workers": "1", "train.baseline": "false", "train.precision": "fp32", "train.device": "cpu",
     "evaluate.bootstrap": "20",
 }  # fmt: skip
+CHILD_S = 6.0  # how long the quantiser is at work, roughly
 LINGER_S = 3.0  # within this time a process must have ended
 
 
@@ -85,22 +86,33 @@ def processes_of(run: Path) -> list[int]:
     return found
 
 
-def kill_once(process: subprocess.Popen[str], run: Path, victim: str, delay_s: float) -> str | None:
-    """SIGKILL after a while; where that was, or None when there was nobody to kill any more."""
+def kill_once(process: subprocess.Popen[str], run: Path, victim: str, delay_s: float, further_s: float) -> str | None:
+    """SIGKILL after a while; where that was, or None when there was nobody to kill any more.
+
+    Args:
+        delay_s: since the start; the child, if it is a victim, is waited for.
+        further_s: since the child was first seen.
+    """
     deadline = time.monotonic() + delay_s
     while process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.001)
-    while process.poll() is None:
-        children = [pid for pid in processes_of(run) if pid != process.pid]
-        if children or victim == "parent":
-            break
-        time.sleep(0.01)  # the child is still to come
-    if process.poll() is not None:
+    while process.poll() is None and victim != "parent" and not children_of(process, run):
+        time.sleep(0.01)
+    if victim != "parent":
+        time.sleep(further_s)
+    children = children_of(process, run)
+    victims = [*([process.pid] if victim != "child" else []), *(children if victim != "parent" else [])]
+    if process.poll() is not None or not victims:
         return None
-    for pid in [*([process.pid] if victim != "child" else []), *(children if victim != "parent" else [])]:
+    for pid in victims:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     return "while quantising" if children else "before or after quantising"
+
+
+def children_of(process: subprocess.Popen[str], run: Path) -> list[int]:
+    """Processes that work for an export."""
+    return [pid for pid in processes_of(run) if pid != process.pid]
 
 
 def faults_of(run: Path, process: subprocess.Popen[str], victim: str, bundle: dict[str, str]) -> list[str]:
@@ -162,7 +174,14 @@ def torture(run: Path, quantizer: str, kills: int, draw: random.Random) -> list[
         outcome = outcomes[VICTIMS[done % len(VICTIMS)]]
         remove_visible(run / "exports")
         process = export(run, quantizer)
-        place = kill_once(process, run, outcome.victim, draw.uniform(0, span_s))
+        aimed = done % 2 == 0  # every other kill lands while the child is at work
+        if aimed:
+            while process.poll() is None and not children_of(process, run):
+                time.sleep(0.01)
+        child_s = draw.uniform(0, min(span_s, CHILD_S))
+        place = kill_once(
+            process, run, outcome.victim, child_s if aimed else draw.uniform(0, span_s), 0 if aimed else child_s
+        )
         outcome.faults += faults_of(run, process, outcome.victim, bundle)
         outcome.kills += place is not None
         outcome.ended_before += place is None
