@@ -36,6 +36,7 @@ MAX_LEVELS = 2  # of 255, anywhere
 MEAN_LEVELS = 0.25  # of 255, over all images
 MAX_SCORE = 1e-4  # of an engine in FP32
 REFERENCE = "torch"
+REDUCED = (" fp16", " bf16", " int8")  # ends of names
 _BATCH = 32
 _TARGETS = {"onnx": "onnx", "openvino": "onnx", "trt": "trt", "aoti": "aoti"}  # what has to be exported again
 
@@ -110,7 +111,7 @@ def compare_run(
 
     Args:
         reference: torch in FP32.
-        engines: name -> an engine, a function that opens one (it is closed again), or why there is none. An engine that
+        engines: name (which may end with the precision of a file) -> an engine, a function that opens one (it is closed again), or why there is none. An engine that
             cannot be opened is listed as absent with the reason.
         sources: name -> who else delivers pixels, or why not; None: `usual_sources`.
 
@@ -363,7 +364,8 @@ def _judge_pixels(one: Compared, manifest: Manifest) -> dict[str, Any]:
 
 
 def _judge_scores(one: Compared, manifest: Manifest) -> dict[str, Any]:
-    values, full = one.values, one.precision == "fp32"
+    # an FP16 file that ONNX Runtime computes in float32 on a CPU still has FP16's weights; `engines_of` names the file's precision
+    values, full = one.values, one.precision == "fp32" and not one.name.endswith(REDUCED)
     failure, worst = "", manifest.paths[values.worst] if values.worst >= 0 else None
     if not np.isfinite(values.largest):
         failure = f"scores of {one.name} are not finite, or not as many as the model has; first in {worst}"
