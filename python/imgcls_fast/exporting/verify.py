@@ -111,7 +111,8 @@ def compare_run(
 
     Args:
         reference: torch in FP32.
-        engines: name (which may end with the precision of a file) -> an engine, a function that opens one (it is closed again), or why there is none. An engine that
+        engines: name (which may end with the precision of a file) -> an engine, a function that opens one (it is closed
+            again), or why there is none. An engine that
             cannot be opened is listed as absent with the reason.
         sources: name -> who else delivers pixels, or why not; None: `usual_sources`.
 
