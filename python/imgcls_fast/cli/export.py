@@ -14,7 +14,20 @@ from .settings import settings_of
 from .show import facts, say, table
 
 TARGETS = ("onnx", "trt", "pt2", "aoti", "torchscript", "triton")
-_POINTS = ("verdict", "rows", "lost", "gained", "drop_pp", "bound_pp", "max_drop_pp", "rows_needed", "simulated")
+_POINTS = (
+    "verdict",
+    "rows",
+    "agreement",
+    "accuracy",
+    "reference_accuracy",
+    "lost",
+    "gained",
+    "drop_pp",
+    "bound_pp",
+    "max_drop_pp",
+    "rows_needed",
+    "simulated",
+)
 
 
 def export(request: Request, session: Session) -> Answer:
