@@ -37,7 +37,8 @@ from imgcls_fast.core.errors import ImgclsError
 from imgcls_fast.core.manifest import LabelSpace
 from imgcls_fast.core.pixels import Pixels
 from imgcls_fast.engines.base import Engine
-from imgcls_fast.engines.onnx_runtimes import OnnxEngine, OpenVinoEngine
+from imgcls_fast.engines.onnx_runtimes import OnnxEngine
+from imgcls_fast.engines.openvino_runtime import OpenVinoEngine
 from imgcls_fast.engines.runtimes import open_engine
 from imgcls_fast.engines.timing import Latency, duel, peak_bytes, ratio_interval, reset_peak
 from imgcls_fast.exporting.onnx_graph import write_graph

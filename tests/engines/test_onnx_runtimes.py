@@ -18,7 +18,8 @@ from imgcls_fast.core.errors import ExportError, HardwareError
 from imgcls_fast.core.manifest import LabelSpace
 from imgcls_fast.core.pixels import Pixels
 from imgcls_fast.engines.base import Engine, dominant, score_in_parts
-from imgcls_fast.engines.onnx_runtimes import OnnxEngine, OpenVinoEngine, cuda_provider, read_graph
+from imgcls_fast.engines.onnx_runtimes import OnnxEngine, cuda_provider, read_graph
+from imgcls_fast.engines.openvino_runtime import OpenVinoEngine
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -325,7 +326,7 @@ def test_openvino_is_imported_without_its_telemetry(tmp_path: Path) -> None:
     pytest.importorskip("openvino")
     found = {}
     for name, importing in (
-        ("ours", "from imgcls_fast.engines.onnx_runtimes import quiet_openvino; quiet_openvino().Core()"),
+        ("ours", "from imgcls_fast.engines.openvino_runtime import quiet_openvino; quiet_openvino().Core()"),
         ("plain", "import openvino"),
     ):
         home = tmp_path / name
@@ -357,3 +358,33 @@ def test_parts_are_padded_only_where_the_batch_is_fixed() -> None:
         found = score_in_parts(score, x, 3, 2, fixed=fixed)
         np.testing.assert_array_equal(found, x.reshape(7, -1)[:, :2])
         assert seen == sizes
+
+
+_SIGNALLED = """
+import faulthandler, signal, subprocess, sys
+from pathlib import Path
+faulthandler.enable()  # with a signal stack of its own, as pytest has
+signal.signal(signal.SIGCHLD, lambda *_: None)  # as a loader of torch has
+from imgcls_fast.core.manifest import LabelSpace
+from imgcls_fast.core.pixels import Pixels
+from imgcls_fast.engines.openvino_runtime import OpenVinoEngine
+labels, pixels = LabelSpace.single(["a", "b", "c"]), Pixels(*eval(sys.argv[2]))
+first = OpenVinoEngine(Path(sys.argv[1]), labels, pixels)
+second = OpenVinoEngine(Path(sys.argv[1]), labels, pixels)
+for engine in (first, second):
+    engine.warmup(1)
+    engine.close()
+del first, second, engine
+subprocess.run([sys.executable, "-c", "pass"], check=True)
+print("alive")
+"""
+
+
+@pytest.mark.slow
+def test_a_process_outlives_its_openvino_engines_when_a_signal_comes(tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    path = write_graph(tmp_path / "m.onnx")
+    spec = (PIXELS.size, PIXELS.crop_pct, PIXELS.interpolation, PIXELS.color, PIXELS.exif, PIXELS.mean, PIXELS.std)
+    words = [sys.executable, "-c", _SIGNALLED, str(path), repr(spec)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout.strip()) == (0, "alive"), done.stderr

@@ -1,11 +1,9 @@
-"""ONNX files as Engines: ONNX Runtime on a CPU or a GPU, and OpenVINO on a CPU."""
+"""ONNX files as Engines: ONNX Runtime on a CPU or a GPU; and what every runtime of ONNX files asks of them."""
 
 from __future__ import annotations
 
 import json
-import sys
 import tempfile
-import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -21,8 +19,8 @@ from ..core.manifest import LabelSpace
 from ..core.pixels import Pixels
 from .base import blank, closed, dominant, score_in_parts
 
-_MAX_BATCH = 1024
-# Operators that do the multiplying, of standard ONNX and of ONNX Runtime's optimised graphs, and of OpenVINO's.
+MAX_BATCH = 1024
+# Operators that do the multiplying, of standard ONNX and of ONNX Runtime's optimised graphs.
 _HEAVY = frozenset(
     ("Conv", "FusedConv", "NhwcFusedConv", "NhwcConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul",
      "TransposeMatMul", "Attention", "MultiHeadAttention", "PackedAttention")
@@ -31,10 +29,10 @@ _HEAVY_INT8 = frozenset(
     ("QLinearConv", "ConvInteger", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul",
      "QGemm", "QAttention")
 )  # fmt: skip
-_HEAVY_OPENVINO = frozenset(
-    ("Convolution", "GroupConvolution", "Deconvolution", "FullyConnected", "MatMul", "ScaledDotProductAttention")
-)
-_NAMES = {"f32": "fp32", "f16": "fp16", "i8": "int8", "u8": "int8", "float": "fp32", "float16": "fp16", "bfloat16": "bf16"}  # fmt: skip
+# What runtimes call the types
+PRECISION_NAMES = {
+    "f32": "fp32", "f16": "fp16", "i8": "int8", "u8": "int8", "float": "fp32", "float16": "fp16", "bfloat16": "bf16",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ class OnnxEngine:
         *,
         device: str = "cpu",
         threads: int = 0,
-        max_batch: int = _MAX_BATCH,
+        max_batch: int = MAX_BATCH,
     ) -> None:
         onnxruntime = env.require("onnxruntime", "onnx", "the runtime onnx")
         graph, threads = read_graph(path), threads or env.usable_cpus()  # by itself it counts cores that are not ours
@@ -90,14 +88,14 @@ class OnnxEngine:
                 options.add_session_config_entry("session.disable_quant_qdq", "1")
             options.enable_profiling, options.profile_file_prefix = True, f"{folder}/profile"
             providers = [self._gpu.provider] if self._gpu else []
-            with _explained(path, _errors()):
+            with explained(path, _errors()):
                 self.session: Any = onnxruntime.InferenceSession(
                     str(path), options, providers=[*providers, "CPUExecutionProvider"]
                 )
             self._fixed = self._check_edges(path)
             self.max_batch = self._fixed or max_batch
             self._check_provider()
-            with _explained(path, _errors()):
+            with explained(path, _errors()):
                 self.scores(blank(pixels, 1))
             ran = _profiled(Path(self.session.end_profiling()))
         counts, self._providers = _ort_counts(ran)
@@ -224,106 +222,6 @@ def _address(buffer: Any) -> int:
     return int(buffer.ctypes.data if isinstance(buffer, np.ndarray) else buffer.data_ptr())
 
 
-class OpenVinoEngine:
-    """An exported graph in OpenVINO on the CPU. See `base.Engine`.
-
-    Args:
-        path: as for `OnnxEngine`.
-        compute: "f32" (what the file says), or "bf16" to let OpenVINO round. Without a hint it rounds by itself on CPUs that
-            have bfloat16 instructions.
-        threads: of one batch; 0: one for each core.
-
-    Raises:
-        HardwareError: H004 without OpenVINO.
-        ExportError: E005 when the file is damaged, keeps weights elsewhere, or is not of this model.
-    """
-
-    thread_safe = True
-    runtime = "openvino"
-
-    def __init__(
-        self,
-        path: Path,
-        labels: LabelSpace,
-        pixels: Pixels,
-        *,
-        compute: str = "f32",
-        threads: int = 0,
-        max_batch: int = _MAX_BATCH,
-    ) -> None:
-        openvino = quiet_openvino()
-        read_graph(path)
-        self.labels, self.pixels = labels, pixels
-        settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": compute}
-        if threads:
-            settings["INFERENCE_NUM_THREADS"] = threads
-        with _explained(path, (RuntimeError,)):
-            model = openvino.Core().read_model(str(path))
-            self._fixed = _openvino_edges(path, model, pixels, labels.size)
-            self._compiled: Any = openvino.Core().compile_model(model, "CPU", settings)
-        self.max_batch = self._fixed or max_batch
-        self._requests = threading.local()  # one for each thread that asks
-        counts = _openvino_counts(self._compiled.get_runtime_model())
-        self.precision = dominant(counts)
-        self._facts = {"openvino": openvino.__version__, "operators": dict(counts), "threads": threads,
-                       "hint": str(self._compiled.get_property("INFERENCE_PRECISION_HINT").to_string()),
-                       "devices": list(self._compiled.get_property("EXECUTION_DEVICES"))}  # fmt: skip
-
-    def facts(self) -> dict[str, Any]:
-        """Version, multiplying operators by the type that they are compiled to, the precision hint, devices, threads."""
-        return dict(self._facts)
-
-    def scores(self, pixels: Any) -> np.ndarray:
-        """(N, K) float32 probabilities."""
-        return score_in_parts(
-            self._score, np.asarray(pixels), self.max_batch, self.labels.size, fixed=bool(self._fixed)
-        )
-
-    def warmup(self, n: int) -> None:
-        self.scores(blank(self.pixels, n))
-
-    def bind(self, batch: int) -> OpenVinoBound:
-        """An inference request with arrays of its own.
-
-        Raises:
-            ValueError: another batch size than the file's fixed one.
-        """
-        if self._compiled is None:
-            raise closed("openvino")
-        if self._fixed and batch != self._fixed:
-            raise ValueError(f"this file takes batches of {self._fixed}, got {batch}")
-        return OpenVinoBound(self._compiled.create_infer_request(), blank(self.pixels, batch), self.labels.size)
-
-    def close(self) -> None:
-        self._compiled, self._requests = None, threading.local()
-
-    def _score(self, part: np.ndarray) -> np.ndarray:
-        if self._compiled is None:
-            raise closed("openvino")
-        request = getattr(self._requests, "own", None)
-        if request is None:
-            request = self._requests.own = self._compiled.create_infer_request()
-        request.infer({"pixels": part}, share_inputs=True)
-        return np.array(request.get_output_tensor().data)  # a copy: the next call writes into the same memory
-
-
-class OpenVinoBound:
-    """An inference request with its arrays. See `base.Bound`."""
-
-    def __init__(self, request: Any, pixels: np.ndarray, columns: int) -> None:
-        openvino = quiet_openvino()
-        self._request = request
-        self.input, self.output = pixels, np.zeros((len(pixels), columns), np.float32)
-        request.set_input_tensor(openvino.Tensor(self.input, shared_memory=True))
-        request.set_output_tensor(openvino.Tensor(self.output, shared_memory=True))
-
-    def replay(self) -> None:
-        self._request.infer()
-
-    def wait(self) -> None:
-        return None  # `infer` returns when it is done
-
-
 def cuda_provider() -> bool:
     """Whether the installed ONNX Runtime has its CUDA part.
 
@@ -332,25 +230,6 @@ def cuda_provider() -> bool:
     """
     onnxruntime = env.require("onnxruntime", "onnx", "the runtime onnx")
     return "CUDAExecutionProvider" in onnxruntime.get_available_providers()
-
-
-def quiet_openvino() -> Any:
-    """Import OpenVINO without its telemetry.
-
-    `import openvino` imports its model converter, which sends an "import" event through openvino_telemetry unless the user
-    has opted out in a file in the home directory. The converter does without when that package cannot be imported.
-
-    Raises:
-        HardwareError: H004 without OpenVINO.
-    """
-    name = "openvino_telemetry"
-    if "openvino" in sys.modules or name in sys.modules:
-        return env.require("openvino", "openvino", "the runtime openvino")
-    sys.modules[name] = None  # type: ignore[assignment]  # the import system's way to say: not there
-    try:
-        return env.require("openvino", "openvino", "the runtime openvino")
-    finally:
-        del sys.modules[name]
 
 
 def read_graph(path: Path) -> GraphFacts:
@@ -363,7 +242,7 @@ def read_graph(path: Path) -> GraphFacts:
     onnx = env.require("onnx", "onnx", "reading ONNX files")
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-    with _explained(path, (DecodeError, OSError)):
+    with explained(path, (DecodeError, OSError)):
         model = onnx.load(str(path), load_external_data=False)
     tensors = list(_tensors(model.graph))
     outside = tuple(t.name for t in tensors if t.external_data or t.data_location == onnx.TensorProto.EXTERNAL)
@@ -445,29 +324,8 @@ def _ort_counts(ran: Iterable[dict[str, Any]]) -> tuple[Counter[str], dict[str, 
             counts["int8"] += 1
         elif node["op_name"] in _HEAVY:
             kind = next((kind for kind in ("float", "bfloat16", "float16") if kind in types), "other")
-            counts[_NAMES.get(kind, kind)] += 1
+            counts[PRECISION_NAMES.get(kind, kind)] += 1
     return counts, dict(providers)
-
-
-def _openvino_counts(model: Any) -> Counter[str]:
-    """Multiplying operators of a compiled model by precision."""
-    counts: Counter[str] = Counter()
-    for node in model.get_ordered_ops():
-        facts = node.get_rt_info()
-        if str(facts["layerType"].value) in _HEAVY_OPENVINO:
-            kind = str(facts["runtimePrecision"].value)
-            counts[_NAMES.get(kind, kind)] += 1
-    return counts
-
-
-def _openvino_edges(path: Path, model: Any, pixels: Pixels, columns: int) -> int | None:
-    def edge(port: Any) -> tuple[str, str, tuple[Any, ...]]:
-        shape = tuple(d.get_length() if d.is_static else str(d) for d in port.get_partial_shape())
-        return port.get_any_name(), str(port.get_element_type().get_type_name()), shape
-
-    image = (pixels.size, pixels.size, pixels.channels)
-    inputs, outputs = [edge(port) for port in model.inputs], [edge(port) for port in model.outputs]
-    return checked_edges(path, inputs, outputs, ("u8", "f32"), image, columns)
 
 
 def _errors() -> tuple[type[BaseException], ...]:
@@ -477,7 +335,8 @@ def _errors() -> tuple[type[BaseException], ...]:
 
 
 @contextmanager
-def _explained(path: Path, errors: tuple[type[BaseException], ...]) -> Iterator[None]:
+def explained(path: Path, errors: tuple[type[BaseException], ...]) -> Iterator[None]:
+    """Turn what a runtime raises at a damaged file into E005 with the first line of its message."""
     try:
         yield
     except ExportError:

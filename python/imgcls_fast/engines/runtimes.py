@@ -23,7 +23,8 @@ from ..models.build import ModelSpec, build_model, load_weights
 from ..models.classifier import Classifier, probabilities
 from ..models.kernels import use_kernels
 from .base import Engine, blank, closed, dominant
-from .onnx_runtimes import OnnxEngine, OpenVinoEngine, cuda_provider
+from .onnx_runtimes import OnnxEngine, cuda_provider
+from .openvino_runtime import OpenVinoEngine
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _PRECISIONS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
