@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from imgcls_fast.core.errors import ExportError
+from imgcls_fast.core.errors import ExportError, HardwareError
 from imgcls_fast.core.exports import (
     choose,
     export_key,
@@ -92,6 +93,15 @@ def test_a_folder_that_was_begun_and_not_finished_leaves_nothing(exports: Path, 
         (folder / "model.onnx").write_bytes(b"half")
         assert list_exports(exports) == []
         raise KeyboardInterrupt
+    assert list(exports.iterdir()) == []
+
+
+def test_a_full_disk_is_one_clear_error_and_leaves_nothing(exports: Path, bundle: Any) -> None:
+    with pytest.raises(HardwareError) as full, new_export(exports, "onnx", "fp32", "k") as folder:
+        (folder / "model.onnx").write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device", str(folder / "model.onnx"))
+    assert full.value.code == "H003"
+    assert "No space left on device" in full.value.message
     assert list(exports.iterdir()) == []
 
 

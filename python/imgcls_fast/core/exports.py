@@ -92,7 +92,8 @@ def new_export(exports: Path, target: str, precision: str, key: str) -> Iterator
             temporary = _new_folder(exports, f".{target}-{precision}-{key}")
             lock = _lock(temporary, wait=False)
     try:
-        yield temporary
+        with explained_write(exports):
+            yield temporary
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         os.close(lock)
