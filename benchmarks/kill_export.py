@@ -29,7 +29,6 @@ SETTINGS = {
     "train.threads": "1", "train.workers": "1", "train.baseline": "false", "train.precision": "fp32", "train.device": "cpu",
     "evaluate.bootstrap": "20",
 }  # fmt: skip
-CHILD_S = 6.0  # how long the quantiser is at work, roughly
 LINGER_S = 3.0  # within this time a process must have ended
 
 
@@ -160,25 +159,32 @@ def remove_visible(exports: Path) -> None:
         shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
+def timed(process: subprocess.Popen[str], run: Path) -> tuple[float, float]:
+    """Seconds of an undisturbed export, and of its child."""
+    begun, seen = time.monotonic(), list[float]()
+    while process.poll() is None:
+        seen += [time.monotonic()] if children_of(process, run) else []
+        time.sleep(0.02)
+    _, errors = process.communicate()
+    if process.returncode or not seen:
+        raise SystemExit(f"the undisturbed export failed:\n{errors}")
+    return time.monotonic() - begun, seen[-1] - seen[0]
+
+
 def torture(run: Path, quantizer: str, kills: int, draw: random.Random) -> list[Outcome]:
     """Kill until `kills` kills have been made; the undisturbed exports before and after must succeed."""
     outcomes = {victim: Outcome(victim) for victim in VICTIMS}
     bundle = digests(run / "bundle")
-    begun = time.monotonic()
-    first = export(run, quantizer)
-    _, errors = first.communicate()
-    if first.returncode:
-        raise SystemExit(f"the undisturbed export failed:\n{errors}")
-    span_s = time.monotonic() - begun
+    span_s, at_work_s = timed(export(run, quantizer), run)
     while (done := sum(outcome.kills for outcome in outcomes.values())) < kills:
         outcome = outcomes[VICTIMS[done % len(VICTIMS)]]
         remove_visible(run / "exports")
         process = export(run, quantizer)
-        aimed = done % 2 == 0  # every other kill lands while the child is at work
+        aimed = outcome.victim == "child" or done % 2 == 0  # these kills land while the child is at work
         if aimed:
             while process.poll() is None and not children_of(process, run):
                 time.sleep(0.01)
-        child_s = draw.uniform(0, min(span_s, CHILD_S))
+        child_s = draw.uniform(0, at_work_s)
         place = kill_once(
             process, run, outcome.victim, child_s if aimed else draw.uniform(0, span_s), 0 if aimed else child_s
         )
