@@ -205,7 +205,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0, help="of the instants")
-    parser.add_argument("--quantizer", choices=("auto", "modelopt", "onnxruntime"), default="auto")
+    parser.add_argument("--quantizer", choices=("modelopt", "onnxruntime"), default="modelopt")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="kill-export-") as name:
         work = Path(name)

@@ -250,8 +250,8 @@ class ExportConfig(Section):
     calibration_method: Literal["max", "entropy"] = Field(
         "max", description="how ranges are taken", json_schema_extra=FREE
     )
-    quantizer: Literal["auto", "modelopt", "onnxruntime"] = Field(
-        "auto", description="who inserts Q/DQ; auto: ModelOpt if installed", json_schema_extra=FREE
+    quantizer: Literal["modelopt", "onnxruntime"] | None = Field(
+        None, description="who inserts Q/DQ; none: ModelOpt if installed", json_schema_extra=FREE
     )
     max_drop: Annotated[float, Field(gt=0, le=100)] = Field(
         0.5, description="largest loss of accuracy, percentage points", json_schema_extra=FREE

@@ -223,7 +223,7 @@ class Exporter:
             path = folder / f"candidate{len(made)}.onnx"
             made[path] = quantize(
                 base.path, path, self.calibration, method=settings.calibration_method,
-                quantizer=settings.quantizer, exclude=exclude,
+                quantizer=settings.quantizer or "auto", exclude=exclude,
             )  # fmt: skip
             demand_clean(lint(path, "int8"), path)
             return path
