@@ -45,13 +45,17 @@ def build(name: str, side: int | None = None, **arguments: Any) -> nn.Module:
         network = timm.create_model(arch, num_classes=10, **arguments)
     else:
         network = getattr(torchvision.models, arch)(num_classes=10, **arguments)
-    with torch.no_grad():
-        for key, parameter in network.named_parameters():
-            if "table" in key or "logit_scale" in key:
-                parameter.add_(0.5 * torch.randn_like(parameter))
-            elif float(parameter.max() - parameter.min()) == 0:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    return network.eval()
+    return randomised(network).eval()
+
+
+@torch.no_grad()
+def randomised(network: nn.Module) -> nn.Module:
+    for key, parameter in network.named_parameters():
+        if "table" in key or "logit_scale" in key:
+            parameter.add_(0.5 * torch.randn_like(parameter))
+        elif float(parameter.max() - parameter.min()) == 0:
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return network
 
 
 def pair(name: str, **arguments: Any) -> tuple[nn.Module, nn.Module, int]:
@@ -152,19 +156,21 @@ def test_networks_with_cbam_give_the_same_outputs_and_gradients(
 ) -> None:
     torch.manual_seed(0)
     spec = ModelSpec(arch, num_outputs=10, image_size=64, attention=tuple(attention.split(",")), drop_path=0.0)
-    plain = build_model(spec).eval()
+    plain = randomised(build_model(spec)).eval()  # ResNets begin with branches that are zero, and CBAM of zero is zero
     for module in plain.modules():  # the norm inside CBAM couples the images of a batch in training
         if isinstance(module, CBAM):
             module.train(training)
     assert use_kernels(plain, "off") == 0
-    ours = copy.deepcopy(plain)
+    ours, double = copy.deepcopy(plain), copy.deepcopy(plain).double()
     assert use_kernels(ours, "on") == modules
     pixels = torch.randint(0, 256, (4, 64, 64, 3), dtype=torch.uint8)
     out, gradients = outputs_and_gradients(plain, pixels)
     found, own = outputs_and_gradients(ours, pixels)
     assert len(own) == len(gradients)
     assert error(found, out) <= 5e-6
-    assert error(whole(own), whole(gradients)) <= 1e-5
+    if error(whole(own), whole(gradients)) > 1e-5:  # two nearly equal maxima: in float32 either may win
+        _, exact = outputs_and_gradients(double, pixels)
+        assert error(whole(own), whole(exact)) <= max(1e-5, 1.25 * error(whole(gradients), whole(exact)))
     for a, b in zip(ours.buffers(), plain.buffers(), strict=True):  # running statistics of the norms
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
@@ -176,7 +182,7 @@ def test_networks_with_cbam_give_the_same_outputs_and_gradients(
 )
 def test_networks_with_cbam_err_no_more_than_the_formula(arch: str, attention: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    plain = build_model(ModelSpec(arch, num_outputs=10, image_size=64, attention=(attention,))).eval()
+    plain = randomised(build_model(ModelSpec(arch, num_outputs=10, image_size=64, attention=(attention,)))).eval()
     use_kernels(plain, "off")
     ours = copy.deepcopy(plain)
     use_kernels(ours, "on")
