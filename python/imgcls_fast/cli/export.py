@@ -45,6 +45,8 @@ def export(request: Request, session: Session) -> Answer:
         run, target, precision=precision, overrides=asked, out=request.get("out"), say=session.note,
         progress=_progress(session),
     ).to_dict()  # fmt: skip
+    if request.get("out"):
+        made["copy"] = request.get("out")
 
     def show(console: Any) -> None:
         say(console, str(made["path"]), "bold")

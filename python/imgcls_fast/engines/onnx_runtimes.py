@@ -48,7 +48,32 @@ class GraphFacts:
     outside: tuple[str, ...]
 
 
-class OnnxEngine:
+class GraphEngine:
+    """What the runtimes of ONNX files share: any number of images through a graph whose batch may be fixed."""
+
+    labels: LabelSpace
+    pixels: Pixels
+    max_batch: int
+    _fixed: int | None  # batch size of the file; None: dynamic
+
+    def scores(self, pixels: Any) -> np.ndarray:
+        """(N, K) float32 probabilities."""
+        return score_in_parts(
+            self._score, np.asarray(pixels), self.max_batch, self.labels.size, fixed=bool(self._fixed)
+        )
+
+    def warmup(self, n: int) -> None:
+        self.scores(blank(self.pixels, n))
+
+    def _score(self, part: np.ndarray) -> np.ndarray:
+        raise NotImplementedError
+
+    def _check_batch(self, batch: int) -> None:
+        if self._fixed and batch != self._fixed:
+            raise ValueError(f"this file takes batches of {self._fixed}, got {batch}")
+
+
+class OnnxEngine(GraphEngine):
     """An exported graph in ONNX Runtime. See `base.Engine`.
 
     Args:
@@ -107,15 +132,6 @@ class OnnxEngine:
         """Version, multiplying operators by the type that they ran in, nodes by provider, options."""
         return dict(self._facts)
 
-    def scores(self, pixels: Any) -> np.ndarray:
-        """(N, K) float32 probabilities."""
-        return score_in_parts(
-            self._score, np.asarray(pixels), self.max_batch, self.labels.size, fixed=bool(self._fixed)
-        )
-
-    def warmup(self, n: int) -> None:
-        self.scores(blank(self.pixels, n))
-
     def bind(self, batch: int) -> OnnxBound:
         """Buffers in the device's memory.
 
@@ -124,8 +140,7 @@ class OnnxEngine:
         """
         if self.session is None:
             raise closed("onnx")
-        if self._fixed and batch != self._fixed:
-            raise ValueError(f"this file takes batches of {self._fixed}, got {batch}")
+        self._check_batch(batch)
         return OnnxBound(self.session, blank(self.pixels, batch), self.labels.size, self._gpu)
 
     def close(self) -> None:

@@ -16,8 +16,8 @@ import numpy as np
 from ..core import env
 from ..core.manifest import LabelSpace
 from ..core.pixels import Pixels
-from .base import blank, closed, dominant, score_in_parts
-from .onnx_runtimes import MAX_BATCH, PRECISION_NAMES, checked_edges, explained, read_graph
+from .base import blank, closed, dominant
+from .onnx_runtimes import MAX_BATCH, PRECISION_NAMES, GraphEngine, checked_edges, explained, read_graph
 
 _SS_DISABLE = 2  # of sigaltstack(2): there is none
 # Operators that do the multiplying
@@ -26,7 +26,7 @@ _HEAVY_OPENVINO = frozenset(
 )
 
 
-class OpenVinoEngine:
+class OpenVinoEngine(GraphEngine):
     """An exported graph in OpenVINO on the CPU. See `base.Engine`.
 
     Args:
@@ -75,15 +75,6 @@ class OpenVinoEngine:
         """Version, multiplying operators by the type that they are compiled to, the precision hint, devices, threads."""
         return dict(self._facts)
 
-    def scores(self, pixels: Any) -> np.ndarray:
-        """(N, K) float32 probabilities."""
-        return score_in_parts(
-            self._score, np.asarray(pixels), self.max_batch, self.labels.size, fixed=bool(self._fixed)
-        )
-
-    def warmup(self, n: int) -> None:
-        self.scores(blank(self.pixels, n))
-
     def bind(self, batch: int) -> OpenVinoBound:
         """An inference request with arrays of its own.
 
@@ -92,8 +83,7 @@ class OpenVinoEngine:
         """
         if self._compiled is None:
             raise closed("openvino")
-        if self._fixed and batch != self._fixed:
-            raise ValueError(f"this file takes batches of {self._fixed}, got {batch}")
+        self._check_batch(batch)
         return OpenVinoBound(self._compiled.create_infer_request(), blank(self.pixels, batch), self.labels.size)
 
     def close(self) -> None:
