@@ -17,6 +17,7 @@ _HOMES = {
     "train": "api", "plan": "api", "evaluate": "api", "predict": "api", "export": "api", "report": "api",
     "load_model": "api", "Predictor": "api", "demo": "api", "doctor": "api",
     "check_data": "api", "split_data": "api", "data_stats": "api", "list_runs": "api", "show_run": "api", "verify": "api", "deploy": "api",
+    "benchmark": "api", "bench_report": "api", "bench_compare": "api",
     "attention": "models", "use_kernels": "models.kernels",
     "Run": "core.run", "RunConfig": "core.config",
     "ImgclsError": "core.errors", "UsageError": "core.errors", "ConfigError": "core.errors", "DataError": "core.errors",

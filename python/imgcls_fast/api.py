@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .core import env
-from .core.errors import ConfigError, DataError
+from .core import run as _runs
 from .core.run import Run, find_run
-from .core.run import list_runs as _all_runs
 
 if TYPE_CHECKING:
     from .core.config import RunConfig
@@ -108,18 +107,15 @@ def evaluate(
     Raises:
         DataError: D001..D014; ModelError M004, M005; ExportError E001.
     """
-    from .core.manifest import SPLITS
     from .data.loader import usual_loader
     from .evaluation.metrics import judge
     from .evaluation.report import write_evaluation
-    from .training.judging import run_engine, score_rows
+    from .training.judging import rows_to_judge, run_engine, score_rows
 
     found = _run(run)
-    if split not in SPLITS:
-        raise ConfigError("C003", f"split must be one of 'train', 'val', 'test', got {split!r}", try_="--split test")
     device = _device()
     engine, note = run_engine(found, runtime, device, precision)
-    manifest, rows = _rows_to_judge(found, data, split, engine)
+    manifest, rows = rows_to_judge(found, None if data is None else Path(data), split, engine)
     settings = found.config.evaluate
     predictions = score_rows(
         engine,
@@ -191,18 +187,11 @@ def Predictor(
     Raises:
         ModelError: M004, M005 without a usable model; ExportError E001 without an export for `runtime`.
     """
-    from .core.bundle import read_bundle
     from .engines.predictor import Predictor as Loaded
-    from .engines.runtimes import open_engine
-    from .training.judging import bundle_folder, run_engine
+    from .training.judging import open_model
 
-    device = device or _device()
-    lone = bundle_folder(Path(run)) if isinstance(run, str | Path) and str(run) != "last" else None
-    if lone is not None:
-        engine: Any = open_engine(read_bundle(lone), runtime, device=device, precision=precision)
-    else:
-        engine, note = run_engine(_run(run), runtime, device, precision)
-        _say(note)
+    engine, note = open_model(run, runtime, device or _device(), precision)
+    _say(note)
     return Loaded(engine, batch=batch, top_k=top_k, threads=min(8, env.usable_cpus()))
 
 
@@ -242,25 +231,10 @@ def export(
         GateFailed: E901 when the file disagrees with the original, E902 when it lost accuracy, E903 when the rows cannot tell.
         HardwareError: H004, H001 where a library or a GPU is missing; what could be made stays.
     """
-    from .core.bundle import read_bundle
     from .core.files import copy_whole
-    from .core.settings import replace_settings
-    from .data.prepare import scan_to_judge
-    from .exporting.session import Exporter, export_bundle
+    from .exporting.session import export_run
 
-    changes = _overrides(overrides, settings)
-    found = _run(run)
-    bundle = read_bundle(found.bundle_path)
-    config = replace_settings(found.config, changes)
-    extra = None
-    if config.export.gate_data:
-        source = Path(config.export.gate_data)
-        extra = scan_to_judge(config.data, source, bundle.pixels, bundle.labels, env.cache_dir())
-    exporter = Exporter(
-        bundle, found.manifest, found.exports, config.export, seed=config.train.seed, extra=extra,
-        strict="export.max_drop" in changes, run=str(found.directory), say=say or _say, progress=progress,
-    )  # fmt: skip
-    made = export_bundle(exporter, target, precision)
+    made = export_run(_run(run), target, precision, _overrides(overrides, settings), say=say or _say, progress=progress)
     if out is not None:
         copy_whole(made.path, Path(out))
     return made
@@ -317,6 +291,76 @@ def deploy(run: RunLike = None, kind: str = "kserve", **options: Any) -> str:
     return render(kind, name=options.pop("name", None) or "classifier", export=made, **options)
 
 
+def benchmark(
+    run: RunLike = None,
+    *,
+    runtimes: Sequence[str] = (),
+    batches: Sequence[int] = (),
+    duration_s: float = 3.0,
+    device: str | None = None,
+    out: str | Path | None = None,
+    say: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Time the engines of a run on this machine: latency, rate, what they compute in and what they are worth.
+
+    Args:
+        run: a run, or the folder (or file) of one of its exports, which is then timed alone beside torch.
+        runtimes: torch, compile, aoti, onnx, openvino, trt; empty: all that are here.
+        batches: sizes; empty: 1, 2, 4, ... until the rate falls.
+        duration_s: of each timing.
+        device: cpu or cuda; None: a GPU if there is one.
+        out: also write the result there, as JSON; bench/efficiency.json of the run is always written.
+        say: told what happens, in sentences.
+
+    Returns:
+        model, engines (latency in ms, images per second, ratio to torch with its interval, precision, accuracy), data
+        (images per second from files), absent (with reasons), machine. See `exporting.efficiency`.
+
+    Raises:
+        ConfigError: C003 for an unknown runtime or batch size; ModelError M004, M005; ExportError E001, E005.
+    """
+    from .exporting.efficiency import examine
+
+    return examine(
+        *_run_or_export(run), runtimes=tuple(runtimes), batches=tuple(batches), duration_s=duration_s,
+        device=device or _device(), out=None if out is None else Path(out), say=say or _say,
+    )  # fmt: skip
+
+
+def bench_report(results: Sequence[str | Path] | str | Path, out: str | Path = "bench") -> dict[str, Any]:
+    """Draw results of `pytest benchmarks`: one picture an area, the engines' accuracy against latency, one HTML page.
+
+    Args:
+        results: folders `results/<machine>`.
+        out: folder for the page and the pictures.
+
+    Returns:
+        page, pictures (paths), tables (text of each area).
+
+    Raises:
+        UsageError: U004 when there are no results, or they cannot be read.
+    """
+    from .evaluation.benchcharts import write_bench_report
+
+    given = [results] if isinstance(results, str | Path) else results
+    return write_bench_report([Path(folder) for folder in given], Path(out))
+
+
+def bench_compare(before: str | Path, after: str | Path) -> dict[str, Any]:
+    """Which ratios to a rival became worse by more than 5 %, between two results of one machine and one set of versions.
+
+    Returns:
+        rows (area, case, contender, rival, before, after, change, low, p, adjusted, flagged), flagged (their number),
+        only_before and only_after (rows without a partner), and table: the same as text.
+
+    Raises:
+        UsageError: U004 when they cannot be read or must not be compared.
+    """
+    from .evaluation.benchreport import compare, read_results
+
+    return compare(*(read_results(Path(folder)) for folder in (before, after))).to_dict()
+
+
 def report(run: RunLike = None) -> Path:
     """Write report.html of a run again, from its directory alone.
 
@@ -346,17 +390,7 @@ def check_data(data: str | Path | None = None, **arguments: Any) -> dict[str, An
     config = _config_of(data, arguments)
     source = Path(config.data.source) if config.data.source else write_digits(env.cache_dir())
     found = inspect(source, scan_options(config.data, config.pixels.exif, env.cache_dir()))
-    manifest = found.manifest
-    return {
-        "ok": not found.problems,
-        "line": found.summary(),
-        "problems": [vars(problem) for problem in found.problems],
-        "quarantine": [{"path": file.path, "reason": file.reason} for file in found.quarantine],
-        "notices": list(found.notices),
-        "skipped": found.skipped,
-        "duplicates_removed": found.dropped,
-        "counts": {name: int(n) for name, n in zip(manifest.labels.classes, manifest.counts(), strict=True)},
-    }
+    return found.to_dict()
 
 
 def split_data(data: str | Path | None = None, *, out: str | Path | None = None, **arguments: Any) -> dict[str, Any]:
@@ -372,11 +406,8 @@ def split_data(data: str | Path | None = None, *, out: str | Path | None = None,
     prepared = prepare(config.data, config.pixels.exif, env.cache_dir())
     path = Path(out) if out else Path("split.csv")
     write_split_csv(path, prepared.manifest)
-    facts = prepared.facts()
-    return {
-        "path": str(path),
-        **{name: facts[name] for name in ("images", "splits", "quarantined", "duplicates_removed", "notices")},
-    }
+    names = ("images", "splits", "quarantined", "duplicates_removed", "notices")
+    return {"path": str(path), **{name: prepared.facts()[name] for name in names}}
 
 
 def data_stats(data: str | Path | None = None, **arguments: Any) -> dict[str, Any]:
@@ -389,24 +420,12 @@ def data_stats(data: str | Path | None = None, **arguments: Any) -> dict[str, An
 
 def list_runs() -> list[dict[str, Any]]:
     """The runs in the folder of runs, the oldest first: name, data, model, epochs, accuracy, split, created, finished."""
-    return [_brief(run) for run in _all_runs()]
+    return [run.brief() for run in _runs.list_runs()]
 
 
 def show_run(run: RunLike = None) -> dict[str, Any]:
-    """One run: its brief, configuration, data, metrics of each split, epochs and paths."""
-    found = _run(run)
-    from .core.settings import flatten
-
-    return {
-        **_brief(found),
-        "directory": str(found.directory),
-        "data_facts": found.read_json("data.json"),
-        "settings": flatten(found.config),
-        "baseline": found.read_json("baseline.json"),
-        "metrics": {split: found.metrics(split) for split in ("val", "test") if found.metrics(split)},
-        "history": found.epochs,
-        "report": str(found.report_path) if found.report_path.exists() else None,
-    }
+    """One run: its brief, configuration, data, metrics of each split, efficiency, epochs and paths."""
+    return _run(run).details()
 
 
 def doctor() -> dict[str, Any]:
@@ -420,24 +439,16 @@ def doctor() -> dict[str, Any]:
     return {"sections": examine_machine()}
 
 
-def _brief(run: Run) -> dict[str, Any]:
-    data, model = run.read_json("data.json") or {}, run.read_json("model.json") or {}
-    split = next((name for name in ("test", "val") if run.metrics(name)), None)
-    metrics = run.metrics(split) if split else None
-    return {
-        "name": run.name,
-        "data": data.get("source"),
-        "model": model.get("spec", {}).get("arch"),
-        "epochs": len(run.epochs),
-        "accuracy": metrics["accuracy"] if metrics else None,
-        "split": split,
-        "created": run.config_path.stat().st_mtime,
-        "finished": run.finished,
-    }
-
-
 def _run(run: RunLike) -> Run:
     return run if isinstance(run, Run) else find_run(run)
+
+
+def _run_or_export(run: RunLike) -> tuple[Run, Path | None]:
+    """A run; or the run to which an export belongs, and the export's folder."""
+    from .core.exports import export_folder
+
+    folder = export_folder(Path(run)) if isinstance(run, str | Path) and str(run) != "last" else None
+    return (_run(run), None) if folder is None else (_run(folder.parent.parent), folder)
 
 
 def _config(
@@ -445,8 +456,12 @@ def _config(
 ) -> RunConfig:
     from .core.settings import build_config
 
-    source = {} if data is None else {"data.source": str(data)}
-    return build_config({**source, **overrides}, preset=preset, file=file, sets=tuple(sets))
+    return build_config(
+        {**({} if data is None else {"data.source": str(data)}), **overrides},
+        preset=preset,
+        file=file,
+        sets=tuple(sets),
+    )
 
 
 def _config_of(data: str | Path | None, arguments: dict[str, Any]) -> RunConfig:
@@ -473,23 +488,6 @@ def _device() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _rows_to_judge(run: Run, data: str | Path | None, split: str, engine: Any) -> tuple[Any, Any]:
-    import numpy as np
-
-    if data is None:
-        manifest = run.manifest
-        rows = manifest.rows(split)
-        if not len(rows):
-            raise DataError(
-                "D014", f"{run.name} has no {split} images", try_=f"imgcls-fast eval {run.directory} --split val"
-            )
-        return manifest, rows
-    from .data.prepare import scan_to_judge
-
-    manifest = scan_to_judge(run.config.data, Path(data), engine.pixels, engine.labels, env.cache_dir())
-    return manifest, np.arange(len(manifest), dtype=np.int64)
 
 
 def _say(note: str) -> None:

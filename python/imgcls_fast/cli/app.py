@@ -101,6 +101,8 @@ def _verb(words: list[str]) -> tuple[Verb, list[str]]:
             return table[f"{first} {words[1]}"], words[2:]
         if len(words) > 1 and words[1] in ("-h", "--help"):
             _leave(_group_help(first))
+        if first in table:  # a verb that is also a group: `bench RUN`, `bench compare`
+            return table[first], words[1:]
         said = f"unknown command {first} {words[1]}" if len(words) > 1 else f"{first} needs one of {', '.join(members)}"
         guess = near(words[1], members) if len(words) > 1 else ""
         raise UsageError("U001" if len(words) > 1 else "U002", said, try_=f"{PROGRAM} {first} {guess or members[0]}")
@@ -151,7 +153,9 @@ def _check_choices(given: dict[str, Any], flags: tuple[Flag, ...]) -> None:
     """Options of a verb itself; those that are settings are judged with the configuration."""
     for flag in flags:
         value = given.get(flag.keyword)
-        if flag.setting is None and flag.choices and value is not None and value not in flag.choices:
+        values = value if isinstance(value, list) else [] if value is None else [value]
+        if flag.setting is None and flag.choices and (wrong := [word for word in values if word not in flag.choices]):
+            value = wrong[0]
             guess = near(value, flag.choices) or flag.choices[0]
             legal = ", ".join(map(repr, flag.choices))
             raise UsageError("U002", f"{flag.long} must be one of {legal}, got {value!r}", try_=f"{flag.long} {guess}")

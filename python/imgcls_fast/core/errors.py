@@ -19,6 +19,7 @@ CODES: dict[str, str] = {
     "U001": "unknown command or option",
     "U002": "missing or malformed argument",
     "U003": "no such run",
+    "U004": "benchmark results that cannot be read or compared",
     "C001": "unknown setting",
     "C002": "wrong type for a setting",
     "C003": "value outside its legal range or names",
@@ -59,6 +60,7 @@ CODES: dict[str, str] = {
     "E902": "exported model lost accuracy",
     "E903": "too few rows to judge the exported model",
     "E904": "pixels or scores differ between runtimes",
+    "E905": "slower than before",
     "X001": "internal error",
     "X130": "interrupted",
 }

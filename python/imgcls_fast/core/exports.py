@@ -67,6 +67,12 @@ def export_key(bundle: Bundle, **facts: Any) -> str:
     return sha256_json({"bundle": bundle.digest, "temperature": bundle.temperature, **facts})[:8]
 
 
+def export_folder(path: Path) -> Path | None:
+    """The folder of an export, named itself or by the model's file in it; None where `path` is neither."""
+    folder = path if path.is_dir() else path.parent
+    return folder if path.exists() and (folder / META).is_file() else None
+
+
 def common_meta(bundle: Bundle) -> dict[str, Any]:
     """What every meta.json says about the model itself."""
     return {

@@ -107,6 +107,42 @@ class Run:
         """The stored scores of one judged split, aligned with file names."""
         return Predictions.load(self.evaluation(split))
 
+    def brief(self) -> dict[str, Any]:
+        """One line of the list of runs: name, data, model, epochs, accuracy, split, created, finished."""
+        data, model = self.read_json("data.json") or {}, self.read_json("model.json") or {}
+        split = next((name for name in ("test", "val") if self.metrics(name)), None)
+        metrics = self.metrics(split) if split else None
+        return {
+            "name": self.name,
+            "data": data.get("source"),
+            "model": model.get("spec", {}).get("arch"),
+            "epochs": len(self.epochs),
+            "accuracy": metrics["accuracy"] if metrics else None,
+            "split": split,
+            "created": self.config_path.stat().st_mtime,
+            "finished": self.finished,
+        }
+
+    def details(self) -> dict[str, Any]:
+        """The brief, with settings, data, metrics of each split, epochs, efficiency and paths."""
+        from .settings import flatten
+
+        return {
+            **self.brief(),
+            "directory": str(self.directory),
+            "data_facts": self.read_json("data.json"),
+            "settings": flatten(self.config),
+            "baseline": self.read_json("baseline.json"),
+            "metrics": {split: self.metrics(split) for split in ("val", "test") if self.metrics(split)},
+            "efficiency": self.read_json("bench/efficiency.json"),
+            "history": self.epochs,
+            "report": str(self.report_path) if self.report_path.exists() else None,
+        }
+
+    @property
+    def efficiency_path(self) -> Path:
+        return self.directory / "bench" / "efficiency.json"
+
     @property
     def finished(self) -> bool:
         """Whether training ended and the bundle was written."""

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -56,6 +56,20 @@ class ScanResult:
     notices: tuple[str, ...] = ()
     skipped: int = 0  # files that are no images
     dropped: int = 0  # duplicates across splits that were removed
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `api.check_data` returns."""
+        counts = zip(self.manifest.labels.classes, self.manifest.counts(), strict=True)
+        return {
+            "ok": not self.problems,
+            "line": self.summary(),
+            "problems": [vars(problem) for problem in self.problems],
+            "quarantine": [{"path": file.path, "reason": file.reason} for file in self.quarantine],
+            "notices": list(self.notices),
+            "skipped": self.skipped,
+            "duplicates_removed": self.dropped,
+            "counts": {name: int(n) for name, n in counts},
+        }
 
     def summary(self) -> str:
         """The data line: images, classes, smallest class, quarantined, duplicates removed."""

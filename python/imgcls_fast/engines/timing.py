@@ -1,10 +1,10 @@
 """How long an engine takes: latency and throughput of one, and the ratio of two that is fair on a busy machine.
 
 `measure` follows trtexec: a warm-up of at least 200 ms, then at least 3 s and at least 10 calls, one call at a time; the
-percentiles and the warnings are trtexec's (NVIDIA/TensorRT, samples/common/sampleReporting.cpp). `duel` and `ratio_interval`
-are for comparing two engines: within one process the calls alternate in random order, and the interval comes from the
-variation between processes. A test within one process is far too sure of itself: an engine against itself, in sequential
-blocks, was called different in 8 of 12 runs, and interleaved in 3 of 12.
+percentiles and the warnings are trtexec's (NVIDIA/TensorRT, samples/common/sampleReporting.cpp). `interleave` and
+`ratio_interval` are for comparing several: within one process the calls alternate in random order, and the interval comes
+from the variation between processes. A test within one process is far too sure of itself: an engine against itself, in
+sequential blocks, was called different in 8 of 12 runs, and interleaved in 3 of 12.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import random
 import resource
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -111,23 +111,37 @@ class Sweep:
 
 
 @dataclass(frozen=True)
-class Duel:
-    """Pairs of calls of two contenders in one process, seconds: wall clock and CPU time of all threads."""
+class Prepared:
+    """A call that needs something made first, outside the clock.
 
-    a_s: np.ndarray
-    b_s: np.ndarray
-    a_cpu_s: np.ndarray
-    b_cpu_s: np.ndarray
+    Args:
+        make: makes it, and returns what is timed.
+    """
 
-    @property
-    def log_ratios(self) -> np.ndarray:
-        """ln(a / b) of each pair."""
-        return np.log(self.a_s / self.b_s)
+    make: Callable[[], Callable[[], Any]]
+
+
+Call = Callable[[], Any] | Prepared
+Timer = Callable[[Callable[[], Any]], tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """What `interleave` found in one process: (rounds,) seconds of each call, on the wall's clock and of CPU time."""
+
+    wall_s: dict[str, np.ndarray]
+    cpu_s: dict[str, np.ndarray]
+
+    def log_ratio(self, a: str, b: str, *, cpu: bool = False) -> float:
+        """The median over the rounds of ln(a / b); of times too short for their clock, NaN."""
+        seconds = self.cpu_s if cpu else self.wall_s
+        known = (seconds[a] > 0) & (seconds[b] > 0)
+        return float(np.median(np.log(seconds[a][known] / seconds[b][known]))) if known.any() else math.nan
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """A ratio of times over several processes, with the interval that their variation gives."""
+    """A ratio of times over several processes, with the interval in which it would fall again."""
 
     ratio: float
     low: float
@@ -219,30 +233,52 @@ def best_of(timings: Sequence[Timing]) -> Timing:
     return min((t for t in timings if t.images_per_s >= 0.98 * highest), key=lambda t: t.batch)
 
 
-def duel(a: Callable[[], Any], b: Callable[[], Any], rounds: int, *, seed: int | None = None, warmups: int = 2) -> Duel:
-    """Call both in pairs, in random order within each pair.
+def wall_and_cpu(call: Callable[[], Any]) -> tuple[float, float]:
+    """Seconds of one call, and the CPU time that all threads of this process took for it."""
+    cpu, wall = time.process_time(), time.perf_counter()
+    call()
+    wall = time.perf_counter() - wall
+    return wall, time.process_time() - cpu
+
+
+def interleave(
+    calls: Mapping[str, Call],
+    rounds: int,
+    *,
+    seed: int | None = None,
+    warmups: int = 2,
+    timer: Timer = wall_and_cpu,
+    pause_s: float = 0.0,
+) -> Rounds:
+    """Call all of them once in each round, in random order.
 
     Args:
-        rounds: pairs that count.
+        rounds: those that count.
         seed: of the order; None: another one each time.
-        warmups: pairs before them that do not.
+        warmups: rounds before them that do not.
+        timer: gives wall and CPU seconds of a call.
+        pause_s: before each call, so that threads which still spin for the last one have gone to sleep.
     """
     order = random.Random(seed)
-    found: dict[str, list[tuple[float, float]]] = {"a": [], "b": []}
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
     for _ in range(warmups + rounds):
-        for name in order.sample(("a", "b"), 2):
-            cpu, wall = time.process_time(), time.perf_counter()
-            (a if name == "a" else b)()
-            wall = time.perf_counter() - wall
-            found[name].append((wall, time.process_time() - cpu))
-    walls = {name: np.array(pairs[warmups:], np.float64).reshape(-1, 2) for name, pairs in found.items()}
-    return Duel(walls["a"][:, 0], walls["b"][:, 0], walls["a"][:, 1], walls["b"][:, 1])
+        for name in order.sample(list(calls), len(calls)):
+            entry = calls[name]
+            call = entry.make() if isinstance(entry, Prepared) else entry
+            if pause_s:
+                time.sleep(pause_s)
+            found[name].append(timer(call))
+    seconds = {name: np.array(spent[warmups:], np.float64).reshape(-1, 2) for name, spent in found.items()}
+    return Rounds({n: both[:, 0] for n, both in seconds.items()}, {n: both[:, 1] for n, both in seconds.items()})
 
 
 def ratio_interval(per_process: Sequence[float], confidence: float = 0.95) -> Ratio:
     """Combine the median log ratios of several processes.
 
-    The ratio is the exponential of their median; the two-sided interval is Student's on their mean.
+    The ratio is the exponential of their median. The interval is where the ratio of a second run with as many processes
+    falls with that confidence: the median -+ t s sqrt(2 c / n), with Student's t of n - 1 degrees of freedom, the standard
+    deviation s between processes, 2 because both runs vary, and c = pi / 2, the variance of a median relative to that of a
+    mean (an upper bound for few normal values). It is wider than a confidence interval of the ratio itself.
 
     Args:
         per_process: median ln(a / b) of each process.
@@ -255,10 +291,9 @@ def ratio_interval(per_process: Sequence[float], confidence: float = 0.95) -> Ra
     n = len(per_process)
     if n < 2:
         raise ValueError(f"an interval needs at least two processes, got {n}")
-    mean, deviation = statistics.fmean(per_process), statistics.stdev(per_process)
-    half = float(t.ppf(0.5 + confidence / 2, n - 1)) * deviation / math.sqrt(n)
-    middle = math.exp(statistics.median(per_process))
-    return Ratio(middle, math.exp(mean - half), math.exp(mean + half), n, confidence)
+    middle, deviation = statistics.median(per_process), statistics.stdev(per_process)
+    half = float(t.ppf(0.5 + confidence / 2, n - 1)) * deviation * math.sqrt(math.pi / n)
+    return Ratio(math.exp(middle), math.exp(middle - half), math.exp(middle + half), n, confidence)
 
 
 def percentile(ordered: Sequence[float], percent: float) -> float:

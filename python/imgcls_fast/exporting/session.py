@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,12 +13,15 @@ import numpy as np
 import torch
 
 from ..core import env
-from ..core.bundle import Bundle
+from ..core.bundle import Bundle, read_bundle
 from ..core.config import ExportConfig
 from ..core.errors import ConfigError, GateFailed
 from ..core.exports import GATE, Export, choose, common_meta, export_key, find_key, finish, new_export
 from ..core.files import explained_write, sha256_file, sync_directory, write_json
 from ..core.manifest import Manifest
+from ..core.run import Run
+from ..core.settings import replace_settings
+from ..data.prepare import scan_to_judge
 from ..engines.base import Engine
 from ..engines.onnx_runtimes import OnnxEngine
 from ..engines.runtimes import FunctionEngine, open_engine
@@ -36,7 +39,7 @@ TARGETS: tuple[Target, ...] = ("onnx", "trt", "pt2", "aoti", "torchscript", "tri
 MODEL, PLAN, PICTURE = "model.onnx", "model.plan", "pareto.png"
 
 _LARGEST_LIST = 64  # calibration images that AutoCast and the ranking of layers look at
-_SHORT = {"warmup_s": 0.2, "duration_s": 1.0}  # of a timing that goes into meta.json; `bench_engines.py` takes longer
+_SHORT = {"warmup_s": 0.2, "duration_s": 1.0}  # of a timing that goes into meta.json; `imgcls-fast bench` takes longer
 _SWEPT = (1, 2, 4, 8, 16, 32, 64)
 
 
@@ -458,6 +461,28 @@ def export_bundle(exporter: Exporter, target: str, precision: str | None = None)
     if target == "onnx":
         return exporter.onnx(precision)
     return exporter.trt(precision) if target == "trt" else exporter.triton(precision)
+
+
+def export_run(
+    run: Run,
+    target: str,
+    precision: str | None,
+    changes: Mapping[str, Any],
+    *,
+    say: Callable[[str], None],
+    progress: Callable[[str, float], None] | None = None,
+) -> Export:
+    """Export the bundle of a run, with its settings and `changes` to them (dotted names). See `api.export`."""
+    bundle = read_bundle(run.bundle_path)
+    config = replace_settings(run.config, dict(changes))
+    extra = None
+    if source := config.export.gate_data:
+        extra = scan_to_judge(config.data, Path(source), bundle.pixels, bundle.labels, env.cache_dir())
+    exporter = Exporter(
+        bundle, run.manifest, run.exports, config.export, seed=config.train.seed, extra=extra,
+        strict="export.max_drop" in changes, run=str(run.directory), say=say, progress=progress,
+    )  # fmt: skip
+    return export_bundle(exporter, target, precision)
 
 
 def _timings(engine: Engine, batch: int | None) -> dict[str, Any]:

@@ -11,14 +11,15 @@ from safetensors.torch import save
 
 from ..core import env
 from ..core.bundle import Bundle, read_bundle, write_bundle
-from ..core.errors import ConfigError, ModelError
+from ..core.errors import ConfigError, DataError, ModelError
 from ..core.files import sha256_json
-from ..core.manifest import Manifest
+from ..core.manifest import SPLITS, Manifest
 from ..core.pixels import Pixels
 from ..core.predictions import Predictions
-from ..core.run import Run
+from ..core.run import Run, find_run
 from ..core.settings import flatten
 from ..data.loader import open_loader
+from ..data.prepare import scan_to_judge
 from ..data.sampler import Sampler
 from ..engines.base import Engine, predict
 from ..engines.runtimes import TorchEngine, open_engine
@@ -146,3 +147,31 @@ def run_engine(
 def bundle_folder(path: Path) -> Path | None:
     """`path` itself or its sub-folder `bundle`, whichever holds a bundle."""
     return next((folder for folder in (path, path / "bundle") if (folder / "bundle.json").is_file()), None)
+
+
+def open_model(run: Run | str | Path | None, runtime: str, device: str, precision: str | None) -> tuple[Engine, str]:
+    """The engine of a run (None: the last one) or of a lone bundle's folder, and a note. See `run_engine`."""
+    lone = bundle_folder(Path(run)) if isinstance(run, str | Path) and str(run) != "last" else None
+    if lone is not None:
+        return open_engine(read_bundle(lone), runtime, device=device, precision=precision), ""
+    return run_engine(run if isinstance(run, Run) else find_run(run), runtime, device, precision)
+
+
+def rows_to_judge(run: Run, data: Path | None, split: str, engine: Engine) -> tuple[Manifest, np.ndarray]:
+    """The rows of one split of a run, or all of other labelled images.
+
+    Raises:
+        ConfigError: C003 for an unknown split.
+        DataError: D014 when the run has no such rows; D001..D013 for other images.
+    """
+    if split not in SPLITS:
+        raise ConfigError("C003", f"split must be one of 'train', 'val', 'test', got {split!r}", try_="--split test")
+    if data is not None:
+        manifest = scan_to_judge(run.config.data, data, engine.pixels, engine.labels, env.cache_dir())
+        return manifest, np.arange(len(manifest), dtype=np.int64)
+    rows = run.manifest.rows(split)
+    if not len(rows):
+        raise DataError(
+            "D014", f"{run.name} has no {split} images", try_=f"imgcls-fast eval {run.directory} --split val"
+        )
+    return run.manifest, rows
