@@ -99,10 +99,10 @@ def _verb(words: list[str]) -> tuple[Verb, list[str]]:
         members = [name.split()[1] for name in table if name.startswith(f"{first} ")]
         if len(words) > 1 and words[1] in members:
             return table[f"{first} {words[1]}"], words[2:]
-        if len(words) > 1 and words[1] in ("-h", "--help"):
-            _leave(_group_help(first))
         if first in table:  # a verb that is also a group: `bench RUN`, `bench compare`
             return table[first], words[1:]
+        if len(words) > 1 and words[1] in ("-h", "--help"):
+            _leave(_group_help(first))
         said = f"unknown command {first} {words[1]}" if len(words) > 1 else f"{first} needs one of {', '.join(members)}"
         guess = near(words[1], members) if len(words) > 1 else ""
         raise UsageError("U001" if len(words) > 1 else "U002", said, try_=f"{PROGRAM} {first} {guess or members[0]}")
@@ -172,12 +172,15 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser(verb: Verb, flags: tuple[Flag, ...]) -> _Parser:
-    examples = "\n".join(f"  {PROGRAM} {example}" for example in verb.examples)
+    examples = (
+        "\n".join(["examples:", *(f"  {PROGRAM} {example}" for example in verb.examples)]) if verb.examples else ""
+    )
+    members = "\n".join(["see also:", *found]) if (found := _members(verb.name)) else ""
     parser = _Parser(
         prog=f"{PROGRAM} {verb.name}",
         usage=f"{PROGRAM} {verb.name} {verb.things + ' ' if verb.things else ''}[options]",
         description=verb.help,
-        epilog=f"examples:\n{examples}" if examples else None,
+        epilog="\n\n".join(part for part in (examples, members) if part),
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=110),
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
@@ -228,12 +231,14 @@ def overview() -> str:
 
 
 def _group_help(group: str) -> str:
-    lines = [
-        f"  {PROGRAM} {f'{verb.name} {verb.things}'.rstrip():<24}{verb.help}"
-        for verb in VERBS
-        if verb.name.startswith(f"{group} ")
-    ]
-    return "\n".join([f"usage: {PROGRAM} {group} VERB [THING] [options]", "", *lines])
+    return "\n".join([f"usage: {PROGRAM} {group} VERB [THING] [options]", "", *_members(group)])
+
+
+def _members(group: str) -> list[str]:
+    """One line for each verb of a group."""
+    found = [verb for verb in VERBS if verb.name.startswith(f"{group} ")]
+    width = max((len(f"{verb.name} {verb.things}") for verb in found), default=0) + 2
+    return [f"  {PROGRAM} {f'{verb.name} {verb.things}'.rstrip():<{width}}{verb.help}" for verb in found]
 
 
 def _leave(text: str) -> NoReturn:
