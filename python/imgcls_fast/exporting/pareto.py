@@ -6,14 +6,12 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
-
-import numpy as np
+from typing import TYPE_CHECKING, Literal
 
 from ..core.files import write_whole
 from ..evaluation.paired import Verdict
-from ..evaluation.plots import ACCENT, DPI, GRID, INK, MUTED, SECOND
-from ..evaluation.text import printable
+from ..evaluation.plots import ACCENT, DPI, INK, MUTED, SECOND
+from ..evaluation.scatter import draw_frontier, name_points, shown, style_axes, unbeaten
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,11 +24,8 @@ _LOOKS: dict[str, tuple[str, str, str]] = {
     "underpowered": ("^", SECOND, "too few rows to tell"),
     "fail": ("X", "#b42318", "fails"),
 }
-_PLACES = ((9, 5, "left"), (9, -13, "left"), (-9, 5, "right"), (-9, -13, "right"), (9, 17, "left"), (9, -25, "left"),
-           (-9, 17, "right"), (-9, -25, "right"))  # fmt: skip
 _RUNTIMES = {"trt": "TensorRT", "onnx": "ONNX Runtime", "openvino": "OpenVINO", "torch": "PyTorch", "aoti": "AOTInductor",
              "compile": "torch.compile"}  # fmt: skip
-_WIDE_RANGE = 8.0  # of latencies, from which on the axis is logarithmic
 
 
 @dataclass(frozen=True)
@@ -68,11 +63,7 @@ def frontier(candidates: Iterable[Candidate], exported_for: str) -> list[Candida
     """
     able = [c for c in candidates if c.verdict in ("reference", "pass")]
     ranked = [c for c in able if c.latency_ms is not None and c.timed_in == exported_for]
-    found: list[Candidate] = []
-    for candidate in sorted(ranked, key=lambda c: (c.latency_ms, -c.accuracy)):
-        if not found or candidate.accuracy > found[-1].accuracy:
-            found.append(candidate)
-    return found
+    return [ranked[k] for k in unbeaten([c.point for c in ranked])]
 
 
 def pareto_plot(
@@ -105,28 +96,19 @@ def draw(candidates: Sequence[Candidate], *, exported_for: str, batch: int, rows
     axes = figure.subplots()
     timed = [c for c in candidates if c.latency_ms is not None]
     own = [c for c in timed if c.timed_in == exported_for]
-    best = frontier(candidates, exported_for)
-    if len(best) > 1:
-        axes.plot(
-            *zip(*(c.point for c in best), strict=True),
-            color=ACCENT,
-            lw=1.5,
-            alpha=0.55,
-            drawstyle="steps-post",
-            label="frontier",
-            gid="frontier",
-        )
+    draw_frontier(axes, [c.point for c in frontier(candidates, exported_for)])
     for verdict in _LOOKS:
         for hollow in (False, True):
             _points(axes, [c for c in timed if c.verdict == verdict and (c not in own) == hollow], verdict, hollow)
     for c in timed:
         if c.chosen:
             axes.plot(*c.point, "o", ms=17, mfc="none", mec=INK, mew=1.3, ls="", label="exported")
-    _axes(axes, timed, f"Candidates for {_runtime(exported_for)}")
+    latencies = [c.latency_ms for c in candidates if c.latency_ms]
+    style_axes(axes, f"Candidates for {_runtime(exported_for)}", latencies)
     axes.set_xlabel(f"latency of a batch of {batch} (ms)\n{_where(timed, exported_for)}", fontsize=10, color=MUTED)
     axes.set_ylabel(f"accuracy on {rows} (%)", fontsize=10, color=MUTED)
     if missing := [c for c in candidates if c.latency_ms is None]:
-        listed = ", ".join(f"{_shown(c.name)} ({100 * c.accuracy:.2f} %, {_LOOKS[c.verdict][2]})" for c in missing)
+        listed = ", ".join(f"{shown(c.name)} ({100 * c.accuracy:.2f} %, {_LOOKS[c.verdict][2]})" for c in missing)
         figure.supxlabel(f"not timed: {listed}", fontsize=9, color=MUTED, x=0.01, ha="left", wrap=True)
     if any(c.least_accuracy is not None for c in timed):
         axes.plot([], [], marker="|", ms=13, mew=1.1, color=MUTED, ls="", label="down to the 95 % bound")
@@ -136,7 +118,7 @@ def draw(candidates: Sequence[Candidate], *, exported_for: str, batch: int, rows
         axes.text(0.5, 0.5, "no candidate was timed", transform=axes.transAxes, ha="center", color=MUTED)
         axes.set(xticks=[], yticks=[])
     figure.draw_without_rendering()  # the layout decides where a point lies
-    _name_points(axes, timed, canvas.get_renderer())
+    name_points(axes, [(c.name, c.point) for c in timed], canvas.get_renderer())
     return figure
 
 
@@ -159,49 +141,5 @@ def _points(axes: Axes, points: Sequence[Candidate], verdict: str, hollow: bool)
               label=f"{said}\n(not comparable)" if hollow else said, zorder=3)  # fmt: skip
 
 
-def _axes(axes: Axes, timed: Sequence[Candidate], title: str) -> None:
-    latencies = [c.latency_ms for c in timed if c.latency_ms]
-    if latencies and max(latencies) > _WIDE_RANGE * min(latencies):
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.margins(x=0.16, y=0.14)
-    axes.set_title(title, loc="left", fontsize=12, color=INK, pad=10)
-    axes.tick_params(labelsize=10, colors=INK, length=0, pad=5)
-    axes.grid(True, color=GRID, lw=0.8)
-    axes.set_axisbelow(True)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color("#c4ccd4")
-
-
-def _name_points(axes: Axes, timed: Sequence[Candidate], renderer: Any) -> None:
-    """Write each name beside its point, where it covers no other name and no point, if there is such a place."""
-    from matplotlib.patheffects import withStroke
-
-    halo = [withStroke(linewidth=3, foreground="white")]
-    points = axes.transData.transform(np.array([c.point for c in timed]).reshape(-1, 2))
-    taken: list[Any] = []
-    for candidate in sorted(timed, key=lambda c: (-c.accuracy, c.name)):
-        tries: list[tuple[int, int, Any, Any]] = []
-        for dx, dy, side in _PLACES:
-            label = axes.annotate(_shown(candidate.name), candidate.point, (dx, dy), textcoords="offset points", fontsize=9,
-                                  color=INK, ha=side, path_effects=halo)  # fmt: skip
-            box = label.get_window_extent(renderer).expanded(1.02, 1.1)
-            crowd = sum(box.overlaps(other) for other in taken) + sum(box.contains(*point) for point in points)
-            crowd += 0 if axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1 else 1
-            tries.append((crowd, len(tries), label, box))
-            if not crowd:
-                break
-        _, kept, _, box = min(tries, key=lambda entry: entry[:2])
-        for number, (_, _, label, _) in enumerate(tries):
-            if number != kept:
-                label.remove()
-        taken.append(box)
-
-
 def _runtime(name: str) -> str:
     return _RUNTIMES.get(name, name)
-
-
-def _shown(name: str) -> str:
-    return printable(name).replace("$", r"\$")
