@@ -23,6 +23,7 @@ from imgcls_fast.engines.timing import (
     best_of,
     interleave,
     measure,
+    out_of_memory,
     percentile,
     ratio_interval,
     warnings_of,
@@ -200,7 +201,9 @@ def test_a_sweep_doubles_and_ends_at_the_largest_batch_or_where_memory_ends(cloc
     assert [timing.batch for timing in short.timings] == [1, 2, 4]
     with pytest.raises(HardwareError):
         best_batch(FakeEngine(clock, memory=0), duration_s=0)
-    assert len(best_batch(FakeEngine(clock), budget_s=0.01, duration_s=0.02).timings) == 1
+    late = best_batch(FakeEngine(clock), budget_s=0.01, duration_s=0.02)
+    assert len(late.timings) == 1
+    assert (found.ended, short.ended, late.ended) == ("done", "memory", "time")
 
 
 def test_a_sweep_ends_when_the_rate_has_fallen_twice(clock: Clock) -> None:
@@ -214,7 +217,19 @@ def test_a_sweep_ends_when_the_rate_has_fallen_twice(clock: Clock) -> None:
     engine.scores = slower  # type: ignore[method-assign]
     found = best_batch(engine, duration_s=0, warmup_s=0)
     assert [timing.batch for timing in found.timings] == [1, 2, 4, 8, 16]
-    assert found.best.batch == 4
+    assert (found.best.batch, found.ended) == (4, "rate")
+    every = best_batch(engine, [1, 8, 16, 32, 64], falls=math.inf, duration_s=0, warmup_s=0)
+    assert [timing.batch for timing in every.timings] == [1, 8, 16, 32, 64]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), HardwareError("H002", ""), RuntimeError("CUDA out of memory"), RuntimeError("std::bad_alloc"),
+     RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")],
+)  # fmt: skip
+def test_every_runtime_s_words_for_memory_that_is_out_are_known(error: Exception) -> None:
+    assert out_of_memory(error)
+    assert not out_of_memory(RuntimeError("shapes differ"))
 
 
 def test_rounds_call_each_once_in_an_order_that_changes(clock: Clock) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import GateFailed
+from ..core.errors import GateFailed, UsageError
 from .answer import Answer, Request, Session
 from .show import facts, say, table
 
@@ -13,8 +14,77 @@ _HEADS = ("area", "case", "contender / rival", "before", "after", "change", "bou
 
 
 def bench(request: Request, session: Session) -> Answer:
-    """Time the engines of a run."""
-    raise NotImplementedError
+    """Time the engines of a run, or one of its exports beside torch."""
+    batches, duration_s = _batches(request), _duration(request)
+    from .. import api
+
+    device = request.get("device", "auto")
+    found = api.benchmark(
+        request.thing() or "last",
+        runtimes=tuple(request.get("runtime") or ()),
+        batches=batches,
+        duration_s=duration_s,
+        device=None if device == "auto" else device,
+        out=request.get("out"),
+        say=session.note,
+    )
+    path = str(Path(found["run"]) / "bench" / "efficiency.json")
+    best = max(found["engines"], key=lambda row: row["best"]["images_per_s"])
+    line = f"{best['name']} is fastest, {best['best']['images_per_s']:,.0f} images/s at batch {best['best']['batch']} -> {path}"
+    return Answer(found, lambda console: _show_efficiency(console, found, path), line)
+
+
+def _show_efficiency(console: Any, found: dict[str, Any], path: str) -> None:
+    model, machine = found["model"], found["machine"]
+    side, _, channels = model["input"]
+    say(console, f"{model['arch']}, {model['parameters']:,} parameters, {model['macs'] / 1e6:,.4g} million MACs an image "
+        f"({side} x {side} x {channels}), {model['classes']} classes", "bold")  # fmt: skip
+    say(console, f"{machine['gpu'] or machine['cpu']}, {machine['threads']} of {machine['cpus']} cores")
+    speed, worth = found["tables"]
+    table(console, speed["heads"], speed["rows"], numbers=range(2, 8), limit=None)
+    meaning = (
+        "time/torch, batch 1: below 1 is faster; the ratio of a second run falls between the brackets in 19 of 20 cases"
+    )
+    say(console, meaning, "dim")
+    table(console, worth["heads"], worth["rows"], numbers=(2, 3), limit=None)
+    if found["data"]:
+        say(console, found["data"]["line"])
+    for entry in found["absent"]:
+        say(console, f"not timed: {entry['name']}: {entry['reason']}")
+        if entry["remedy"]:
+            say(console, f"  try: {entry['remedy']}", "dim")
+    for text in found["notices"]:
+        say(console, f"note: {text}", "yellow")
+    say(console, path, "bold")
+
+
+def _batches(request: Request) -> tuple[int, ...]:
+    """The sizes that were named.
+
+    Raises:
+        UsageError: U002 for anything but whole numbers >= 1.
+    """
+    found = []
+    for word in request.get("batch_size") or ():
+        if not (word.isascii() and word.isdigit() and int(word) >= 1):
+            raise UsageError("U002", f"--batch-size must be a whole number >= 1, got {word!r}", try_="--batch-size 8")
+        found.append(int(word))
+    return tuple(found)
+
+
+def _duration(request: Request) -> float:
+    """Seconds.
+
+    Raises:
+        UsageError: U002 for anything but a length of time.
+    """
+    from ..core.config import parse_seconds
+
+    text = request.get("duration", "3s")
+    seconds = parse_seconds(text)
+    if not isinstance(seconds, float) or not 0 < seconds < math.inf:
+        raise UsageError("U002", f"--duration must be a time like 3s or 1m, got {text!r}", try_="--duration 3s")
+    return seconds
 
 
 def report(request: Request, session: Session) -> Answer:

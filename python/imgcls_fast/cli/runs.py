@@ -35,6 +35,10 @@ def show(request: Request, session: Session) -> Answer:
     found = plain(api.show_run(request.thing() or "last"))
     made = found.get("created")
     shown = found | ({"created": time.strftime("%Y-%m-%d %H:%M", time.localtime(made))} if made else {})
+    if bench := found.get("efficiency"):  # all of it with --json; `report` shows the rest
+        speed = bench["tables"][0]
+        engines = [dict(zip(speed["heads"], cells, strict=True)) for cells in speed["rows"]]
+        shown["efficiency"] = {"measured": bench["machine"]["date"], "engines": engines}
     return Answer(found, lambda console: facts(console, shown), str(found.get("name", "")))
 
 

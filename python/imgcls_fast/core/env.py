@@ -61,6 +61,16 @@ def cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
+def busy_s() -> float | None:
+    """CPU seconds that all processes of the machine have used since it started; None where the system does not say."""
+    try:
+        with open("/proc/stat", encoding="ascii") as file:
+            user, nice, system, _, _, irq, softirq = map(int, file.readline().split()[1:8])
+    except (OSError, ValueError):
+        return None
+    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
+
+
 def versions(names: tuple[str, ...] = LIBRARIES) -> dict[str, str | None]:
     """Installed version of each library; None where it is not installed."""
     from importlib import metadata

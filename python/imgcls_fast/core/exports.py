@@ -171,12 +171,24 @@ def find_export(exports: Path, bundle: Bundle, target: str, precision: str | Non
         found = read_export(exports / _read_index(exports)[name])
     except (OSError, ValueError, KeyError) as error:
         raise ExportError("E001", f"{exports.parent} has no {name} export", try_=again) from error
-    same = found.meta.get("bundle") == bundle.digest and found.meta.get("temperature") == bundle.temperature
-    if not same or not _intact(found):
-        raise ExportError(
-            "E001", f"{found.folder / str(found.meta.get('file'))} is damaged, or was made from another model", try_=again
-        )  # fmt: skip
+    demand_own(found, bundle, again)
     return found
+
+
+def demand_own(export: Export, bundle: Bundle, again: str) -> None:
+    """Go on only with an export of exactly this model whose file is whole.
+
+    Args:
+        again: the command that makes it again.
+
+    Raises:
+        ExportError: E001 when it is damaged, or of another model.
+    """
+    same = export.meta.get("bundle") == bundle.digest and export.meta.get("temperature") == bundle.temperature
+    if not same or not _intact(export):
+        raise ExportError(
+            "E001", f"{export.folder / str(export.meta.get('file'))} is damaged, or was made from another model", try_=again
+        )  # fmt: skip
 
 
 def find_key(exports: Path, bundle: Bundle, target: str, precision: str, key: str) -> Export | None:

@@ -22,6 +22,8 @@ from .manifest import Manifest
 from .predictions import Predictions
 from .settings import build_config, save_config
 
+EFFICIENCY_SCHEMA = 1  # of bench/efficiency.json
+
 
 class Run:
     """One directory. A single process writes it; files appear whole.
@@ -134,7 +136,7 @@ class Run:
             "settings": flatten(self.config),
             "baseline": self.read_json("baseline.json"),
             "metrics": {split: self.metrics(split) for split in ("val", "test") if self.metrics(split)},
-            "efficiency": self.read_json("bench/efficiency.json"),
+            "efficiency": self.efficiency,
             "history": self.epochs,
             "report": str(self.report_path) if self.report_path.exists() else None,
         }
@@ -142,6 +144,12 @@ class Run:
     @property
     def efficiency_path(self) -> Path:
         return self.directory / "bench" / "efficiency.json"
+
+    @property
+    def efficiency(self) -> dict[str, Any] | None:
+        """What `bench` found; None where it has not been asked, or by another version."""
+        found = self.read_json("bench/efficiency.json")
+        return found if isinstance(found, dict) and found.get("schema") == EFFICIENCY_SCHEMA else None
 
     @property
     def finished(self) -> bool:

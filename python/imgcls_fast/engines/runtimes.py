@@ -363,9 +363,24 @@ def open_engine(
         guess = near(runtime, RUNTIMES) or "torch"
         names = ", ".join(repr(name) for name in RUNTIMES)
         raise ConfigError("C003", f"runtime must be one of {names}, got {runtime!r}", try_=f"--runtime {guess}")
-    target, opener = OPENERS[runtime]
+    export = find_export(folder, bundle, OPENERS[runtime][0], precision)
+    return open_export(bundle, export, runtime, device=device, batch=batch, threads=threads)
+
+
+def open_export(
+    bundle: Bundle, export: Export, runtime: str, *, device: str = "cpu", batch: int | None = None, threads: int = 0
+) -> Engine:
+    """An engine for one export, whichever index.json names. It is not checked whether it is whole and of this bundle.
+
+    Args:
+        runtime: one of `OPENERS`, which reads this kind of export.
+        device, batch, threads: as for `open_engine`.
+
+    Raises:
+        ExportError: E005; HardwareError: H001, H004.
+    """
     most: dict[str, Any] = {} if batch is None else {"max_batch": batch}
-    return opener(find_export(folder, bundle, target, precision), bundle, device, threads, most)
+    return OPENERS[runtime][1](export, bundle, device, threads, most)
 
 
 def _open_torch(bundle: Bundle, runtime: str, device: str, precision: str | None, batch: int | None) -> TorchEngine:

@@ -104,10 +104,15 @@ class Timing:
 
 @dataclass(frozen=True)
 class Sweep:
-    """Timings of growing batches, and the best: the smallest whose rate is within 2 % of the highest."""
+    """Timings of growing batches, and the best: the smallest whose rate is within 2 % of the highest.
+
+    Args:
+        ended: why there are no more: "done" (all sizes), "rate" (it has fallen), "memory" or "time".
+    """
 
     timings: tuple[Timing, ...]
     best: Timing
+    ended: str = "done"
 
 
 @dataclass(frozen=True)
@@ -202,29 +207,34 @@ def measure(
     )
 
 
-def best_batch(engine: Engine, batches: Iterable[int] | None = None, *, budget_s: float = 60.0, **how: Any) -> Sweep:
+def best_batch(
+    engine: Engine, batches: Iterable[int] | None = None, *, budget_s: float = 60.0, falls: float = 2, **how: Any
+) -> Sweep:
     """Time growing batch sizes until the rate has fallen twice, memory or time is out, or the largest is done.
 
     Args:
         batches: sizes; None: powers of two up to the engine's `max_batch`, at most 256.
         budget_s: no further size is begun after so many seconds.
+        falls: how often in a row the rate must have fallen; infinity: each size is timed.
         how: for `measure`.
     """
     most = min(engine.max_batch, _LARGEST_SWEPT)
     sizes = list(batches) if batches is not None else [1 << k for k in range(most.bit_length())]
-    began, timings, falls = time.perf_counter(), list[Timing](), 0
+    began, timings, fallen, ended = time.perf_counter(), list[Timing](), 0, "done"
     for size in sizes:
-        if timings and (falls == 2 or time.perf_counter() - began > budget_s):
+        if timings and (fallen == falls or time.perf_counter() - began > budget_s):
+            ended = "rate" if fallen == falls else "time"
             break
         try:
             found = measure(engine, size, **how)
         except (ImgclsError, RuntimeError, MemoryError) as error:
             if not timings or not out_of_memory(error):
                 raise
+            ended = "memory"
             break
-        falls = falls + 1 if timings and found.images_per_s < timings[-1].images_per_s else 0
+        fallen = fallen + 1 if timings and found.images_per_s < timings[-1].images_per_s else 0
         timings.append(found)
-    return Sweep(tuple(timings), best_of(timings))
+    return Sweep(tuple(timings), best_of(timings), ended)
 
 
 def best_of(timings: Sequence[Timing]) -> Timing:
@@ -346,8 +356,9 @@ def fill(buffer: Any, pixels: np.ndarray) -> None:
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory is out."""
-    code = getattr(error, "code", "")
-    return code == "H002" or isinstance(error, MemoryError) or "out of memory" in str(error).lower()
+    said = str(error).lower()  # torch on a CPU and ONNX Runtime: "can't allocate memory", "Failed to allocate memory"
+    says_so = any(words in said for words in ("out of memory", "allocate memory", "bad_alloc"))
+    return getattr(error, "code", "") == "H002" or isinstance(error, MemoryError) or says_so
 
 
 def reset_peak() -> None:

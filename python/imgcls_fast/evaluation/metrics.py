@@ -12,7 +12,16 @@ from ..core.errors import ConfigError, DataError
 from ..core.predictions import Predictions
 from .calibration import Coverage, Reliability, apply_temperature, coverage, fit_temperature, reliability
 
-__all__ = ["AverageName", "Metrics", "apply_temperature", "average", "confusion_matrix", "fit_temperature", "judge"]
+__all__ = [
+    "AverageName",
+    "Metrics",
+    "accuracy_interval",
+    "apply_temperature",
+    "average",
+    "confusion_matrix",
+    "fit_temperature",
+    "judge",
+]
 
 AverageName = Literal["macro", "micro", "weighted"]
 AVERAGES: tuple[str, ...] = get_args(AverageName)
@@ -154,7 +163,7 @@ def judge(
         confidence_level=confidence,
         bootstrap=bootstrap,
         accuracy=float(correct.mean()),
-        accuracy_ci=_accuracy_interval(int(correct.sum()), n, bootstrap, seed, confidence),
+        accuracy_ci=accuracy_interval(int(correct.sum()), n, bootstrap, seed, confidence),
         macro_f1_ci=_percentiles(_macro_f1_draws(confusion, bootstrap, seed), confidence),
         top_k=_top_k(scores, truth, top_k),
         balanced_accuracy=_mean([c.recall for c in present]),
@@ -260,8 +269,8 @@ def _top_k(scores: np.ndarray, truth: np.ndarray, top_k: Sequence[int]) -> dict[
     return {k: float((rank < k).mean()) for k in sorted(set(top_k)) if k < scores.shape[1]}
 
 
-def _accuracy_interval(hits: int, n: int, draws: int, seed: int, confidence: float) -> tuple[float, float]:
-    """Percentile bootstrap: resampling n rows draws Binomial(n, hits / n) hits.
+def accuracy_interval(hits: int, n: int, draws: int, seed: int, confidence: float) -> tuple[float, float]:
+    """Of the accuracy of n > 0 rows. Percentile bootstrap: resampling n rows draws Binomial(n, hits / n) hits.
 
     Where every row is right (or wrong) all resamples are equal, and an interval without width would be a lie: then
     the exact interval of Clopper and Pearson (1934) is returned.

@@ -58,6 +58,7 @@ class ReportFacts:
         reproduce: the command that makes this run again.
         commands: what to do next, one command line each.
         warnings: of the run, beside those of the metrics.
+        efficiency: what `bench` found (tables, data, absent, machine, notices), or None.
     """
 
     name: str
@@ -77,6 +78,7 @@ class ReportFacts:
     reproduce: str = ""
     commands: Sequence[str] = ()
     warnings: Sequence[str] = ()
+    efficiency: Mapping[str, Any] | None = None
 
     @property
     def headline(self) -> str:

@@ -82,6 +82,7 @@ def report_run(run: Run) -> Path:
         reproduce=f"imgcls-fast train {data.get('source') or ''} -c {run.config_path}".replace("  ", " "),
         commands=[command for _, command in next_commands(run)],
         warnings=list(data.get("notices", [])),
+        efficiency=run.efficiency,
     )
     return write_report(run.report_path, facts)
 
