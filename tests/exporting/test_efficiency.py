@@ -58,6 +58,7 @@ def found(run: Run) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         said: list[dict[str, Any]] = []
         patch.setattr("imgcls_fast.cli.answer.Session._json", lambda session, value: said.append(value))
+        patch.setattr("imgcls_fast.exporting.filerate._DURATION_S", 0.3)
         words = ["bench", str(run.directory), "-b", "1", "-b", "4", "--duration", "0.2s", "-o", str(out), "--json"]
         assert main(words) == 0
     assert json.loads(out.read_text("utf-8")) == {k: v for k, v in said[0].items() if k != "warnings"}
@@ -146,7 +147,8 @@ class TestWholeVerb:
         assert data["engines"][0]["name"] == "torch"
         for entry in data["engines"]:
             assert entry["images_per_s"] > 0
-            assert entry["limit"] == limit_of(data["decode_images_per_s"], entry["alone_images_per_s"])
+            rates = (data["decode_images_per_s"], entry["alone_images_per_s"], entry["images_per_s"])
+            assert entry["limit"] == limit_of(*rates)
             assert f"with {entry['name']} {entry['images_per_s']:,.0f}" in data["line"]
 
     def test_the_file_of_the_run_is_strict_json_and_the_same(self, found: dict[str, Any], run: Run) -> None:
@@ -316,6 +318,7 @@ def test_a_file_of_one_batch_size_is_timed_at_one_image_and_at_its_own(
     folder = list_exports(copy.exports)[0].folder
     write_json(folder / "meta.json", {**json.loads((folder / "meta.json").read_text()), "batch": 8})
     original = Contender.open
+    monkeypatch.setattr(efficiency, "_SWEEP", {"duration_s": 0.001, "warmup_s": 0, "min_iterations": 1})
     monkeypatch.setattr(
         Contender,
         "open",
@@ -379,10 +382,19 @@ def test_attention_is_counted_too(bundle_of: Callable[..., Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("decoded", "alone", "limit"), [(100, 50, "model"), (50, 100, "loader"), (100, 95, "both"), (95, 100, "both")]
+    ("decoded", "alone", "both", "limit"),
+    [
+        (100, 50, 40, "model"),
+        (50, 100, 49, "loader"),
+        (100, 95, 50, "both"),
+        (95, 100, 90, "both"),
+        (100, 100, 20, "contention"),
+    ],
 )
-def test_the_slower_of_loader_and_model_limits(decoded: float, alone: float, limit: str) -> None:
-    assert limit_of(decoded, alone) == limit
+def test_the_slower_of_loader_and_model_limits_unless_they_fight(
+    decoded: float, alone: float, both: float, limit: str
+) -> None:
+    assert limit_of(decoded, alone, both) == limit
 
 
 # ---------------------------------------------------------------- mistakes

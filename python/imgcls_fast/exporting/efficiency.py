@@ -14,7 +14,8 @@ The result, also in bench/efficiency.json of the run; times in ms, rates in imag
         agreement       same_top1, rows, share, max_score_diff, images (the split, or noise): with torch
         ratio           ratio, low, high, cpu_ratio, per_process, processes, pairs, confidence: time of it over time of torch
         not_compared    why `ratio` is None
-    data        loader, workers, batch, decode_images_per_s, engines (name, images_per_s, alone_images_per_s, limit), line
+    data        loader, workers, batch, decode_images_per_s, engines (name, images_per_s, alone_images_per_s, limit: loader, model, both,
+                contention), line
     absent      name, reason, remedy of what was not timed
     machine     cpu, cpus, gpu, slug, device, threads, date, load (runnable processes when it began), others (cores that
                 other processes used meanwhile), libraries, ...

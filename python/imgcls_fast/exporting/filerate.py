@@ -19,7 +19,8 @@ from .contenders import Contender
 _DURATION_S = 2.0  # of each timing
 _LEAST = 3  # batches in it
 _ROWS = 1_000_000  # the rows of the split, again and again; a timing ends long before
-_NEAR = 0.9  # rates that are nearer than this limit each other
+_NEAR = 0.9  # rates that are nearer than this limit alike
+_FIGHT = 0.5  # of the rate of one after the other; less is lost to waiting for cores
 
 
 def data_rates(
@@ -56,16 +57,22 @@ def data_rates(
         finally:
             engine.close()
         alone = row["best"]["images_per_s"]
-        found.append(
-            {"name": name, "images_per_s": both, "alone_images_per_s": alone, "limit": limit_of(decoded, alone)}
-        )
+        if both is not None:
+            limit = limit_of(decoded, alone, both)
+            found.append({"name": name, "images_per_s": both, "alone_images_per_s": alone, "limit": limit})
     backend = usual_loader(bundle.pixels, device)
     facts = {"loader": backend, "workers": workers, "batch": size, "decode_images_per_s": decoded, "engines": found}
     return facts | {"line": _line(facts)}
 
 
-def limit_of(decoded: float, alone: float) -> str:
-    """What limits, of two rates: "loader", "model" or "both"."""
+def limit_of(decoded: float, alone: float, both: float) -> str:
+    """What limits: "loader" or "model", whichever is slower alone, "both", or "contention".
+
+    Args:
+        decoded, alone, both: images per second of decoding alone, of the engine alone, and of both together.
+    """
+    if both < _FIGHT / (1 / decoded + 1 / alone):
+        return "contention"
     if min(decoded, alone) >= _NEAR * max(decoded, alone):
         return "both"
     return "loader" if decoded < alone else "model"
@@ -90,13 +97,14 @@ def _rate(
             work(batch.pixels)
             images, batches = images + int((np.asarray(batch.weight) > 0).sum()), batches + 1
             elapsed = time.perf_counter() - began
-        return round(images / elapsed, 1)
+        return round(images / elapsed, 1) or None
     finally:
         loader.close()
 
 
 def _line(facts: Mapping[str, Any]) -> str:
-    limits = {"loader": "the loader limits", "model": "the model limits", "both": "both limit alike"}
+    limits = {"loader": "the loader limits", "model": "the model limits", "both": "both limit alike",
+              "contention": "their threads get in each other's way"}  # fmt: skip
     parts = [
         f"with {entry['name']} {entry['images_per_s']:,.0f} (it alone {entry['alone_images_per_s']:,.0f}): {limits[entry['limit']]}"
         for entry in facts["engines"]
