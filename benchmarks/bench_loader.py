@@ -1,51 +1,60 @@
-"""CPU time and rate of the loaders beside torchvision's PIL pipeline in a DataLoader, in one run.
+"""Loaders beside what people use instead, by CPU time of all processes; and the header probe beside Pillow.
 
-    python benchmarks/bench_loader.py [FOLDER] [--workers 2] [--repeats 7] [--copies 3] [--out FILE]
-
-Everybody makes random-resized-crop 224 with a flip in batches of 64. The rival is the pipeline of torchvision's training
-references: Pillow, crop, flip, float32, normalised. Ours hands over uint8, because the model normalises; so the rival
-stands in the table a second time without its last step, which is the stricter comparison, of decoding alone. CPU time
-is that of this process and its children, which holds on a busy machine where images per second do not. The contenders
-take turns; one ratio is formed per turn, so a machine that slows down for a while slows down all. Start-up (imports,
-workers, pipeline) is not counted: each contender has delivered a first epoch before the clock starts, and stays alive.
+Everybody makes random-resized-crop 224 with a flip from the same JPEG files, two workers, and delivers one epoch a call. The
+rivals: torchvision's Pillow pipeline in a DataLoader as its references have it (float32, normalised), the same left as
+uint8 (stricter: ours normalises inside the model), with `decode_image` instead of Pillow, timm's loader, DALI's own reader
+with its usual operators, and Hugging Face `datasets` with a torchvision transform. Crops are random, so results can only be
+compared in the mean: each must deliver as many images of that size, and the mean and deviation of their pixels must agree.
+Workers live on between epochs. The limit is plain decoding with libjpeg-turbo to full size, without crop or resize; whoever
+decodes only the crop can be faster than that.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
-import platform
-import resource
-import statistics
-import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import PIL
+import pytest
 import torch
-import torchvision
+from duels import Contender, Contest, Disagree, Pair, Setup, wall_and_family_cpu
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from imgcls_fast.core import env
+from imgcls_fast import _C
 from imgcls_fast.core.manifest import LabelSpace, Manifest, PathList
 from imgcls_fast.core.pixels import Pixels
 from imgcls_fast.data.augment import Augment
-from imgcls_fast.data.loader import dali_missing, open_loader
+from imgcls_fast.data.digits import write_digits
+from imgcls_fast.data.loader import open_loader
 from imgcls_fast.data.sampler import Sampler
 from imgcls_fast.data.scan import pillow_flags, probe
 
-SIZE, BATCH = 224, 64
-PIXELS = Pixels(SIZE, 0.875, "bilinear", "rgb", "apply", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-RIVAL = "torchvision PIL"
-STRICT = "torchvision PIL, uint8"
-GOAL = 0.55  # of the rival's CPU time, for dali-cpu
+SIZE = 224
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+PIXELS = Pixels(SIZE, 0.875, "bilinear", "rgb", "apply", MEAN, STD)
+WORKERS = 2
+REFERENCE = "torchvision, Pillow"
+LEVELS = 6.0  # that mean and deviation of an epoch of random crops may differ by, of 255
+
+CONTESTS = [
+    Contest("loader", "epoch", "loaders", {"images": 64, "batch": 32}, threads=1, devices=("cpu",)),
+    Contest("loader", "epoch, large", "loaders", {"images": 512, "batch": 64}, threads=1, full=True),
+    Contest("loader", "small epoch", "loaders", {"images": 64, "batch": 32, "small": True}, threads=1, devices=("cpu",), small=True),
+    Contest("loader", "epoch on a GPU", "loaders", {"images": 512, "batch": 128}, threads=1, devices=("cuda",)),
+    Contest("loader", "headers", "headers", threads=1, devices=("cpu",)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("contest", CONTESTS, ids=str)
+def bench_loader(duel: Callable[[Contest], list[dict[str, Any]]], contest: Contest) -> None:
+    first = duel(contest)[0]
+    assert first["cases"] or first["skipped"], first["absent"]
 
 
 def default_folder() -> Path:
@@ -54,179 +63,271 @@ def default_folder() -> Path:
     return Path(shared) / "jpeg_full" / "images"
 
 
-def manifest_of(files: list[Path]) -> Manifest:
-    """A manifest of files that are known to be good."""
-    head = probe([os.fsencode(path) for path in files], 2)
-    n = len(files)
-    return Manifest(
-        root=Path("/"),
-        paths=PathList.of(str(path.resolve()) for path in files),
-        labels=LabelSpace.single(["image"]),
-        label=np.zeros(n, np.int32),
-        split=np.zeros(n, np.uint8),
-        group=np.full(n, -1, np.int32),
-        width=np.asarray(head["width"], np.int32),
-        height=np.asarray(head["height"], np.int32),
-        orientation=np.asarray(head["orientation"], np.uint8),
-        digest=np.zeros((n, 16), np.uint8),
-        flags=pillow_flags(head),
+def files(work: Path, count: int) -> list[Path]:
+    """JPEG files: the shared photos where they are, else the embedded digits, enlarged and written as JPEG once."""
+    folder = default_folder()
+    if not folder.is_dir():
+        folder = work / "digits-jpeg"
+        if not (folder / "done").exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            for k, path in enumerate(sorted(write_digits(work / "digits").rglob("*.png"))[:256]):
+                with Image.open(path) as image:
+                    image.convert("RGB").resize((500, 375), Image.Resampling.BICUBIC).save(
+                        folder / f"{k:03}.jpg", quality=90
+                    )
+            (folder / "done").touch()
+    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in (".jpg", ".jpeg"))
+    return (found * -(-count // len(found)))[:count]
+
+
+# --- epochs -----------------------------------------------------------------------------------------------------------
+
+
+def loaders(work: Path, images: int, batch: int, device: str, full: bool = False, small: bool = False) -> Setup:
+    """One epoch of each loader; output: count, shape, mean and deviation of all pixels in levels."""
+    paths = files(work, images)
+    case = f"{images} JPEG files, batches of {batch}"
+    makers: dict[str, Callable[[], Callable[[], Iterator[Any]]]] = {
+        "dali-cpu": partial(_ours, paths, "dali-cpu", batch, device),
+        "torch": partial(_ours, paths, "torch", batch, device),
+        REFERENCE: partial(_torchvision, paths, batch, "pillow", True),
+        "torchvision, Pillow, uint8": partial(_torchvision, paths, batch, "pillow", False),
+        "torchvision, decode_image, uint8": partial(_torchvision, paths, batch, "decode_image", False),
+        "timm": partial(_timm, paths, batch),
+        "DALI reader": partial(_plain_dali, paths, batch, work),
+        "HF datasets": partial(_datasets, paths, batch),
+    }
+    if device == "cuda":
+        makers["dali-gpu"] = partial(_ours, paths, "dali-gpu", batch, device)
+    if small:
+        makers = {name: makers[name] for name in ("dali-cpu", "torchvision, Pillow, uint8")}
+    rivals = [name for name in makers if name not in ("dali-cpu", "dali-gpu", "torch")]
+    pairs = [Pair("dali-cpu", rival, {"": 0.55} if rival == REFERENCE else {}) for rival in rivals]
+    if not small:
+        pairs += [Pair("torch", REFERENCE)]
+        pairs += [Pair("dali-gpu", rival) for rival in rivals] if device == "cuda" else []
+    return Setup(
+        {name: partial(_epochs, make, case, images) for name, make in makers.items()},
+        pairs,
+        partial(_same_images, images=images),
+        clock="cpu" if device == "cpu" else "wall",
+        images={case: images},
+        limits={case: ("plain decoding", partial(_decoding, paths))},
     )
+
+
+def _epochs(make: Callable[[], Callable[[], Iterator[Any]]], case: str, images: int) -> Contender:
+    epoch = make()
+    totals = np.zeros(3)
+    shape: tuple[int, ...] = ()
+    for pixels in epoch():
+        array = np.asarray(pixels)
+        shape = tuple(sorted(array.shape[1:]))
+        levels = _levels(array)
+        totals += len(array), levels.mean() * len(array), levels.std() * len(array)
+    output = {
+        "images": int(totals[0]),
+        "shape": shape,
+        "mean": totals[1] / totals[0],
+        "deviation": totals[2] / totals[0],
+    }
+
+    def run() -> None:
+        seen = sum(len(pixels) for pixels in epoch())
+        assert seen == images, f"{seen} of {images} images"
+
+    return Contender({case: run}, output)
+
+
+def _levels(pixels: np.ndarray) -> np.ndarray:
+    """Pixels in levels of 255, whatever was done to them."""
+    if pixels.dtype == np.uint8:
+        return pixels.astype(np.float32)
+    mean, std = (np.asarray(values, np.float32).reshape(3, 1, 1) for values in (MEAN, STD))
+    return 255 * (pixels * std + mean)
+
+
+def _same_images(name: str, outputs: Mapping[str, Any], images: int) -> dict[str, Any]:
+    mine = outputs[name]
+    if (mine["images"], mine["shape"]) != (images, (3, SIZE, SIZE)):
+        raise Disagree(
+            f"{name} delivers {mine['images']} images of {mine['shape']}, not {images} of (3, {SIZE}, {SIZE})"
+        )
+    middle = {key: float(np.median([output[key] for output in outputs.values()])) for key in ("mean", "deviation")}
+    apart = {key: abs(mine[key] - middle[key]) for key in middle}
+    if max(apart.values()) > LEVELS:
+        raise Disagree(
+            f"the pixels of {name} differ by {apart['mean']:.1f} levels in the mean, {apart['deviation']:.1f} in deviation"
+        )
+    return {f"{key}_off_by_levels": round(value, 2) for key, value in apart.items()}
+
+
+def _decoding(paths: list[Path]) -> float:
+    from torchvision.io import ImageReadMode, decode_jpeg, read_file
+
+    data = [read_file(str(path)) for path in paths]
+
+    def decode() -> None:
+        for content in data:
+            decode_jpeg(content, mode=ImageReadMode.RGB)
+
+    decode()
+    return min(wall_and_family_cpu(decode)[1] for _ in range(2))
+
+
+def _ours(paths: list[Path], backend: str, batch: int, device: str) -> Callable[[], Iterator[Any]]:
+    sampler = Sampler(manifest_of(paths), np.arange(len(paths)), PIXELS, batch, seed=0, augment=Augment((0.08, 1.0)))
+    loader = open_loader(sampler, backend, workers=WORKERS, device=device)
+    number = iter(range(1 << 30))
+
+    def epoch() -> Iterator[Any]:
+        for item in loader.epoch(next(number)):
+            yield item.pixels if device == "cpu" else item.pixels.cpu() if hasattr(item.pixels, "cpu") else item.pixels
+
+    return epoch
+
+
+def manifest_of(paths: list[Path]) -> Manifest:
+    """A manifest of files that are known to be good."""
+    head = probe([os.fsencode(path) for path in paths], 2)
+    n = len(paths)
+    return Manifest(
+        root=Path("/"), paths=PathList.of(str(path.resolve()) for path in paths), labels=LabelSpace.single(["image"]),
+        label=np.zeros(n, np.int32), split=np.zeros(n, np.uint8), group=np.full(n, -1, np.int32),
+        width=np.asarray(head["width"], np.int32), height=np.asarray(head["height"], np.int32),
+        orientation=np.asarray(head["orientation"], np.uint8), digest=np.zeros((n, 16), np.uint8), flags=pillow_flags(head),
+    )  # fmt: skip
 
 
 class _Files(Dataset):  # type: ignore[type-arg]
     """What torchvision's references do: open, convert, crop, flip; then float32 and normalised, or left as uint8."""
 
-    def __init__(self, files: list[Path], normalised: bool) -> None:
-        self.files = files
-        last = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(PIXELS.mean, PIXELS.std)] if normalised else []
-        self.transform = v2.Compose([v2.RandomResizedCrop(SIZE), v2.RandomHorizontalFlip(), v2.PILToTensor(), *last])
+    def __init__(self, paths: list[Path], decoder: str, normalised: bool) -> None:
+        self.paths, self.decoder = paths, decoder
+        first = [] if decoder == "decode_image" else [v2.PILToTensor()]
+        last = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)] if normalised else []
+        crop = v2.RandomResizedCrop(SIZE, antialias=True)
+        self.transform = v2.Compose([crop, v2.RandomHorizontalFlip(), *first, *last])
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.paths)
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        with Image.open(self.files[index]) as image:
+        if self.decoder == "decode_image":
+            from torchvision.io import ImageReadMode, decode_image
+
+            return self.transform(decode_image(str(self.paths[index]), mode=ImageReadMode.RGB))
+        with Image.open(self.paths[index]) as image:
             return self.transform(image.convert("RGB"))
 
 
-def rival(files: list[Path], workers: int, *, normalised: bool) -> Callable[[int], Iterator[int]]:
-    """torchvision's PIL pipeline in a DataLoader with persistent workers."""
+def _torchvision(paths: list[Path], batch: int, decoder: str, normalised: bool) -> Callable[[], Iterator[Any]]:
     loader = DataLoader(
-        _Files(files, normalised),
-        batch_size=BATCH,
-        shuffle=True,
-        drop_last=True,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-    )
+        _Files(paths, decoder, normalised), batch_size=batch, shuffle=True, drop_last=True, num_workers=WORKERS,
+        persistent_workers=True,
+    )  # fmt: skip
+    return lambda: iter(loader)
 
-    def epoch(number: int) -> Iterator[int]:
-        for batch in loader:
-            yield len(batch)
+
+class _Labelled:
+    """The paths as timm's datasets are: (image, target) with a transform that timm sets."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        self.paths, self.transform = paths, None
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        with Image.open(self.paths[index]) as image:
+            picture = image.convert("RGB")
+        return (self.transform(picture) if self.transform else picture), 0  # type: ignore[misc]
+
+
+def _timm(paths: list[Path], batch: int) -> Callable[[], Iterator[Any]]:
+    from timm.data import create_loader
+
+    loader = create_loader(
+        _Labelled(paths), input_size=(3, SIZE, SIZE), batch_size=batch, is_training=True, use_prefetcher=False,
+        color_jitter=None, interpolation="bilinear", mean=MEAN, std=STD, num_workers=WORKERS, device=torch.device("cpu"),
+        pin_memory=False,
+    )  # fmt: skip
+    return lambda: (pixels for pixels, _ in loader)
+
+
+def _plain_dali(paths: list[Path], batch: int, work: Path) -> Callable[[], Iterator[Any]]:
+    """DALI as its documentation shows it for training: its own reader and random crops; none of our sampler."""
+    from nvidia.dali import fn, pipeline_def, types
+
+    listing = work / f"files-{len(paths)}.txt"
+    listing.write_text("".join(f"{path} 0\n" for path in paths), "utf-8")
+
+    @pipeline_def(batch_size=batch, num_threads=WORKERS, device_id=None, prefetch_queue_depth=2)
+    def pipeline() -> Any:
+        jpegs, _ = fn.readers.file(file_list=str(listing), random_shuffle=True, name="files")
+        crops = fn.decoders.image_random_crop(jpegs, random_area=[0.08, 1.0], random_aspect_ratio=[3 / 4, 4 / 3])
+        sized = fn.resize(crops, size=SIZE, interp_type=types.INTERP_TRIANGULAR)
+        return fn.flip(sized, horizontal=fn.random.coin_flip())
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pipe = pipeline()
+        pipe.build()
+
+    def epoch() -> Iterator[Any]:
+        for _ in range(len(paths) // batch):
+            (pixels,) = pipe.run()
+            yield pixels.as_array()
 
     return epoch
 
 
-def ours(files: list[Path], backend: str, workers: int) -> Callable[[int], Iterator[int]]:
-    """One of our loaders."""
-    augment = Augment((0.08, 1.0))
-    sampler = Sampler(manifest_of(files), np.arange(len(files)), PIXELS, BATCH, seed=0, augment=augment)
-    loader = open_loader(sampler, backend, workers=workers)
+def _datasets(paths: list[Path], batch: int) -> Callable[[], Iterator[Any]]:
+    import datasets
 
-    def epoch(number: int) -> Iterator[int]:
-        for batch in loader.epoch(number):
-            yield len(batch)
+    datasets.disable_progress_bars()
+    table = datasets.Dataset.from_dict({"image": [str(path) for path in paths]}).cast_column("image", datasets.Image())
+    crop = v2.Compose([v2.RandomResizedCrop(SIZE, antialias=True), v2.RandomHorizontalFlip(), v2.PILToTensor()])
 
-    return epoch
+    def transform(rows: dict[str, list[Any]]) -> dict[str, list[torch.Tensor]]:
+        return {"pixels": [crop(image.convert("RGB")) for image in rows["image"]]}
 
-
-def cpu_s() -> float:
-    """CPU seconds of this process, of its children that ended, and of those that live."""
-    own = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(usage.ru_utime + usage.ru_stime for usage in own) + sum(_live_child_cpu_s())
+    loader = DataLoader(
+        table.with_transform(transform), batch_size=batch, shuffle=True, drop_last=True, num_workers=WORKERS,
+        persistent_workers=True,
+    )  # fmt: skip
+    return lambda: (rows["pixels"] for rows in loader)
 
 
-def _live_child_cpu_s() -> Iterator[float]:
-    # getrusage counts children when they have ended; persistent workers go on living
-    for task in os.listdir("/proc/self/task"):
-        with suppress(FileNotFoundError, ProcessLookupError):  # a thread or child that has ended meanwhile
-            for pid in Path(f"/proc/self/task/{task}/children").read_text().split():
-                fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-                yield (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+# --- headers ----------------------------------------------------------------------------------------------------------
 
 
-def measure(epoch: Callable[[int], Iterator[int]], number: int) -> dict[str, float]:
-    """CPU milliseconds per image and images per second of one epoch."""
-    cpu, wall = cpu_s(), time.perf_counter()
-    images = sum(epoch(number))
-    return {"cpu_ms": (cpu_s() - cpu) / images * 1e3, "images_per_s": images / (time.perf_counter() - wall)}
+def headers(work: Path, device: str, full: bool = False) -> Setup:
+    """Width, height and orientation of each file, warm, on one thread."""
+    paths = files(work, 220)
+    names = [os.fsencode(path) for path in paths]
+    case = f"headers of {len(paths)} JPEG files"
 
+    def ours() -> list[tuple[int, ...]]:
+        found = _C.probe(names, 1)
+        return list(zip(*(found[key].tolist() for key in ("width", "height", "orientation")), strict=True))
 
-def spread(values: list[float]) -> dict[str, float]:
-    """Median, least and greatest."""
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+    def pillow() -> list[tuple[int, ...]]:
+        answers = []
+        for path in paths:
+            with Image.open(path) as image:
+                orientation = image.getexif().get(274, 1)
+                answers.append((*image.size, orientation if orientation in range(1, 9) else 1))
+        return answers
 
+    def check(name: str, outputs: Mapping[str, Any]) -> dict[str, Any]:
+        differ = sum(a != b for a, b in zip(outputs["probe"], outputs[name], strict=True))
+        if differ:
+            raise Disagree(f"{differ} of {len(paths)} headers differ")
+        return {"different": 0}
 
-def machine() -> dict[str, Any]:
-    """What the figures depend on."""
-    name = ""
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    versions = {"torch": torch.__version__, "torchvision": torchvision.__version__, "pillow": PIL.__version__}
-    if not dali_missing():
-        from nvidia import dali
-
-        versions["dali"] = dali.__version__
-    return {
-        "cpu": name or platform.processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "load_before": os.getloadavg()[0],
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        **versions,
-    }
-
-
-def run(files: list[Path], workers: int, repeats: int) -> dict[str, Any]:
-    """Measure all contenders in turns; ratios are to the rival of the same turn."""
-    contenders = {name: rival(files, workers, normalised=name == RIVAL) for name in (RIVAL, STRICT)}
-    for backend in ("torch",) if dali_missing() else ("dali-cpu", "torch"):
-        contenders[backend] = ours(files, backend, workers)
-    for epoch in contenders.values():
-        measure(epoch, 0)
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
-    for turn in range(repeats):
-        for name, epoch in contenders.items():
-            found[name].append(measure(epoch, turn + 1))
-    result: dict[str, Any] = {}
-    for name, turns in found.items():
-        cpu = [turn["cpu_ms"] for turn in turns]
-        ratios = [mine / theirs["cpu_ms"] for mine, theirs in zip(cpu, found[RIVAL], strict=True)]
-        rates = [turn["images_per_s"] for turn in turns]
-        result[name] = {"cpu_ms_per_image": spread(cpu), "images_per_s": spread(rates), "cpu_ratio": spread(ratios)}
-    return result
-
-
-def table(result: dict[str, Any]) -> str:
-    """The result for people."""
-    lines = [f"{'loader':22} {'CPU ms/image':>24} {'images/s':>22} {'CPU time / rival':>24}"]
-    for name, row in result.items():
-        cells = [
-            f"{row[key]['median']:.{digits}f} ({row[key]['min']:.{digits}f}-{row[key]['max']:.{digits}f})"
-            for key, digits in (("cpu_ms_per_image", 2), ("images_per_s", 0), ("cpu_ratio", 3))
-        ]
-        lines.append(f"{name:22} {cells[0]:>24} {cells[1]:>22} {cells[2]:>24}")
-    return "\n".join(lines)
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("folder", type=Path, nargs="?", default=default_folder())
-    parser.add_argument("--workers", type=int, default=2, help="processes of a DataLoader, threads of DALI")
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--copies", type=int, default=3, help="times that an epoch holds each file")
-    parser.add_argument("--out", type=Path, help="JSON file (default: benchmarks/results/<machine>/loader.json)")
-    args = parser.parse_args()
-    if not args.folder.is_dir():
-        parser.error(f"no such folder: {args.folder}")
-    torch.set_num_threads(1)
-    files = sorted(path for path in args.folder.iterdir() if path.is_file()) * args.copies
-    facts = machine() | {"images": len(files), "workers": args.workers, "repeats": args.repeats, "batch": BATCH}
-    result = run(files, args.workers, args.repeats)
-    print(f"{facts['cpu']}, {facts['cores']} cores; random-resized-crop {SIZE} + flip, {len(files)} images an epoch, "
-          f"{args.workers} workers; median (least-greatest) of {args.repeats} turns")  # fmt: skip
-    print(table(result))
-    out = args.out or Path(__file__).parent / "results" / env.machine_slug() / "loader.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({"machine": facts, "result": result}, indent=2) + "\n", encoding="utf-8")
-    print(f"written to {out}")
-    if "dali-cpu" in result:
-        ratio = result["dali-cpu"]["cpu_ratio"]["median"]
-        print(f"dali-cpu needs {ratio:.3f} of the CPU time of {RIVAL} (goal: at most {GOAL})")
-        return 0 if ratio <= GOAL else 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    calls = {"probe": ours, "Pillow": pillow}
+    return Setup(
+        {name: partial(lambda call: Contender({case: call}, call()), call) for name, call in calls.items()},
+        [Pair("probe", "Pillow")], check, images={case: len(paths)},
+    )  # fmt: skip

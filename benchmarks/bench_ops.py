@@ -1,43 +1,30 @@
-"""Our attention kernels beside what a user would run instead: ratio, spread, and on a GPU the share of the byte floor.
+"""Our attention kernels beside what a user would run instead, forward and backward.
 
-    python benchmarks/bench_ops.py [--only window cbam sequence step] [--device cpu|cuda] [--rounds N] [--out FILE]
-
-On the CPU: one thread, CPU time. On a GPU: CUDA events, bf16. Every contender is first compared with the formula in
-float32; one that disagrees is not timed. Then all run in random order, round by round, in this one process; a ratio is the
-median over rounds of contender / rival, with the least and greatest. The rival of a promise is the fastest of its
-rivals. Both sides begin with the output of the qkv layer in image order and end there, so partition, shift and their
-inverses are timed wherever a contender needs them. The byte floor is what must be read and written once, at the speed
-of a copy measured here.
-
-A rival that cannot run is listed with its reason. Exit code 1 when a promise does not hold, 0 otherwise.
+On the CPU: one thread, CPU time, float32. On a GPU: CUDA events, bf16. Both sides begin with the output of the qkv layer in
+image order and end there, so partition, shift and their inverses are timed wherever a contender needs them. Every contender
+is first compared with the formula in float32, outputs and gradients; a rival that disagrees is not timed, a kernel that does
+fails. The backward pass is timed alone: its graph is built outside the clock. The limit is the bytes that must move once, at
+the speed of a copy measured in the same process.
 """
 
 from __future__ import annotations
 
-import argparse
-import functools
-import itertools
-import json
-import random
-import statistics
-import sys
 import time
-import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from duels import Contender, Contest, Disagree, Pair, Setup
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from imgcls_fast import _C
-from imgcls_fast.core import env
+from imgcls_fast.engines.timing import Prepared
 from imgcls_fast.models.attention import CBAM
-from imgcls_fast.models.kernels import use_kernels
-from imgcls_fast.models.placement import insert_attention
 from imgcls_fast.ops import cbam as cbam_ops
 from imgcls_fast.ops.window_attention import (
     Layout,
@@ -48,383 +35,274 @@ from imgcls_fast.ops.window_attention import (
     window_attention_formula,
 )
 
-TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}  # relative L2 against the formula in float32
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}  # relative L2 of outputs against the formula in float32
+GRADIENTS = 10.0  # times that, for gradients
+TIES = 5e-3  # of gradients through a maximum: where two channels nearly tie, rounding decides which one gets it
 BACKENDS = {
-    "sdpa flash": SDPBackend.FLASH_ATTENTION,
-    "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
-    "sdpa math": SDPBackend.MATH,
+    "sdpa, flash": SDPBackend.FLASH_ATTENTION,
+    "sdpa, efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "sdpa, cudnn": SDPBackend.CUDNN_ATTENTION,
+    "sdpa, math": SDPBackend.MATH,
 }
+OURS = "kernel"
 
 
-@dataclass
-class Case:
-    """One table row group: contenders of equal result.
-
-    Args:
-        name: of the group.
-        contenders: name -> function of the inputs; "ours" is one of them.
-        inputs: leaves of the gradient. The forward pass is timed on detached ones, as in inference.
-        floor: bytes that must move at least, forward and backward.
-        goals: pass -> largest allowed ratio of ours to the fastest rival; None: reported only.
-    """
-
-    name: str
-    contenders: dict[str, Callable[..., Tensor]]
-    inputs: list[Tensor]
-    grad: Tensor
-    floor: tuple[int, int]
-    goals: dict[str, float | None]
-    absent: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def detached(self) -> list[Tensor]:
-        return [tensor.detach() for tensor in self.inputs]
+def _windows(name: str, batch: int, side: int, heads: int, shift: int, **more: Any) -> Contest:
+    params = {"name": name, "batch": batch, "side": side, "heads": heads, "shift": shift}
+    return Contest("ops", name, "windows", params, **more)
 
 
-class Bench:
-    """Times cases and collects rows."""
-
-    def __init__(self, device: str, rounds: int) -> None:
-        self.device, self.rounds = torch.device(device), rounds
-        self.rows: list[dict[str, Any]] = []
-        self.copy_speed = self._copy_speed() if device == "cuda" else None
-
-    def clock(self, call: Callable[[], Any]) -> float:
-        """Seconds of one call: of CPU time, or on the GPU (the mean of a few, so that launches overlap)."""
-        if self.device.type == "cpu":
-            begin = time.process_time()
-            call()
-            return time.process_time() - begin
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        for _ in range(5):
-            call()
-        end.record()
-        torch.cuda.synchronize()
-        return begin.elapsed_time(end) / 5e3
-
-    def _copy_speed(self) -> float:
-        a, b = (torch.empty(1 << 28, dtype=torch.uint8, device=self.device) for _ in range(2))
-        times = [self.clock(lambda: b.copy_(a)) for _ in range(10)]
-        return 2 * a.numel() / statistics.median(times)
-
-    def run(self, case: Case) -> None:
-        """Check, then time forward and backward of each contender that is right."""
-        working: dict[str, Callable[..., Tensor]] = {}
-        truth = None
-        for name, call in case.contenders.items():
-            try:
-                with torch.no_grad():
-                    found = call(*case.detached).float()
-                torch.autograd.grad(call(*case.inputs), case.inputs, case.grad)
-            except (RuntimeError, ValueError, NotImplementedError) as error:
-                case.absent[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120]}"
-                continue
-            truth = found if truth is None else truth
-            wrong = float((found - truth).norm() / truth.norm())
-            if wrong > TOLERANCE[case.inputs[0].dtype] or wrong != wrong:
-                case.absent[name] = f"differs from the formula by {wrong:.1e} (relative L2)"
-                continue
-            working[name] = call
-        self._time(
-            case, "forward", {name: _without_gradient(call, case) for name, call in working.items()}, case.floor[0]
-        )
-        self._time_backward(case, working)
-        for name, why in case.absent.items():
-            print(f"     {case.name:<44} absent: {name}: {why}", flush=True)
-            self.rows.append({"case": case.name, "contender": name, "absent": why})
-
-    def _time_backward(self, case: Case, working: dict[str, Callable[..., Tensor]]) -> None:
-        """Of the backward pass alone: the graph is built outside the clock."""
-        seconds: dict[str, list[float]] = {name: [] for name in working}
-        for k in range(self.rounds + 2):
-            for name in random.sample(list(working), len(working)):
-                graphs = {name: working[name](*case.inputs)}
-                if self.device.type == "cuda":
-                    torch.cuda.synchronize()
-                spent = self.clock(_gradient_of(graphs.pop(name), case, again=self.device.type == "cuda"))
-                if k >= 2:
-                    seconds[name].append(spent)
-        self._report(case, "backward", seconds, case.floor[1])
-
-    def _time(self, case: Case, what: str, calls: dict[str, Callable[[], Any]], floor: int) -> None:
-        seconds: dict[str, list[float]] = {name: [] for name in calls}
-        for k in range(self.rounds + 2):  # the first two warm up
-            for name in random.sample(list(calls), len(calls)):
-                spent = self.clock(calls[name])
-                if k >= 2:
-                    seconds[name].append(spent)
-        self._report(case, what, seconds, floor)
-
-    def _report(self, case: Case, what: str, seconds: dict[str, list[float]], floor: int) -> None:
-        middle = {name: statistics.median(found) for name, found in seconds.items()}
-        rivals = [name for name in middle if name != "ours"]
-        best = min(rivals, key=middle.__getitem__, default=None)
-        for name, found in seconds.items():
-            row: dict[str, Any] = {
-                "case": case.name,
-                "pass": what,
-                "contender": name,
-                "ms": round(middle[name] * 1e3, 4),
-            }
-            text = f"{middle[name] * 1e3:9.3f} ms"
-            if name == "ours" and best is not None:
-                ratios = sorted(a / b for a, b in zip(found, seconds[best], strict=True))
-                row |= {"rival": best, "ratio": round(statistics.median(ratios), 4), "least": round(ratios[0], 4),
-                        "greatest": round(ratios[-1], 4)}  # fmt: skip
-                text += f"  {row['ratio']:.3f}x {best} [{row['least']:.3f}, {row['greatest']:.3f}]"
-                goal = case.goals.get(what)
-                if goal is not None:
-                    row |= {"goal": goal, "holds": row["ratio"] <= goal}
-                    text += f"  goal {goal:.3f}"
-            if self.copy_speed and floor:
-                row["share_of_floor"] = round(floor / self.copy_speed / middle[name], 3)
-                text += f"  {row['share_of_floor']:.0%} of the byte floor"
-            mark = {True: "ok  ", False: "FAIL", None: "    "}[row.get("holds")]
-            print(f"{mark} {case.name:<44} {what:<9} {name:<20} {text}", flush=True)
-            self.rows.append(row)
+def _sequence(name: str, batch: int, tokens: int, heads: int, biased: bool, **more: Any) -> Contest:
+    params = {"name": name, "batch": batch, "tokens": tokens, "heads": heads, "biased": biased}
+    return Contest("ops", name, "sequence", params, **more)
 
 
-def _gradient_of(out: Tensor, case: Case, *, again: bool) -> Callable[[], Any]:
-    return lambda: torch.autograd.grad(out, case.inputs, case.grad, retain_graph=again)
+def _cbam(batch: int, channels: int, side: int, kind: str, **more: Any) -> Contest:
+    name = f"CBAM {batch}x{channels}x{side}x{side}{kind and f', {kind}'}"
+    params = {"name": name, "batch": batch, "channels": channels, "side": side, "kind": kind}
+    return Contest("ops", name, "cbam", params, **more)
 
 
-def _without_gradient(call: Callable[..., Tensor], case: Case) -> Callable[[], Any]:
-    def run() -> None:
-        with torch.no_grad():
-            call(*case.detached)
+CPU: dict[str, Any] = {"threads": 1, "devices": ("cpu",)}
+GPU: dict[str, Any] = {"devices": ("cuda",)}
+CONTESTS = [
+    _windows("512 windows 7x7, 3 heads of 32", 512, 7, 3, 0, **CPU),
+    _windows("8 maps 56x56, shifted windows 7x7", 8, 56, 3, 3, **CPU),
+    _sequence("ViT, 197 tokens, 6 heads of 64", 4, 197, 6, False, **CPU),
+    _sequence("BEiT, 197 tokens, 6 heads of 64", 4, 197, 6, True, **CPU, full=True),
+    _sequence("ViT, 50 tokens, 6 heads of 64", 4, 50, 6, False, **CPU, full=True),
+    *(_cbam(*shape, kind, **CPU, full=(shape, kind) not in (((8, 256, 56), ""), ((32, 2048, 7), "")))
+      for shape in ((8, 256, 56), (16, 512, 28), (32, 2048, 7)) for kind in ("", "residual", "training")),
+    Contest("ops", "small windows", "windows",
+            {"name": "64 windows 7x7", "batch": 64, "side": 7, "heads": 3, "shift": 0, "small": True}, **CPU, small=True),
+    *(_windows(f"Swin-T stage {stage}, batch 128{', shifted' if shift else ''}", 128, side, heads, shift, **GPU)
+      for stage, (side, heads) in enumerate(((56, 3), (28, 6), (14, 12), (7, 24)), 1) for shift in ((0, 3) if side > 7 else (0,))),
+    *(_sequence(f"{'BEiT' if biased else 'ViT'}, {tokens} tokens, 12 heads of 64", 128, tokens, 12, biased, **GPU)
+      for tokens in (50, 197, 257) for biased in (False, True)),
+    *(_cbam(*shape, kind, **GPU) for shape in ((128, 256, 56), (128, 512, 28), (128, 2048, 7)) for kind in ("", "residual", "training")),
+]  # fmt: skip
 
-    return run
+
+@pytest.mark.parametrize("contest", CONTESTS, ids=str)
+def bench_ops(duel: Callable[[Contest], list[dict[str, Any]]], contest: Contest) -> None:
+    first = duel(contest)[0]
+    assert first["cases"] or first["skipped"], first["absent"]
 
 
-# --- cases ------------------------------------------------------------------------------------------------------------
+# --- set-ups ----------------------------------------------------------------------------------------------------------
 
 
-def window_case(
-    bench: Bench, name: str, batch: int, side: int, heads: int, dim: int, window: int, shift: int, goals: dict[str, float | None]
-) -> Case:  # fmt: skip
-    """Attention of one Swin layer on a batch of square maps; the bias is trained."""
-    dtype = torch.bfloat16 if bench.device.type == "cuda" else torch.float32
-    layout = Layout(heads, (window, window), (shift, shift), scale=dim**-0.5)
+def windows(
+    work: Path,
+    name: str,
+    batch: int,
+    side: int,
+    heads: int,
+    shift: int,
+    device: str,
+    full: bool = False,
+    small: bool = False,
+) -> Setup:
+    """Attention of one Swin layer with 7x7 windows on a batch of square maps; the bias is trained."""
+    layout = Layout(heads, (7, 7), (shift, shift), scale=32**-0.5)
     torch.manual_seed(0)
-    qkv = torch.randn(batch, side, side, 3 * heads * dim, device=bench.device).to(dtype).requires_grad_()
-    bias = torch.randn(heads, layout.tokens, layout.tokens, device=bench.device).requires_grad_()
-    element = qkv.element_size()
-    floor = (
-        qkv.numel() * element * 4 // 3,
-        qkv.numel() * element * 7 // 3,
-    )  # qkv and out; qkv, its gradient, and out's
-    return _attention_case(bench, name, qkv, bias, layout, floor, goals)
+    qkv = torch.randn(batch, side, side, 3 * heads * 32, device=device).to(_dtype(device)).requires_grad_()
+    bias = torch.randn(heads, layout.tokens, layout.tokens, device=device).requires_grad_()
+    goals = {f"{name}, forward": 0.9, f"{name}, backward": 1.0} if device == "cpu" and not shift else {}
+    contenders = _attention(layout, device, ("formula", OURS, "sdpa") if small else None)
+    return _setup(name, contenders, [qkv, bias], _attention_grad(qkv), _attention_bytes(qkv), {} if small else goals)
 
 
-def _attention_case(
-    bench: Bench, name: str, qkv: Tensor, bias: Tensor | None, layout: Layout, floor: tuple[int, int],
-    goals: dict[str, float | None],
-) -> Case:  # fmt: skip
+def sequence(
+    work: Path, name: str, batch: int, tokens: int, heads: int, biased: bool, device: str, full: bool = False
+) -> Setup:
+    """Attention over the whole sequence of a ViT, or with BEiT's bias."""
+    layout = Layout(heads, (1, tokens), scale=64**-0.5)
+    torch.manual_seed(0)
+    qkv = torch.randn(batch, 1, tokens, 3 * heads * 64, device=device).to(_dtype(device)).requires_grad_()
+    bias = torch.randn(heads, tokens, tokens, device=device).requires_grad_()
+    inputs = [qkv, bias] if biased else [qkv]
+    return _setup(name, _attention(layout, device), inputs, _attention_grad(qkv), _attention_bytes(qkv), {})
+
+
+def cbam(
+    work: Path, name: str, batch: int, channels: int, side: int, kind: str, device: str, full: bool = False
+) -> Setup:
+    """CBAM on a channels-last map: plain, with residual and ReLU behind it, or with batch statistics."""
+    torch.manual_seed(0)
+    module = CBAM(channels).to(device).train(kind == "training")
+    shape = (batch, channels, side, side)
+    x, residual = (
+        torch.randn(shape, device=device)
+        .to(_dtype(device))
+        .contiguous(memory_format=torch.channels_last)
+        .requires_grad_()
+        for _ in range(2)
+    )
+    has_residual = kind == "residual"
+    inputs = [x, *([residual] if has_residual else []), module.w1, module.w2, module.conv.weight]
+    call = partial(_cbam_call, norm=module.norm, has_residual=has_residual)
+    formula, ours = partial(call, kernel=False), partial(call, kernel=True)
+    size = x.numel() * x.element_size()
+    goal = (0.8, 1.0) if device == "cpu" else (1 / 1.4, 1 / 1.4)
+    goals = {} if kind == "training" else {f"{name}, forward": goal[0], f"{name}, backward": goal[1]}
+    contenders = {"formula": formula, OURS: ours, "compiled formula": torch.compile(formula)}
+    moved = ((2 + has_residual) * size, (3 + 2 * has_residual) * size)
+    return _setup(name, contenders, inputs, torch.randn_like(x), moved, goals, gradients=TIES)
+
+
+def _setup(
+    name: str, contenders: dict[str, Callable[..., Tensor]], inputs: list[Tensor], grad: Tensor, moved: tuple[int, int],
+    goals: dict[str, float], gradients: float | None = None,
+) -> Setup:  # fmt: skip
+    device, dtype = inputs[0].device.type, inputs[0].dtype
+    forward, backward = f"{name}, forward", f"{name}, backward"
+    allowed = TOLERANCE[dtype], max(gradients or 0.0, GRADIENTS * TOLERANCE[dtype])
+
+    def check(name: str, outputs: Mapping[str, Any]) -> dict[str, Any]:
+        output, *gradients = (_relative(a, b) for a, b in zip(outputs[name], outputs["formula"], strict=False))
+        worst = max(gradients, default=0.0)
+        if not (output <= allowed[0] and worst <= allowed[1]):
+            raise Disagree(f"differs from the formula by {output:.1e}, its gradients by {worst:.1e} (relative L2)")
+        return {"relative_l2": float(f"{output:.2e}")} | ({"gradients": float(f"{worst:.2e}")} if gradients else {})
+
+    speed = partial(_copy_s, device)
+    return Setup(
+        {
+            key: partial(
+                _open, call, inputs, grad, forward, None if key == "FlexAttention" and device == "cpu" else backward
+            )
+            for key, call in contenders.items()
+        },
+        [Pair(OURS, rival, goals) for rival in contenders if rival != OURS],
+        check,
+        clock="cpu" if device == "cpu" else "gpu",
+        limits={
+            case: ("the bytes at copy speed", partial(speed, size))
+            for case, size in ((forward, moved[0]), (backward, moved[1]))
+        },
+    )
+
+
+def _open(
+    call: Callable[..., Tensor], inputs: list[Tensor], grad: Tensor, forward: str, backward: str | None
+) -> Contender:
+    """Both passes; FlexAttention has no backward pass on a CPU."""
+    detached = [tensor.detach() for tensor in inputs]
+    on_gpu = grad.is_cuda
+
+    def run() -> Tensor:
+        with torch.no_grad():
+            return call(*detached)
+
+    def graph() -> Callable[[], Any]:
+        out = call(*inputs)
+        if on_gpu:
+            torch.cuda.synchronize()
+        return lambda: torch.autograd.grad(out, inputs, grad, retain_graph=on_gpu)
+
+    found = [run()] if backward is None else [out := call(*inputs), *torch.autograd.grad(out, inputs, grad)]
+    calls: dict[str, Any] = {forward: run} | ({} if backward is None else {backward: Prepared(graph)})
+    output = [tensor.detach().float() for tensor in found]
+    return Contender(calls, output, str(grad.dtype).removeprefix("torch."), {"isa": _C.isa()})
+
+
+def _relative(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm() / b.norm().clamp_min(1e-30))
+
+
+def _copy_s(device: str, size: int) -> float:
+    """Seconds to move so many bytes (read or written), at the speed of a copy."""
+    a, b = (torch.empty(1 << (26 if device == "cpu" else 28), dtype=torch.uint8, device=device) for _ in range(2))
+
+    def spent() -> float:
+        began = time.perf_counter()
+        b.copy_(a)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    return size * min(spent() for _ in range(7)) / (2 * a.numel())
+
+
+def _dtype(device: str) -> torch.dtype:
+    return torch.float32 if device == "cpu" else torch.bfloat16
+
+
+def _attention_grad(qkv: Tensor) -> Tensor:
+    return torch.randn(*qkv.shape[:3], qkv.shape[3] // 3, device=qkv.device).to(qkv.dtype)
+
+
+def _attention_bytes(qkv: Tensor) -> tuple[int, int]:
+    """Read qkv and write the output; read qkv and the output's gradient and write that of qkv."""
+    size = qkv.numel() * qkv.element_size()
+    return size * 4 // 3, size * 7 // 3
+
+
+def _cbam_call(x: Tensor, *rest: Tensor, norm: nn.Module, has_residual: bool, kernel: bool) -> Tensor:
+    residual = rest[0] if has_residual else None
+    return cbam_ops.cbam(x, *rest[has_residual:], norm, residual=residual, relu=has_residual, kernel=kernel)
+
+
+# --- contenders -------------------------------------------------------------------------------------------------------
+
+
+def _attention(layout: Layout, device: str, only: tuple[str, ...] | None = None) -> dict[str, Callable[..., Tensor]]:
     def ours(qkv: Tensor, bias: Tensor | None = None) -> Tensor:
         return window_attention(qkv, layout.heads, layout.window, layout.shift, bias=bias, kernel=True)
 
     def formula(qkv: Tensor, bias: Tensor | None = None) -> Tensor:
         return window_attention_formula(qkv, layout, None if bias is None else bias.to(qkv.dtype))
 
-    def sdpa(qkv: Tensor, bias: Tensor | None = None, backend: SDPBackend | None = None) -> Tensor:
-        q, k, v = (part.flatten(0, 1) for part in split_windows(qkv, layout))
-        mask = None if bias is None else bias.unsqueeze(0)
-        if any(layout.shift):
-            region = shift_mask(qkv.shape[1], qkv.shape[2], layout, qkv.device).unsqueeze(1)
-            mask = region if mask is None else region + mask
-            mask = mask.repeat(q.shape[0] // mask.shape[0], 1, 1, 1)
-        mask = None if mask is None else mask.to(q.dtype)
-        if backend is None:
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        else:
-            with sdpa_kernel(backend):
-                out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        windows = (qkv.shape[1] // layout.window[0]) * (qkv.shape[2] // layout.window[1])
-        return merge_windows(out.unflatten(0, (-1, windows)), qkv.shape[1], qkv.shape[2], layout)
-
+    sdpa = partial(_sdpa, layout)
     contenders: dict[str, Callable[..., Tensor]] = {
-        "eager formula": formula,
-        "ours": ours,
+        "formula": formula,
+        OURS: ours,
         "compiled formula": torch.compile(formula),
+        "sdpa": sdpa,
+        "compiled sdpa": torch.compile(sdpa),
+        "FlexAttention": partial(_flex, layout, torch.compile(_flex_attention())),
     }
-    contenders |= {"sdpa": sdpa, "compiled sdpa": torch.compile(sdpa), "flex": _flex(layout, qkv.device)}
-    if bench.device.type == "cuda":
-        contenders |= {name: functools.partial(sdpa, backend=backend) for name, backend in BACKENDS.items()}
-    inputs = [qkv] if bias is None else [qkv, bias]
-    grad = torch.randn(*qkv.shape[:3], qkv.shape[3] // 3, device=qkv.device).to(qkv.dtype)
-    return Case(name, contenders, inputs, grad, floor, goals)
+    if device == "cuda":
+        contenders |= {name: partial(sdpa, backend=backend) for name, backend in BACKENDS.items()}
+    return {name: call for name, call in contenders.items() if only is None or name in only}
 
 
-def _flex(layout: Layout, device: torch.device) -> Callable[..., Tensor]:
-    """FlexAttention with the bias, and the shift mask, as a score modification."""
+def _sdpa(layout: Layout, qkv: Tensor, bias: Tensor | None = None, backend: SDPBackend | None = None) -> Tensor:
+    q, k, v = (part.flatten(0, 1) for part in split_windows(qkv, layout))
+    mask = None if bias is None else bias.unsqueeze(0)
+    if any(layout.shift):
+        region = shift_mask(qkv.shape[1], qkv.shape[2], layout, qkv.device).unsqueeze(1)
+        mask = region if mask is None else region + mask
+        mask = mask.repeat(q.shape[0] // mask.shape[0], 1, 1, 1)
+    mask = None if mask is None else mask.to(q.dtype)
+    if backend is None:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    else:
+        with sdpa_kernel(backend):
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return _merged(out, qkv, layout)
+
+
+def _flex_attention() -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    compiled = torch.compile(flex_attention)
-
-    def run(qkv: Tensor, bias: Tensor | None = None) -> Tensor:
-        height, width = qkv.shape[1:3]
-        mask = shift_mask(height, width, layout, device) if any(layout.shift) else None
-
-        def score(logit: Tensor, window: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            if bias is not None:
-                logit = logit + bias[head, i, j]
-            return logit if mask is None else logit + mask[window % mask.shape[0], i, j]
-
-        q, k, v = (part.flatten(0, 1).contiguous() for part in split_windows(qkv, layout))
-        out = compiled(q, k, v, score_mod=score if bias is not None or mask is not None else None)
-        windows = (height // layout.window[0]) * (width // layout.window[1])
-        return merge_windows(out.unflatten(0, (-1, windows)), height, width, layout)
-
-    return run
+    return flex_attention
 
 
-def windows(bench: Bench) -> None:
-    """K1: Swin-T's stages."""
-    if bench.device.type == "cpu":
-        bench.run(
-            window_case(
-                bench, "512 windows of 7x7, 3 heads of 32", 512, 7, 3, 32, 7, 0, {"forward": 0.9, "backward": 1.0}
-            )
-        )
-        bench.run(window_case(bench, "8 maps of 56x56, shifted, 3 heads of 32", 8, 56, 3, 32, 7, 3, {}))
-        return
-    for stage, (side, heads) in enumerate(((56, 3), (28, 6), (14, 12), (7, 24)), start=1):
-        for shift in (0, 3) if side > 7 else (0,):
-            text = f"Swin-T stage {stage}, batch 128{', shifted' if shift else ''}"
-            bench.run(window_case(bench, text, 128, side, heads, 32, 7, shift, {}))
+def _flex(layout: Layout, compiled: Callable[..., Tensor], qkv: Tensor, bias: Tensor | None = None) -> Tensor:
+    """FlexAttention with the bias, and the shift mask, as a score modification."""
+    mask = shift_mask(qkv.shape[1], qkv.shape[2], layout, qkv.device) if any(layout.shift) else None
+
+    def score(logit: Tensor, window: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        if bias is not None:
+            logit = logit + bias[head, i, j]
+        return logit if mask is None else logit + mask[window % mask.shape[0], i, j]
+
+    q, k, v = (part.flatten(0, 1).contiguous() for part in split_windows(qkv, layout))
+    return _merged(compiled(q, k, v, score_mod=None if bias is None and mask is None else score), qkv, layout)
 
 
-def sequences(bench: Bench) -> None:
-    """K2: ViT."""
-    cpu = bench.device.type == "cpu"
-    for tokens, biased in itertools.product((50, 197) if cpu else (50, 197, 257), (False, True)):
-        heads, batch = (6, 4) if cpu else (12, 128)
-        dtype = torch.float32 if cpu else torch.bfloat16
-        torch.manual_seed(0)
-        qkv = torch.randn(batch, 1, tokens, 3 * heads * 64, device=bench.device).to(dtype).requires_grad_()
-        bias = torch.randn(heads, tokens, tokens, device=bench.device).requires_grad_() if biased else None
-        layout = Layout(heads, (1, tokens), scale=64**-0.5)
-        size = qkv.numel() * qkv.element_size()
-        name = f"{'BEiT' if biased else 'ViT'}, {tokens} tokens, {heads} heads of 64"
-        bench.run(_attention_case(bench, name, qkv, bias, layout, (size * 4 // 3, size * 7 // 3), {}))
-
-
-def cbams(bench: Bench) -> None:
-    """K3."""
-    cpu = bench.device.type == "cpu"
-    shapes = ((8, 256, 56), (16, 512, 28), (32, 2048, 7)) if cpu else ((128, 256, 56), (128, 512, 28), (128, 2048, 7))
-    goals: dict[str, float | None] = (
-        {"forward": 0.8, "backward": 1.0} if cpu else {"forward": 1 / 1.4, "backward": 1 / 1.4}
-    )
-    for (batch, channels, side), (residual, training) in itertools.product(shapes, ((0, 0), (1, 0), (0, 1))):
-        torch.manual_seed(0)
-        module = CBAM(channels).to(bench.device).train(bool(training))
-        x = torch.randn(batch, channels, side, side, device=bench.device)
-        x = (
-            x.to(torch.float32 if cpu else torch.bfloat16)
-            .contiguous(memory_format=torch.channels_last)
-            .requires_grad_()
-        )
-        r = torch.randn_like(x).requires_grad_() if residual else None
-        inputs = [x, *([] if r is None else [r]), module.w1, module.w2, module.conv.weight]
-        call = functools.partial(_cbam, norm=module.norm, residual=residual)
-        formula, ours = functools.partial(call, kernel=False), functools.partial(call, kernel=True)
-        size = x.numel() * x.element_size()
-        floor = ((2 + residual) * size, (3 + 2 * residual) * size)
-        contenders = {"eager formula": formula, "ours": ours, "compiled formula": torch.compile(formula)}
-        name = f"CBAM {batch}x{channels}x{side}x{side}"
-        name += f"{' + residual, ReLU' if residual else ''}{', norm of the batch' if training else ''}"
-        bench.run(Case(name, contenders, inputs, torch.randn_like(x), floor, {} if training else goals))
-
-
-def _cbam(x: Tensor, *rest: Tensor, norm: nn.Module, residual: int, kernel: bool) -> Tensor:
-    r = rest[0] if residual else None
-    return cbam_ops.cbam(x, *rest[residual:], norm, residual=r, relu=bool(residual), kernel=kernel)
-
-
-def steps(bench: Bench) -> None:
-    """A whole training step: forward, loss, backward, optimizer; both sides compiled on a GPU, neither on a CPU."""
-    import timm
-
-    cpu = bench.device.type == "cpu"
-    batch = 4 if cpu else 128
-    for name, attention, goal in (
-        ("swin_tiny_patch4_window7_224", (), None if cpu else 1 / 1.10),
-        ("vit_small_patch16_224", (), None),
-        ("resnet50", ("cbam@every-block",), None),
-    ):
-        torch.manual_seed(0)
-        images = torch.randn(batch, 3, 224, 224, device=bench.device).contiguous(memory_format=torch.channels_last)
-        labels = torch.randint(0, 10, (batch,), device=bench.device)
-        calls: dict[str, Callable[[], Any]] = {}
-        for contender, mode in (("timm", "off"), ("ours", "on")):
-            model = timm.create_model(name, num_classes=10)
-            if attention:
-                from imgcls_fast.models.build import ModelSpec
-
-                insert_attention(model, ModelSpec(f"timm/{name}", num_outputs=10, image_size=224, attention=attention))
-            model = model.to(bench.device, memory_format=torch.channels_last).train()
-            use_kernels(model, mode)
-            calls[contender] = _step(bench, model, images, labels)
-        text = f"training step, {name}{' + cbam' if attention else ''}, batch {batch}"
-        case = Case(text, {}, [], images, (0, 0), {"step": goal})
-        bench._time(case, "step", calls, 0)
-
-
-def _step(bench: Bench, model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], Any]:
-    on_gpu = bench.device.type == "cuda"
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, fused=on_gpu)
-    forward = torch.compile(model) if on_gpu else model
-
-    def step() -> None:
-        with torch.autocast("cuda", torch.bfloat16, enabled=on_gpu):
-            loss = F.cross_entropy(forward(images), labels)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
-
-
-PARTS = {"window": windows, "sequence": sequences, "cbam": cbams, "step": steps}
-
-
-def measure(device: str, parts: list[str], rounds: int) -> dict[str, Any]:
-    """Run the parts; returns what the JSON file holds."""
-    random.seed(0)
-    if device == "cpu":
-        torch.set_num_threads(1)
-    bench = Bench(device, rounds)
-    for name in parts:
-        PARTS[name](bench)
-        torch._dynamo.reset()
-    facts: dict[str, Any] = {**env.machine_facts(), "isa": _C.isa(), "device": device, "rounds": rounds}
-    if device == "cuda":
-        facts |= {"gpu": torch.cuda.get_device_name(), "copy_gb_per_s": round((bench.copy_speed or 0) / 1e9)}
-    else:
-        facts |= {"threads": 1}
-    return {"machine": facts, "rows": bench.rows}
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--out", type=Path, help="JSON file (default: benchmarks/results/<machine>/ops.json)")
-    options = parser.parse_args()
-    warnings.filterwarnings("ignore")
-    result = measure(options.device, options.only, options.rounds)
-    place = env.machine_slug(torch.cuda.get_device_name() if options.device == "cuda" else None)
-    out = options.out or Path(__file__).parent / "results" / place / "ops.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    failed = [row for row in result["rows"] if row.get("holds") is False]
-    print(f"written to {out}; {len(failed)} promises do not hold")
-    return 1 if failed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def _merged(out: Tensor, qkv: Tensor, layout: Layout) -> Tensor:
+    count = (qkv.shape[1] // layout.window[0]) * (qkv.shape[2] // layout.window[1])
+    return merge_windows(out.unflatten(0, (-1, count)), qkv.shape[1], qkv.shape[2], layout)

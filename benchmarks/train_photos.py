@@ -50,10 +50,10 @@ def main() -> int:
     parser.add_argument("folder", type=Path, nargs="?", default=default_folder())
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--loaders", nargs="+", default=["dali-cpu", "torch"])
-    parser.add_argument("--out", type=Path, help="JSON file (default: benchmarks/results/<machine>/train.json)")
+    parser.add_argument("--out", type=Path, help="JSON file (default: benchmarks/results/<machine>/train_photos.json)")
     options = parser.parse_args()
     facts = env.machine_facts()
-    out = options.out or Path(__file__).parent / "results" / env.machine_slug() / "train.json"
+    out = options.out or Path(__file__).parent / "results" / env.machine_slug() / "train_photos.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     runs: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="train-photos-") as work:

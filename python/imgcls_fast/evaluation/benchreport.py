@@ -20,7 +20,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..core.errors import UsageError
-from ..core.files import write_text
+from ..core.files import explained_write, write_text
 
 AREAS = ("loader", "ops", "train", "engines", "startup")
 TOLERATED = 1.05  # growth of a ratio that is not worth an alarm
@@ -214,6 +214,8 @@ def write_area(folder: Path, area: Area) -> Path:
     """
     path = folder / f"{area.area}.json"
     text = json.dumps(area.model_dump(mode="json", exclude_none=True), indent=1, ensure_ascii=False)
+    with explained_write(path):
+        folder.mkdir(parents=True, exist_ok=True)
     write_text(path, text + "\n")
     return path
 
@@ -346,46 +348,41 @@ def _shaping(method: Method) -> dict[str, Any]:
 
 
 def table(area: Area) -> str:
-    """One area for people: ratios with intervals, then what ran without a rival, then what did not run."""
-    lines = [f"{area.area}: {area.about}"]
-    lines.append(
-        f"  {area.machine.name}, {area.method.threads} thread(s), {area.method.processes} processes x {area.method.pairs} pairs; "
-        "contender / rival, below 1: faster; [where 95 of 100 repetitions fall]"
-    )
-    width = max((len(row.contender) for row in area.rows), default=0)
-    rival_width = max((len(row.rival) for row in area.rows), default=0)
+    """One area for people: of each case the ratios with their intervals, what each took, and what did not run."""
+    method = area.method
+    lines = [
+        f"{area.area}: {area.about}",
+        f"  {area.machine.name}, {method.threads} thread{'s' * (method.threads != 1)}, {method.processes} processes x "
+        f"{method.pairs} pairs; contender / rival, below 1: faster; [where 95 of 100 repetitions fall]",
+    ]
+    width = max((len(c.name) for c in area.contenders), default=0)
     for case in dict.fromkeys([*(c.case for c in area.contenders), *(m.case for m in area.missing)]):
         lines.append(f"  {case}")
-        rows = [row for row in area.rows if row.case == case]
-        lines += [_row_text(area, row, width, rival_width) for row in rows]
-        paired = {name for row in rows for name in (row.contender, row.rival)}
-        lines += [f"         {side_text(c)}" for c in area.contenders if c.case == case and c.name not in paired]
-        lines += [f"         {m.kind}: {m.contender}: {m.why}" for m in area.missing if m.case == case]
+        lines += [_row_text(row, width) for row in area.rows if row.case == case]
+        lines += [f"         {c.name:<{width}} {figures(c)}" for c in area.contenders if c.case == case]
+        lines += [f"         {m.contender:<{width}} {m.kind}: {m.why}" for m in area.missing if m.case == case]
     return "\n".join(lines)
 
 
-def _row_text(area: Area, row: Row, width: int, rival_width: int) -> str:
+def _row_text(row: Row, width: int) -> str:
     mark = {True: "ok  ", False: "LOST", None: "    "}[row.holds]
-    goal = f" goal {row.goal:.2f}" if row.goal is not None else ""
-    text = (
-        f"    {mark} {row.contender:<{width}} {row.ratio:6.3f}x {row.rival:<{rival_width}} [{row.low:.3f}, {row.high:.3f}] "
+    goal = f", goal {row.goal:.2f}" if row.goal is not None else ""
+    return (
+        f"    {mark} {row.contender:<{width}} {row.ratio:6.3f}x {row.rival:<{width}} [{row.low:.3f}, {row.high:.3f}] "
         f"{row.clock}{goal}"
     )
-    return f"{text}  {_figures(area.contender(row.case, row.contender))}"
 
 
-def side_text(contender: Contender) -> str:
-    """One contender by itself."""
-    return f"{contender.name}: {_figures(contender)}"
-
-
-def _figures(c: Contender) -> str:
+def figures(c: Contender) -> str:
+    """What one contender took, on one line."""
     parts = [f"{c.p50_ms:.3g}/{c.p90_ms:.3g}/{c.p99_ms:.3g} ms"]
+    parts += [f"on the device {c.device_p50_ms:.3g} ms"] if c.device_p50_ms is not None else []
     parts += [f"CPU {c.cpu_ms:.3g} ms"] if c.cpu_ms is not None else []
-    parts += [f"{c.images_per_s:,.0f} img/s"] if c.images_per_s is not None else []
+    parts += [f"{c.images_per_s:,.0f} images/s"] if c.images_per_s is not None else []
     parts += [c.precision] if c.precision else []
-    parts += [f"acc {c.accuracy:.3f}"] if c.accuracy is not None else []
-    parts += [f"+{c.memory_mb:.0f} MB"] if c.memory_mb is not None else []
+    parts += [f"accuracy {c.accuracy:.3f}"] if c.accuracy is not None else []
+    parts += [f"{c.memory_mb:+.0f} MB"] if c.memory_mb is not None else []
+    parts += [f"opened in {c.open_s:.1f} s"] if c.open_s is not None and c.open_s >= 1 else []
     parts += [f"{c.limit_share:.0%} of {c.limit}"] if c.limit_share is not None else []
     return ", ".join(parts)
 
