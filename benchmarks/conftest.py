@@ -84,6 +84,7 @@ class Arena:
         reporter = self.config.pluginmanager.getplugin("terminalreporter")
         if reporter and self.config.option.verbose >= 0:
             reporter.write_line(text)
+            reporter._tw.flush()
 
     def run(self, area: str) -> None:
         """All contests of an area, in passes."""
