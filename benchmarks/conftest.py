@@ -1,6 +1,6 @@
 """`pytest benchmarks`: runs the contests of each area, prints one table an area, writes `results/<machine>/<area>.json`.
 
-pytest benchmarks                            everything that fits, under 15 minutes on two cores
+pytest benchmarks                            everything that fits into cells of ten seconds
 pytest benchmarks -k ops --full              one area, with the cells that take long
 pytest benchmarks --small --against BEFORE   what CI does: exit 1 when a row became slower, twice
 """

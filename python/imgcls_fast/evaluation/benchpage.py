@@ -7,7 +7,7 @@ from importlib import resources
 from typing import Any
 
 from .benchreport import Area, Contender, Method, Row
-from .report import _data_address, _environment
+from .report import data_address, page_environment
 
 _EMPTY = "–"
 
@@ -139,7 +139,7 @@ def page(machines: Sequence[Mapping[str, Area]], pictures: Mapping[tuple[int, st
         machines: the areas of each.
         pictures: (place of the machine, area or "pareto") -> PNG.
     """
-    environment = _environment()
+    environment = page_environment()
     source = resources.files("imgcls_fast.evaluation").joinpath("templates/bench.html.j2").read_text("utf-8")
     shown = [
         {
@@ -165,7 +165,7 @@ def page(machines: Sequence[Mapping[str, Area]], pictures: Mapping[tuple[int, st
 
 def _picture(pictures: Mapping[tuple[int, str], bytes], machine: int, name: str) -> str | None:
     found = pictures.get((machine, name))
-    return None if found is None else _data_address(found)
+    return None if found is None else data_address(found)
 
 
 def _facts(areas: Iterable[Area]) -> dict[str, str]:

@@ -54,7 +54,7 @@ def training_curves(epochs: Sequence[Mapping[str, Any]]) -> bytes:
             axes.plot(step[known], values[known], color=color, lw=1.8, marker=dot, ms=3.5, label=name)
         if title == "loss":
             _mark_lowest(axes, step, _column(epochs, "val_loss"))
-        _style(axes, title.capitalize(), "epoch", "")
+        house_style(axes, title.capitalize(), "epoch", "")
         axes.xaxis.get_major_locator().set_params(integer=True)
         if len(series) > 1:
             _legend(axes)
@@ -77,7 +77,7 @@ def confusion(counts: np.ndarray, classes: Sequence[str]) -> bytes:
         for row, column in zip(*np.nonzero(counts), strict=True):
             color = "white" if share[row, column] > 0.35 else INK
             axes.text(column, row, f"{counts[row, column]:,}", ha="center", va="center", fontsize=font, color=color)
-    _style(axes, "", "predicted class", "true class")
+    house_style(axes, "", "predicted class", "true class")
     axes.grid(False)
     if size <= MAX_NAMED:
         font = 10 if size <= 12 else 8
@@ -112,7 +112,9 @@ def roc(predictions: Predictions, metrics: Metrics) -> bytes:
             axes.plot(false, true, lw=1.5, color=COLORS[shown.index(k)], label=label)
     if len(defined) > 1:
         axes.plot(grid, total / len(defined), color=INK, lw=2, ls="--", label=f"macro  {metrics.roc_auc:.3f}")
-    _style(axes, _which("ROC, one class against the rest", shown, defined), "false positive rate", "true positive rate")
+    house_style(
+        axes, _which("ROC, one class against the rest", shown, defined), "false positive rate", "true positive rate"
+    )
     _square(axes)
     _legend(axes, loc="lower right", title="area")
     return _png(figure)
@@ -131,7 +133,7 @@ def precision_recall(predictions: Predictions, metrics: Metrics) -> bytes:
         precision, recall, _ = precision_recall_curve(predictions.truth == k, predictions.scores[:, k])
         label = f"{names[k]}  {metrics.per_class[k].average_precision:.3f}"
         axes.step(recall, precision, where="post", lw=1.5, color=COLORS[shown.index(k)], label=label)
-    _style(axes, _which("Precision and recall", shown, defined), "recall", "precision")
+    house_style(axes, _which("Precision and recall", shown, defined), "recall", "precision")
     _square(axes)
     _legend(axes, loc="lower left", title="average precision")
     return _png(figure)
@@ -149,12 +151,12 @@ def reliability(metrics: Metrics) -> bytes:
     top.bar(left, accuracy, width, color=ACCENT, label="accuracy", **bar)
     top.bar(left, confidence - accuracy, width, accuracy, color=SECOND, alpha=0.35, label="gap to confidence", **bar)
     top.plot([0, 1], [0, 1], color=MUTED, lw=1, ls=":", label="honest")
-    _style(top, f"Reliability: expected calibration error {metrics.ece:.3f}", "", "accuracy")
+    house_style(top, f"Reliability: expected calibration error {metrics.ece:.3f}", "", "accuracy")
     top.set_xlim(0, 1)
     top.set_ylim(0, 1.02)
     _legend(top, loc="upper left")
     bottom.bar(left, bins.count[used] / metrics.n, width, color=MUTED, **bar)
-    _style(bottom, "", "confidence (highest score)", "share of rows")
+    house_style(bottom, "", "confidence (highest score)", "share of rows")
     return _png(figure)
 
 
@@ -167,7 +169,7 @@ def coverage(metrics: Metrics) -> bytes:
     axes.axhline(metrics.accuracy, color=MUTED, lw=1, ls=":")
     axes.annotate(f"all answered: {metrics.accuracy:.3f}", (0.01, metrics.accuracy), xytext=(0, -5), va="top",
                   textcoords="offset points", fontsize=10, color=MUTED)  # fmt: skip
-    _style(axes, "Accuracy when only the most confident are answered", "share of rows answered", "accuracy")
+    house_style(axes, "Accuracy when only the most confident are answered", "share of rows answered", "accuracy")
     low = float(min(curve.accuracy.min(), metrics.accuracy))
     axes.set_xlim(0, 1)
     axes.set_ylim(max(0.0, low - 0.12 * (1.01 - low) - 0.01), 1.01)
@@ -197,7 +199,7 @@ def _png(figure: Figure) -> bytes:
     return out.getvalue()
 
 
-def _style(axes: Axes, title: str, x: str, y: str) -> None:
+def house_style(axes: Axes, title: str, x: str, y: str) -> None:
     axes.set_title(title, loc="left", fontsize=12, color=INK, pad=10)
     axes.set_xlabel(x, fontsize=10.5, color=MUTED)
     axes.set_ylabel(y, fontsize=10.5, color=MUTED)

@@ -93,7 +93,7 @@ def write_report(path: Path, facts: ReportFacts) -> Path:
         HardwareError: H003 when it cannot be written.
     """
     source = resources.files("imgcls_fast.evaluation").joinpath("templates/report.html.j2").read_text("utf-8")
-    html = _environment().from_string(source).render(_context(facts))
+    html = page_environment().from_string(source).render(_context(facts))
     write_text(path, html)
     return path
 
@@ -145,7 +145,7 @@ def _csv(rows: Sequence[Sequence[Any]]) -> str:
     return out.getvalue()
 
 
-def _environment() -> Environment:
+def page_environment() -> Environment:
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(
@@ -191,12 +191,12 @@ def _context(facts: ReportFacts) -> dict[str, Any]:
         context["notes"] += [f"{name}: {text}" for name, (_, m) in facts.splits.items() for text in m.warnings]
     if facts.epochs:
         pictures["curves"] = draw.training_curves(facts.epochs)
-    context["pictures"] = {name: _data_address(picture) for name, picture in pictures.items()}
+    context["pictures"] = {name: data_address(picture) for name, picture in pictures.items()}
     context |= {"tiles": _quarantine(facts), "classes": _classes(facts), "max_rows": MAX_ROWS}
     return context
 
 
-def _data_address(png: bytes) -> str:
+def data_address(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .plots import ACCENT, INK, MUTED, _style
+from .plots import ACCENT, INK, MUTED, house_style
 from .text import printable
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def draw_frontier(axes: Axes, points: Sequence[Point]) -> None:
 
 def style_axes(axes: Axes, title: str, latencies: Sequence[float]) -> None:
     """The look of the house, room for names at the edges, and a logarithmic axis when latencies differ widely."""
-    _style(axes, title, "", "")
+    house_style(axes, title, "", "")
     if latencies and max(latencies) > WIDE_RANGE * min(latencies):
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
