@@ -34,6 +34,7 @@ from imgcls_fast.evaluation import benchreport as report  # noqa: E402
 from imgcls_fast.evaluation.benchreport import Area, Missing, Row  # noqa: E402
 
 CELL_S, NO_LIMIT_S = 10.0, 3600.0
+TOO_SLOW = f"longer than the {CELL_S:.0f} s of a cell (--full)"
 ABOUT = {
     "loader": "images from JPEG files to batches of 224x224 pixels, an epoch a call; and reading headers",
     "ops": "attention kernels, forward and backward",
@@ -215,19 +216,18 @@ def summed_up(
         kept = [name for name in found if all(name in run["cases"].get(case, {}) for run in runs)]
         contenders += [_contender(case, name, runs, limits) for name in kept]
         for contender, rival, goals in first["pairs"]:
-            if contender in kept and rival in kept and not _is_skipped(first, case, contender, rival):
+            slow = any(entry[:3] == [case, contender, rival] for entry in first["slow"])
+            if contender in kept and rival in kept and not slow:
                 rows.append(_row(case, contender, rival, goals.get(case, goals.get("")), runs))
     cases = list(first["cases"]) or [contest.name]
     absent = {name: why for run in reversed(runs) for name, why in run["absent"].items()}
     missing = [Missing(case=cases[0], contender=name, kind="absent", why=why) for name, why in absent.items()]
     missing += [Missing(case=case, contender=name, kind="not run", why=why) for case, name, why in first["skipped"]]
+    missing += [
+        Missing(case=case, contender=name, kind="not run", why=TOO_SLOW, rival=rival, seconds=round(need, 1))
+        for case, name, rival, need in first["slow"]
+    ]
     return rows, contenders, missing, {name: round(value, 9) for name, value in limits.items()}
-
-
-def _is_skipped(first: dict[str, Any], case: str, contender: str, rival: str) -> bool:
-    return any(
-        (c, n) == (case, contender) and why.startswith(f"{rival} as its rival") for c, n, why in first["skipped"]
-    )
 
 
 def _row(case: str, contender: str, rival: str, goal: float | None, runs: list[dict[str, Any]]) -> Row:

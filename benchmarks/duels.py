@@ -224,7 +224,8 @@ def measure(setup: Setup, task: Mapping[str, Any]) -> dict[str, Any]:
             the first process, which also asks what each is worth.
 
     Returns:
-        opened, absent, agreement, cases (seconds of each contender), skipped (with their reasons), limits.
+        opened, absent, agreement, cases (seconds of each contender), skipped, slow (rows that do not fit into a
+        cell, with the seconds that they would take), limits.
 
     Raises:
         Disagree: a contender gives another result than it should. A rival that does is listed as absent.
@@ -250,6 +251,7 @@ def measure(setup: Setup, task: Mapping[str, Any]) -> dict[str, Any]:
         "agreement": agreement,
         "cases": {},
         "skipped": [list(entry) for entry in setup.skipped],
+        "slow": [],
         "limits": {case: [name, seconds()] for case, (name, seconds) in setup.limits.items()},
     }
     for case in dict.fromkeys(case for contender in contenders.values() for case in contender.calls):
@@ -340,8 +342,7 @@ def _fitting(
         if need <= task["cell_s"]:
             kept |= {pair.contender, pair.rival}
         else:
-            why = f"{pair.rival} as its rival: about {need:.0f} s, more than the {task['cell_s']:.0f} s of a cell (--full)"
-            result["skipped"].append([case, pair.contender, why])
+            result["slow"].append([case, pair.contender, pair.rival, need])
     return [name for name in calls if name in kept]
 
 

@@ -66,7 +66,7 @@ def test_each_contender_is_called_in_every_round(duels: Any) -> None:
     assert len(set(counts.values())) == 1
     assert {name: len(part["wall_s"]) for name, part in found["cases"]["case"].items()} == dict.fromkeys(counts, 3)
     assert found["agreement"] == {name: {"same": 1} for name in counts}
-    assert found["skipped"] == []
+    assert found["slow"] == []
 
 
 def test_a_rival_that_is_not_installed_is_absent_with_its_command(duels: Any) -> None:
@@ -95,9 +95,9 @@ def test_what_does_not_fit_into_a_cell_says_so_and_stays_out_of_later_processes(
     setup = setup_of(duels, {"ours": nothing, "rival": nothing})
     first = duels.measure(setup, TASK | {"cell_s": 1e-12})
     assert first["cases"] == {}
-    ((case, name, why),) = first["skipped"]
-    assert (case, name) == ("case", "ours")
-    assert "rival as its rival: about" in why and "--full" in why
+    ((case, name, rival, seconds),) = first["slow"]
+    assert (case, name, rival) == ("case", "ours", "rival")
+    assert seconds > 1e-12
     later = duels.measure(setup, TASK | {"cell_s": 1e-12, "kept": {"case": ["ours", "rival"]}})
     assert set(later["cases"]["case"]) == {"ours", "rival"}
     assert duels.measure(setup, TASK | {"kept": {}})["cases"] == {}

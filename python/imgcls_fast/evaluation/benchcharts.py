@@ -214,11 +214,15 @@ def _notes(area: Area) -> list[str]:
 
 
 def _missing_notes(missing: Sequence[Missing]) -> list[str]:
-    """One line for each reason."""
-    reasons: dict[tuple[str, str], dict[str, list[str]]] = {}
+    """One line for each reason; of rows that take long, one for each case."""
+    reasons: dict[tuple[str, str, str], dict[str, list[str]]] = {}
     for m in missing:
-        reasons.setdefault((m.kind, m.why), {}).setdefault(m.contender, []).append(m.case)
-    return [f"{kind}: {_listed(names)}: {why}" for (kind, why), names in reasons.items()]
+        place = m.case if m.rival else ""
+        reasons.setdefault((m.kind, m.why, place), {}).setdefault(m.label, []).append(m.case)
+    return [
+        f"{kind}: {place}: {', '.join(names)}: {why}" if place else f"{kind}: {_listed(names)}: {why}"
+        for (kind, why, place), names in reasons.items()
+    ]
 
 
 def _listed(names: Mapping[str, Sequence[str]]) -> str:

@@ -115,6 +115,14 @@ class Missing(_Part):
     contender: str
     kind: Literal["absent", "not run"]
     why: str
+    rival: str | None = Field(None, description="of the row that was not run; null: the contender did not run at all")
+    seconds: float | None = Field(None, description="that the row would have taken")
+
+    @property
+    def label(self) -> str:
+        """Contender, rival and time on a line."""
+        pair = f"{self.contender} / {self.rival}" if self.rival else self.contender
+        return pair if self.seconds is None else f"{pair} {self.seconds:.0f} s"
 
 
 class Area(_Part):
@@ -360,7 +368,10 @@ def table(area: Area) -> str:
         lines.append(f"  {case}")
         lines += [_row_text(row, width) for row in area.rows if row.case == case]
         lines += [f"         {c.name:<{width}} {figures(c)}" for c in area.contenders if c.case == case]
-        lines += [f"         {m.contender:<{width}} {m.kind}: {m.why}" for m in area.missing if m.case == case]
+        missing = [m for m in area.missing if m.case == case]
+        for kind, why in dict.fromkeys((m.kind, m.why) for m in missing):
+            names = ", ".join(m.label for m in missing if (m.kind, m.why) == (kind, why))
+            lines.append(f"         {kind}: {names}: {why}")
     return "\n".join(lines)
 
 
