@@ -121,7 +121,7 @@ def _epochs(make: Callable[[], Callable[[], Iterator[Any]]], case: str, images: 
     totals = np.zeros(3)
     shape: tuple[int, ...] = ()
     for pixels in epoch():
-        array = np.asarray(pixels)
+        array = np.asarray(pixels.cpu() if hasattr(pixels, "cpu") else pixels)
         shape = tuple(sorted(array.shape[1:]))
         levels = _levels(array)
         totals += len(array), levels.mean() * len(array), levels.std() * len(array)
@@ -182,7 +182,7 @@ def _ours(paths: list[Path], backend: str, batch: int, device: str) -> Callable[
 
     def epoch() -> Iterator[Any]:
         for item in loader.epoch(next(number)):
-            yield item.pixels if device == "cpu" else item.pixels.cpu() if hasattr(item.pixels, "cpu") else item.pixels
+            yield item.pixels
 
     return epoch
 

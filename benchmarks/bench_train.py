@@ -10,6 +10,7 @@ same loss after each of three steps. On a GPU both sides run bf16 autocast and `
 from __future__ import annotations
 
 import copy
+import tempfile
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -136,7 +137,7 @@ def _fit(work: Path, arch: str, size: int, batch: int, attention: str, device: s
         changes["model.attention"] = [attention]
     prepared = prepare_data(build_config(changes).data, "apply", work)
     plan = make_plan(build_config(changes), prepared.manifest, look_at_machine())
-    run = Run.create(work / f"run-{id(plan)}")
+    run = Run.create(Path(tempfile.mkdtemp(prefix="run-", dir=work)) / "run")
     fit = Fit(plan, prepared.manifest, run, lambda event: None)
     fit.model.train()
     return fit

@@ -29,7 +29,7 @@ from duels import Contest  # noqa: E402
 
 from imgcls_fast.core import env  # noqa: E402
 from imgcls_fast.core.errors import UsageError  # noqa: E402
-from imgcls_fast.engines.timing import Latency, ratio_interval  # noqa: E402
+from imgcls_fast.engines.timing import Latency, Rounds, ratio_interval  # noqa: E402
 from imgcls_fast.evaluation import benchreport as report  # noqa: E402
 from imgcls_fast.evaluation.benchreport import Area, Missing, Row  # noqa: E402
 
@@ -68,6 +68,7 @@ class Arena:
         self.device = option.device or ("cuda" if _has_gpu() else "cpu")
         self.processes, self.pairs = max(2, option.processes), option.pairs
         self.cell_s = NO_LIMIT_S if option.full else CELL_S
+        self.earlier = _earlier(option.against, self.device) if option.against else None
         self._temporary = None if option.work else tempfile.TemporaryDirectory(prefix="imgcls-bench-")
         self.work = (option.work or Path(self._temporary.name)).resolve()  # type: ignore[union-attr]
         self.contests: dict[str, list[tuple[Contest, Path]]] = {}
@@ -75,7 +76,7 @@ class Arena:
         self.errors: dict[str, str] = {}
         self.solos: dict[str, list[report.Contender]] = {}
         self.areas: dict[str, Area] = {}
-        self.partial: set[str] = set()
+        self.partial = bool(option.small or option.delay)  # such results do not replace those of the whole suite
         self.seconds: dict[str, float] = {}
         self.ran: set[str] = set()
         self.changes: list[report.Change] = []
@@ -209,12 +210,12 @@ def summed_up(
     first = runs[0]
     rows, contenders = [], []
     limits = {
-        f"{case}: {name} (s)": float(np.median([run["limits"][case][1] for run in runs]))
+        case: (name, float(np.median([run["limits"][case][1] for run in runs])))
         for case, (name, _) in first["limits"].items()
     }
     for case, found in first["cases"].items():
         kept = [name for name in found if all(name in run["cases"].get(case, {}) for run in runs)]
-        contenders += [_contender(case, name, runs, limits) for name in kept]
+        contenders += [_contender(case, name, runs, limits.get(case)) for name in kept]
         for contender, rival, goals in first["pairs"]:
             slow = any(entry[:3] == [case, contender, rival] for entry in first["slow"])
             if contender in kept and rival in kept and not slow:
@@ -227,16 +228,16 @@ def summed_up(
         Missing(case=case, contender=name, kind="not run", why=TOO_SLOW, rival=rival, seconds=round(need, 1))
         for case, name, rival, need in first["slow"]
     ]
-    return rows, contenders, missing, {name: round(value, 9) for name, value in limits.items()}
+    told = {f"{case}: {name} (s)": round(seconds, 9) for case, (name, seconds) in limits.items()}
+    return rows, contenders, missing, told
 
 
 def _row(case: str, contender: str, rival: str, goal: float | None, runs: list[dict[str, Any]]) -> Row:
     clock = runs[0]["clock"]
-    both = [run["cases"][case] for run in runs]
-    key = "cpu_s" if clock == "cpu" else "wall_s"
-    logs = [_log_ratio(found[contender][key], found[rival][key]) for found in both]
+    both = [_rounds(run["cases"][case]) for run in runs]
+    logs = [rounds.log_ratio(contender, rival, cpu=clock == "cpu") for rounds in both]
     ratio = ratio_interval(logs)
-    cpu = float(np.exp(np.median([_log_ratio(found[contender]["cpu_s"], found[rival]["cpu_s"]) for found in both])))
+    cpu = float(np.exp(np.median([rounds.log_ratio(contender, rival, cpu=True) for rounds in both])))
     return Row(
         case=case, contender=contender, rival=rival, clock=clock, log_ratios=[round(log, 6) for log in logs],
         ratio=round(ratio.ratio, 4), low=round(ratio.low, 4), high=round(ratio.high, 4),
@@ -245,22 +246,18 @@ def _row(case: str, contender: str, rival: str, goal: float | None, runs: list[d
     )  # fmt: skip
 
 
-def _log_ratio(a: list[float], b: list[float]) -> float:
-    """The median of ln(a / b) over the rounds of one process."""
-    first, second = np.asarray(a), np.asarray(b)
-    known = (first > 0) & (second > 0)
-    return float(np.median(np.log(first[known] / second[known]))) if known.any() else float("nan")
+def _rounds(found: dict[str, dict[str, Any]]) -> Rounds:
+    """One case of one process, as `interleave` gave it."""
+    return Rounds(*({name: np.array(part[key]) for name, part in found.items()} for key in ("wall_s", "cpu_s")))
 
 
-def _contender(case: str, name: str, runs: list[dict[str, Any]], limits: dict[str, float]) -> report.Contender:
+def _contender(case: str, name: str, runs: list[dict[str, Any]], limit: tuple[str, float] | None) -> report.Contender:
     parts = [run["cases"][case][name] for run in runs]
     latency = Latency.of([s for part in parts for s in part["wall_s"]])
     cpu_ms = 1e3 * float(np.median([s for part in parts for s in part["cpu_s"]]))
     opened = [run["opened"][name] for run in runs]
     images = runs[0]["images"].get(case)
     on_device = [part["device_s"] for part in parts if "device_s" in part]
-    named = [(key[len(case) + 2 : -4], s) for key, s in limits.items() if key.startswith(f"{case}: ")]
-    limit = named[0] if named else None
     spent = cpu_ms if runs[0]["clock"] == "cpu" else latency.p50_ms
     return report.Contender(
         case=case, name=name, p50_ms=round(latency.p50_ms, 5), p90_ms=round(latency.p90_ms, 5),
@@ -285,7 +282,7 @@ def machine(device: str) -> report.Machine:
         gpu = torch.cuda.get_device_name()
         driver = _driver()
     build = env.build_info()
-    versions = {**facts["libraries"], **env.versions(("openvino", "nvidia-modelopt", "datasets", "pytest-benchmark"))}
+    versions = {**facts["libraries"], **env.versions(("datasets", "pytest-benchmark"))}
     return report.Machine(
         name=env.machine_slug(gpu),
         fingerprint={"cpu": facts["cpu"], "cpus": facts["cpus"], "gpu": gpu, "driver": driver},
@@ -321,7 +318,10 @@ def pytest_configure(config: pytest.Config) -> None:
     env.calm_threads()
     if config.option.collectonly:
         return
-    config.stash[ARENA] = Arena(config)
+    try:
+        config.stash[ARENA] = Arena(config)
+    except UsageError as error:  # of --against: said before anything is measured
+        raise pytest.UsageError(str(error)) from error
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -354,8 +354,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         if isinstance(contest, Contest):
             arena.contests.setdefault(contest.area, []).append((contest, item.path))
     option = session.config.option
-    if option.keyword or option.markexpr or any("::" in word for word in session.config.args):
-        arena.partial = set(report.AREAS)
+    arena.partial |= bool(option.keyword or option.markexpr or any("::" in word for word in session.config.args))
 
 
 @pytest.fixture
@@ -406,16 +405,19 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if arena is None:
         return
     arena.finish()
-    before = session.config.option.against
-    if before and arena.areas:
-        _compare(arena, before, session)
+    if arena.earlier and arena.areas:
+        _compare(arena, arena.earlier, session)
     arena.close()
 
 
-def _compare(arena: Arena, before: Path, session: pytest.Session) -> None:
-    """Flagged rows run once more in fresh processes; those that are flagged again fail the session."""
-    folder = before / machine(arena.device).name
-    earlier = report.read_results(folder if folder.is_dir() else before)
+def _earlier(against: Path, device: str) -> dict[str, Area]:
+    """Earlier results of this machine, in a folder of machines or of its own."""
+    folder = against / machine(device).name
+    return report.read_results(folder if folder.is_dir() else against)
+
+
+def _compare(arena: Arena, earlier: dict[str, Area], session: pytest.Session) -> None:
+    """Flagged rows run once more in fresh processes; those that are flagged again, or fail then, fail the session."""
     flagged = report.compare(earlier, arena.areas).flagged
     suspects = {change.key for change in flagged}
     for name, entries in arena.contests.items():
@@ -428,7 +430,7 @@ def _compare(arena: Arena, before: Path, session: pytest.Session) -> None:
         arena.finish()
         second = report.compare(earlier, arena.areas).flagged
         arena.changes = [change for change in second if change.key in suspects]
-    if arena.changes:
+    if arena.changes or arena.errors:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
@@ -439,9 +441,9 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     for area in arena.areas.values():
         terminalreporter.write_line("")
         terminalreporter.write_line(report.table(area))
-        if area.area in arena.partial and not config.option.results:
+        if arena.partial and not config.option.results:
             terminalreporter.write_line(
-                "  not written: only a part of the area ran (--results FOLDER writes it anyway)"
+                "  not written: not all of the area ran as it is (--results FOLDER writes it anyway)"
             )
             continue
         folder = (config.option.results or HERE / "results") / area.machine.name
@@ -453,16 +455,3 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         )
     if config.option.against and not arena.changes:
         terminalreporter.write_line(f"compared with {config.option.against}: no row became slower by more than 5 %")
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_cmdline_main(config: pytest.Config) -> int | None:
-    """Say what is wrong with `--against` before anything is measured."""
-    against = getattr(config.option, "against", None)
-    if against:
-        try:
-            folder = against / machine(config.option.device or ("cuda" if _has_gpu() else "cpu")).name
-            report.read_results(folder if folder.is_dir() else against)
-        except UsageError as error:
-            raise pytest.UsageError(str(error)) from error
-    return None

@@ -26,9 +26,18 @@ from pathlib import Path
 from typing import Any
 
 from imgcls_fast.core.errors import ImgclsError
-from imgcls_fast.engines.timing import Call, Prepared, Timer, interleave, peak_bytes, reset_peak, wall_and_cpu
+from imgcls_fast.engines.timing import (
+    PAUSE_S,
+    Call,
+    Prepared,
+    Timer,
+    interleave,
+    peak_bytes,
+    ready,
+    reset_peak,
+    wall_and_cpu,
+)
 
-PAUSE_S = 0.002  # before each call; thread pools of other runtimes have stopped spinning by then
 _CANNOT_RUN = (ImgclsError, ImportError, RuntimeError, ValueError, NotImplementedError, OSError)
 
 
@@ -197,9 +206,7 @@ TIMERS: dict[str, Timer] = {"wall": wall_and_cpu, "cpu": wall_and_family_cpu, "g
 
 def delayed(call: Call, share: float, clock: str) -> Call:
     """The same call, slower by `share` of its own time: what the alarm is tried with."""
-    if isinstance(call, Prepared):
-        return Prepared(lambda: _slowed(call.make(), share, clock))
-    return _slowed(call, share, clock)
+    return Prepared(lambda: _slowed(ready(call), share, clock))
 
 
 def _slowed(call: Callable[[], Any], share: float, clock: str) -> Callable[[], Any]:
@@ -279,7 +286,7 @@ def _open_all(setup: Setup, ours: set[str]) -> tuple[list[tuple[str, Contender, 
             contender = setup.openers[name]()
             call = next(iter(contender.calls.values()))
             for _ in range(2):
-                (call.make() if isinstance(call, Prepared) else call)()
+                ready(call)()
         except _CANNOT_RUN as error:
             if name in ours and not isinstance(error, ImgclsError | ImportError):
                 raise
@@ -351,7 +358,7 @@ def _spent(call: Call) -> float:
     found = []
     while not found or (len(found) < 2 and found[0] < 2):
         began = time.perf_counter()
-        (call.make() if isinstance(call, Prepared) else call)()
+        ready(call)()
         found.append(time.perf_counter() - began)
     return min(found)
 

@@ -110,12 +110,12 @@ def evaluate(
     from .data.loader import usual_loader
     from .evaluation.metrics import judge
     from .evaluation.report import write_evaluation
-    from .training.judging import rows_to_judge, run_engine, score_rows
+    from .training.judging import engine_and_rows, score_rows
 
     found = _run(run)
     device = _device()
-    engine, note = run_engine(found, runtime, device, precision)
-    manifest, rows = rows_to_judge(found, None if data is None else Path(data), split, engine)
+    images = None if data is None else Path(data)
+    engine, note, manifest, rows = engine_and_rows(found, images, split, runtime, device, precision)
     settings = found.config.evaluate
     predictions = score_rows(
         engine,

@@ -14,7 +14,7 @@ from .errors import HardwareError
 
 LIBRARIES = (
     "torch", "torchvision", "timm", "nvidia-dali-cuda130", "numpy", "pillow", "scikit-learn", "safetensors",
-    "pydantic", "onnx", "onnxscript", "onnxruntime", "tensorrt",
+    "pydantic", "onnx", "onnxscript", "onnxruntime", "openvino", "nvidia-modelopt", "tensorrt",
 )  # fmt: skip
 # the libraries whose version can change the bits of a resumed run
 NUMERIC_LIBRARIES = ("torch", "torchvision", "timm", "nvidia-dali-cuda130", "numpy", "pillow")

@@ -27,6 +27,7 @@ from .base import Bound, Engine
 
 UNSTEADY = 2.5  # per cent of variation above which trtexec warns
 ENQUEUE_SHARE = 0.8  # of the computing time, above which trtexec calls a run bound by enqueueing
+PAUSE_S = 0.002  # between calls of several runtimes: the thread pools of the others have stopped spinning by then
 _LARGEST_SWEPT = 256
 
 
@@ -127,6 +128,13 @@ class Prepared:
 
 
 Call = Callable[[], Any] | Prepared
+
+
+def ready(call: Call) -> Callable[[], Any]:
+    """What is timed of a call; what it needs is made now."""
+    return call.make() if isinstance(call, Prepared) else call
+
+
 Timer = Callable[[Callable[[], Any]], tuple[float, float]]
 
 
@@ -273,8 +281,7 @@ def interleave(
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
     for _ in range(warmups + rounds):
         for name in order.sample(list(calls), len(calls)):
-            entry = calls[name]
-            call = entry.make() if isinstance(entry, Prepared) else entry
+            call = ready(calls[name])
             if pause_s:
                 time.sleep(pause_s)
             found[name].append(timer(call))

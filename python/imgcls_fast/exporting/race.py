@@ -22,12 +22,11 @@ import numpy as np
 import torch
 
 from ..core.bundle import Bundle, read_bundle
-from ..engines.timing import interleave, random_pixels, ratio_interval
+from ..engines.timing import PAUSE_S, interleave, random_pixels, ratio_interval
 from .contenders import REFERENCE, Contender
 
 PROCESSES, PAIRS = 5, 15
 START_S = 4.0  # about what a process takes until its engines are open
-_PAUSE_S = 0.002  # before each call: thread pools of other runtimes have stopped spinning by then
 
 
 def ratios(
@@ -89,7 +88,7 @@ def race(task: dict[str, Any]) -> dict[str, list[float]]:
     listed = [Contender.from_task(entry) for entry in task["contenders"]]
     engines = {c.name: c.open(bundle, task["device"], task["threads"]) for c in random.sample(listed, len(listed))}
     calls = {name: partial(engine.scores, random_pixels(engine, 1)) for name, engine in engines.items()}
-    rounds = interleave(calls, task["pairs"], pause_s=_PAUSE_S)
+    rounds = interleave(calls, task["pairs"], pause_s=PAUSE_S)
     others = [name for name in calls if name != REFERENCE]
     return {name: [rounds.log_ratio(name, REFERENCE, cpu=cpu) for cpu in (False, True)] for name in others}
 

@@ -89,20 +89,15 @@ def _loaders() -> list[Row]:
 
 
 def _libraries() -> list[Row]:
-    extras = {"onnx": "onnx", "onnxscript": "onnx", "onnxruntime": "onnx"}
+    extras = {
+        "onnx": "onnx", "onnxscript": "onnx", "onnxruntime": "onnx", "openvino": "openvino", "nvidia-modelopt": "int8",
+        "tensorrt": "trt",
+    }  # fmt: skip
     rows: list[Row] = []
     for name, version in env.versions().items():
-        if version is None and name == "tensorrt":
-            rows.append((name, "not installed", True, "not used by this version"))
-        elif version is None:
-            rows.append(
-                (
-                    name,
-                    "not installed",
-                    name in extras,
-                    f"pip install 'imgcls-fast[{extras[name]}]'" if name in extras else "pip install imgcls-fast",
-                )
-            )
+        if version is None:
+            wanted = f"'imgcls-fast[{extras[name]}]'" if name in extras else "imgcls-fast"
+            rows.append((name, "not installed", name in extras, f"pip install {wanted}"))
         else:
             rows.append((name, version, True, ""))
     return rows

@@ -157,21 +157,24 @@ def open_model(run: Run | str | Path | None, runtime: str, device: str, precisio
     return run_engine(run if isinstance(run, Run) else find_run(run), runtime, device, precision)
 
 
-def rows_to_judge(run: Run, data: Path | None, split: str, engine: Engine) -> tuple[Manifest, np.ndarray]:
-    """The rows of one split of a run, or all of other labelled images.
+def engine_and_rows(
+    run: Run, data: Path | None, split: str, runtime: str, device: str, precision: str | None
+) -> tuple[Engine, str, Manifest, np.ndarray]:
+    """An engine with its note (see `run_engine`), and what it is to judge: one split of a run, or all of other labelled images.
 
     Raises:
-        ConfigError: C003 for an unknown split.
+        ConfigError: C003 for an unknown split, before anything is opened.
         DataError: D014 when the run has no such rows; D001..D013 for other images.
     """
     if split not in SPLITS:
         raise ConfigError("C003", f"split must be one of 'train', 'val', 'test', got {split!r}", try_="--split test")
+    engine, note = run_engine(run, runtime, device, precision)
     if data is not None:
         manifest = scan_to_judge(run.config.data, data, engine.pixels, engine.labels, env.cache_dir())
-        return manifest, np.arange(len(manifest), dtype=np.int64)
+        return engine, note, manifest, np.arange(len(manifest), dtype=np.int64)
     rows = run.manifest.rows(split)
     if not len(rows):
         raise DataError(
             "D014", f"{run.name} has no {split} images", try_=f"imgcls-fast eval {run.directory} --split val"
         )
-    return run.manifest, rows
+    return engine, note, run.manifest, rows
