@@ -9,6 +9,7 @@ import shlex
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -29,7 +30,7 @@ from imgcls_fast.exporting.trt_engine import (
     timing_cache_path,
     trtexec_line,
 )  # fmt: skip
-from imgcls_fast.exporting.trt_reports import Progress, layer_of, summarise
+from imgcls_fast.exporting.trt_reports import Progress, interruptible, layer_of, summarise
 
 
 def _doubles() -> ModuleType:
@@ -271,6 +272,27 @@ def test_a_signal_stops_a_build_whose_steps_are_told_from_another_thread(world: 
         build_plan(onnx, onnx.with_name("model.plan"), OPTIONS)
     assert not onnx.with_name("model.plan").exists()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("tensorrt")]
+
+
+def test_a_signal_at_any_moment_stops_the_work_and_no_thread_is_left() -> None:
+    former = signal.getsignal(signal.SIGINT)
+    for after_s in [
+        index * 2e-6 for index in range(300)
+    ]:  # from inside the thread's start until the work is waited for
+        progress = Progress(None, None)
+
+        def work(progress: Progress = progress, after_s: float = after_s) -> None:
+            end = time.perf_counter() + after_s
+            while time.perf_counter() < end:
+                pass
+            os.kill(os.getpid(), signal.SIGINT)
+            while progress.step("tactics", 0):
+                time.sleep(0.001)
+
+        with pytest.raises(KeyboardInterrupt):
+            interruptible(work, progress)
+        assert not [thread for thread in threading.enumerate() if thread.name.startswith("tensorrt")]
+    assert signal.getsignal(signal.SIGINT) is former
 
 
 def test_after_a_failure_no_callback_is_asked_again() -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..core.errors import ExportError, HardwareError, ImgclsError, Interrupted
@@ -216,16 +219,41 @@ class Progress:
 
 def interruptible(work: Callable[[], Made], progress: Progress) -> Made:
     """Do the work in another thread, so that this one can take signals: Python's handlers run in the main thread only, and that
-    would be inside TensorRT for minutes. A signal that raises stops the build at its next step."""
-    with ThreadPoolExecutor(1, "tensorrt") as pool:
+    would be inside TensorRT for minutes. A signal whose handler raises stops the build at its next step."""
+    with _heeded(progress), ThreadPoolExecutor(1, "tensorrt") as pool:
         future = pool.submit(work)
         while not future.done():
+            wait([future], _POLL_S)
+    progress.demand_done()
+    return future.result()
+
+
+@contextmanager
+def _heeded(progress: Progress) -> Iterator[None]:
+    """What handlers of SIGINT and SIGTERM raise stops the progress and goes no further: raised between any two instructions, it
+    could leave the pool before the build is told to end."""
+
+    def taking(former: Callable[[int, FrameType | None], Any]) -> Callable[[int, FrameType | None], None]:
+        def take(number: int, frame: FrameType | None) -> None:
             try:
-                wait([future], _POLL_S)
+                former(number, frame)
             except (ImgclsError, KeyboardInterrupt) as error:
                 progress.stop(error)
-        progress.demand_done()
-        return future.result()
+
+        return take
+
+    former: dict[int, Any] = {}
+    try:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                handler = signal.getsignal(number)
+                if callable(handler):
+                    former[number] = handler
+                    signal.signal(number, taking(handler))
+        yield
+    finally:
+        for taken, handler in former.items():
+            signal.signal(taken, handler)
 
 
 def progress_monitor(progress: Progress) -> trt.IProgressMonitor:
