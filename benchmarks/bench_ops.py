@@ -66,8 +66,8 @@ def _cbam(batch: int, channels: int, side: int, kind: str, **more: Any) -> Conte
 CPU: dict[str, Any] = {"threads": 1, "devices": ("cpu",)}
 GPU: dict[str, Any] = {"devices": ("cuda",)}
 CONTESTS = [
-    _windows("512 windows 7x7, 3 heads of 32", 512, 7, 3, 0, **CPU),
-    _windows("8 maps 56x56, shifted windows 7x7", 8, 56, 3, 3, **CPU),
+    _windows("256 windows 7x7, 3 heads of 32", 256, 7, 3, 0, **CPU),
+    _windows("4 maps 56x56, shifted windows 7x7", 4, 56, 3, 3, **CPU),
     _sequence("ViT, 197 tokens, 6 heads of 64", 4, 197, 6, False, **CPU),
     _sequence("BEiT, 197 tokens, 6 heads of 64", 4, 197, 6, True, **CPU, full=True),
     _sequence("ViT, 50 tokens, 6 heads of 64", 4, 50, 6, False, **CPU, full=True),

@@ -59,10 +59,7 @@ def _open(case: str, command: list[str]) -> Contender:
     )
 
 
-ALONE = {
-    "import torch": [*PYTHON, "-c", "import torch"],
-    "import timm": [*PYTHON, "-c", "import timm"],
-}
+ALONE = {"import torch": [*PYTHON, "-c", "import torch"]}
 
 
 @pytest.mark.parametrize(

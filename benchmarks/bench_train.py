@@ -31,26 +31,27 @@ from imgcls_fast.training.fit import Fit
 from imgcls_fast.training.plan import look_at_machine, make_plan
 
 LR, DECAY = 1e-4, 0.05
-STEPS, APART = 3, 2e-3  # losses that are compared, and how far they may be apart, relatively
-ROUNDED = 3e-2  # the same in bf16
-OURS = "imgcls-fast"
+STEPS, APART = 3, 1e-4  # losses that are compared, and how far they may be apart, relatively
+ROUNDED = 3e-2  # the same in bf16, and for another memory order
+OURS, SAME_ORDER, OTHER_ORDER = "imgcls-fast", "timm step, channels-last", "timm step"
 
 
 def _contest(arch: str, size: int, batch: int, **more: Any) -> Contest:
     attention = more.pop("attention", "")
     name = f"{arch.partition('/')[2] or arch}{attention and f' + {attention}'}, {size}x{size}, batch {batch}"
     params = {"name": name, "arch": arch, "size": size, "batch": batch, "attention": attention}
-    return Contest("train", name, "steps", params, prepare="prepare", **more)
+    return Contest("train", name, "steps", params, **more)
 
 
 CPU: dict[str, Any] = {"devices": ("cpu",)}
 GPU: dict[str, Any] = {"devices": ("cuda",)}
 CONTESTS = [
     _contest("small-cnn", 32, 16, **CPU),
-    _contest("torchvision/resnet18", 64, 8, **CPU),
+    _contest("torchvision/resnet50", 64, 2, **CPU),
     _contest("timm/vit_tiny_patch16_224", 96, 2, **CPU),
-    _contest("torchvision/resnet50", 224, 1, **CPU),
-    _contest("timm/vit_tiny_patch16_224", 224, 1, **CPU),
+    _contest("torchvision/resnet18", 64, 8, **CPU, full=True),
+    _contest("torchvision/resnet50", 224, 1, **CPU, full=True),
+    _contest("timm/vit_tiny_patch16_224", 224, 1, **CPU, full=True),
     _contest("timm/swin_tiny_patch4_window7_224", 224, 1, **CPU, full=True),
     _contest("torchvision/resnet50", 224, 8, **CPU, full=True),
     _contest("torchvision/resnet50", 224, 4, attention="cbam@every-block", **CPU, full=True),
@@ -69,13 +70,6 @@ CONTESTS = [
 def bench_train(duel: Callable[[Contest], list[dict[str, Any]]], contest: Contest) -> None:
     first = duel(contest)[0]
     assert first["cases"] or first["slow"], first["absent"]
-
-
-def prepare(
-    work: Path, name: str, arch: str, size: int, batch: int, attention: str, device: str, full: bool = False
-) -> None:
-    """The digits, from which the step takes its classes."""
-    write_digits(work)
 
 
 def steps(
@@ -104,7 +98,7 @@ def steps(
         return Contender({name: step}, losses, _precision(device))
 
     openers = {kind: partial(ours, kernels) for kind, kernels in kinds.items()}
-    openers |= {"timm step": partial(timm, False), "timm step, channels-last": partial(timm, True)}
+    openers |= {OTHER_ORDER: partial(timm, False), SAME_ORDER: partial(timm, True)}
     return Setup(
         openers,
         [Pair(OURS, rival) for rival in openers if rival != OURS],
@@ -115,10 +109,14 @@ def steps(
 
 
 def check(name: str, outputs: Mapping[str, Any], allowed: float) -> dict[str, Any]:
-    """Losses of three steps against those of timm's step."""
-    apart = max(abs(a / b - 1) for a, b in zip(outputs[name], outputs["timm step"], strict=True))
-    if not apart <= allowed:
-        raise Disagree(f"the losses {outputs[name]} and {outputs['timm step']} differ by {apart:.1e}")
+    """Losses of three steps against those of timm's step in the same memory order.
+
+    In the other order sums are rounded in another way, and networks with batch normalisation that know nothing yet make much of
+    that: the losses of timm's own two steps are that far apart.
+    """
+    apart = max(abs(a / b - 1) for a, b in zip(outputs[name], outputs[SAME_ORDER], strict=True))
+    if not apart <= (ROUNDED if name == OTHER_ORDER else allowed):
+        raise Disagree(f"the losses {outputs[name]} and {outputs[SAME_ORDER]} differ by {apart:.1e}")
     return {"loss_apart": float(f"{apart:.2e}"), "loss": round(outputs[name][-1], 5)}
 
 

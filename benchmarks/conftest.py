@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,9 @@ from imgcls_fast.evaluation.benchreport import Area, Missing, Row  # noqa: E402
 
 CELL_S, NO_LIMIT_S = 10.0, 3600.0
 TOO_SLOW = f"longer than the {CELL_S:.0f} s of a cell (--full)"
+# Memory that was freed stays with the process. Otherwise it depends on what lies at the end of the heap, so on the process, whether
+# large arrays are given back and their pages cleared again in every call: some rows were twice as fast in every third process.
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 34), "MALLOC_TOP_PAD_": str(1 << 26)}
 ABOUT = {
     "loader": "images from JPEG files to batches of 224x224 pixels, an epoch a call; and reading headers",
     "ops": "attention kernels, forward and backward",
@@ -83,10 +87,12 @@ class Arena:
 
     def say(self, text: str) -> None:
         """A line for the person who waits."""
-        reporter = self.config.pluginmanager.getplugin("terminalreporter")
+        manager = self.config.pluginmanager
+        reporter, capture = manager.getplugin("terminalreporter"), manager.getplugin("capturemanager")
         if reporter and self.config.option.verbose >= 0:
-            reporter.write_line(text)
-            reporter._tw.flush()
+            with capture.global_and_fixture_disabled() if capture else nullcontext():
+                reporter.write_line(text)
+                reporter.flush()
 
     def run(self, area: str) -> None:
         """All contests of an area, in passes."""
@@ -96,71 +102,88 @@ class Arena:
         began = time.monotonic()
         contests = self.contests[area]
         self.say("")
-        for contest, file in contests:
-            if contest.prepare:
-                self._prepare(contest, file)
+        self._prepare([entry for entry in contests if entry[0].prepare])
         for k in range(self.processes):
-            for contest, file in random.sample(contests, len(contests)):
-                before = self.found.get(contest.name)
-                if contest.name not in self.errors and (not before or before[0]["cases"]):
-                    self._once(contest, file)
-            self.say(f"{area}: pass {k + 1} of {self.processes} done after {time.monotonic() - began:.0f} s")
+            fit = [entry for entry in random.sample(contests, len(contests)) if self._goes_on(entry[0])]
+            spent = self._once(fit)
+            seconds = "; ".join(
+                f"{contest.name}: {seconds:.0f}" for (contest, _), seconds in zip(fit, spent, strict=True)
+            )
+            self.say(
+                f"{area}: pass {k + 1} of {self.processes} done after {time.monotonic() - began:.0f} s ({seconds})"
+            )
         self.seconds[area] = time.monotonic() - began
+
+    def _goes_on(self, contest: Contest) -> bool:
+        """Nothing is wrong with it, and something of it fits into the time of a cell."""
+        before = self.found.get(contest.name)
+        return contest.name not in self.errors and (not before or bool(before[0]["cases"]))
 
     def again(self, contest: Contest, file: Path) -> None:
         """The same contest in fresh processes, instead of what it found before."""
         self.found.pop(contest.name, None)
         for _ in range(self.processes):
-            self._once(contest, file)
+            self._once([(contest, file)])
 
-    def _prepare(self, contest: Contest, file: Path) -> None:
-        began = time.monotonic()
-        try:
-            self._child(contest, file, {"prepare": contest.prepare})
-        except RuntimeError as error:
-            self.errors[contest.name] = str(error)
-        if time.monotonic() - began > 2:
-            self.say(f"{contest.area}: prepared {contest.name} in {time.monotonic() - began:.0f} s")
+    def _prepare(self, contests: list[tuple[Contest, Path]]) -> None:
+        results = self._children(contests, [{"prepare": contest.prepare} for contest, _ in contests])
+        for (contest, _), result in zip(contests, results, strict=True):
+            if "error" in result:
+                self.errors[contest.name] = _last_lines(result["error"])
+            self.say(f"{contest.area}: prepared {contest.name} in {result['seconds']:.0f} s")
 
-    def _once(self, contest: Contest, file: Path) -> None:
-        before = self.found.setdefault(contest.name, [])
-        kept = {case: list(names) for case, names in before[0]["cases"].items()} if before else None
-        task = {"setup": contest.setup, "kept": kept}
-        try:
-            before.append(self._child(contest, file, task))
-        except RuntimeError as error:
-            self.errors[contest.name] = str(error)
+    def _once(self, contests: list[tuple[Contest, Path]]) -> list[float]:
+        """One process of each, and the seconds that each took."""
+        tasks = []
+        for contest, _ in contests:
+            before = self.found.setdefault(contest.name, [])
+            kept = {case: list(names) for case, names in before[0]["cases"].items()} if before else None
+            tasks.append({"setup": contest.setup, "kept": kept})
+        results = self._children(contests, tasks)
+        for (contest, _), result in zip(contests, results, strict=True):
+            if "error" in result:
+                self.errors[contest.name] = _last_lines(result["error"])
+            else:
+                self.found[contest.name].append(result["found"])
+        return [result["seconds"] for result in results]
 
     def threads(self, contest: Contest) -> int:
         return contest.threads or env.usable_cpus()
 
-    def _child(self, contest: Contest, file: Path, task: dict[str, Any]) -> dict[str, Any]:
-        """One fresh process; compiled code is kept between them in the work folder."""
-        threads = self.threads(contest)
-        whole = {
-            "file": str(file), "params": contest.params | {"device": self.device, "full": self.config.option.full},
-            "threads": threads, "pairs": self.pairs,
-            "processes": self.processes, "cell_s": self.cell_s, "delay": self.config.option.delay,
-            "work": str(self.work / contest.area), **task,
-        }  # fmt: skip
-        (self.work / contest.area).mkdir(parents=True, exist_ok=True)
+    def _children(self, contests: list[tuple[Contest, Path]], tasks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """A fresh process of each task, one after the other; compiled code is kept between them in the work folder."""
+        if not tasks:
+            return []
+        threads = max(self.threads(contest) for contest, _ in contests)
+        whole = [
+            {
+                "file": str(file), "params": contest.params | {"device": self.device, "full": self.config.option.full},
+                "threads": self.threads(contest), "pairs": self.pairs,
+                "processes": self.processes, "cell_s": self.cell_s, "delay": self.config.option.delay,
+                "work": str(self.work / contest.area), **task,
+            }
+            for (contest, file), task in zip(contests, tasks, strict=True)
+        ]  # fmt: skip
+        for task in whole:
+            Path(task["work"]).mkdir(parents=True, exist_ok=True)
         environment = {
             **os.environ,
             "OMP_NUM_THREADS": str(threads),
             "TORCHINDUCTOR_CACHE_DIR": str(self.work / "inductor"),
+            "TORCHINDUCTOR_COMPILE_THREADS": "1",  # more are processes, which start while others are timed
             "HF_HOME": str(self.work / "hf"),
             "HF_HUB_OFFLINE": "1",
+            **KEEP_MEMORY,
         }
         with tempfile.TemporaryDirectory(prefix="imgcls-duel-") as folder:
-            given, out = Path(folder) / "task.json", Path(folder) / "result.json"
+            given, out = Path(folder) / "tasks.json", Path(folder) / "results.json"
             given.write_text(json.dumps(whole), "utf-8")
             command = [sys.executable, "-W", "ignore", str(HERE / "duels.py"), str(given), str(out)]
             done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=3600)
             if done.returncode:
-                lines = done.stderr.strip().splitlines() or [f"ended by signal or code {done.returncode}"]
-                raise RuntimeError("\n".join(lines[-25:]))
-            found: dict[str, Any] = json.loads(out.read_text("utf-8"))
-            return found
+                return [{"error": done.stderr or f"ended with {done.returncode}", "seconds": 0.0} for _ in tasks]
+            results: list[dict[str, Any]] = json.loads(out.read_text("utf-8"))
+            return results
 
     def finish(self) -> None:
         """Make an Area of each area that ran."""
@@ -203,6 +226,10 @@ class Arena:
             self._temporary.cleanup()
 
 
+def _last_lines(text: str) -> str:
+    return "\n".join(text.strip().splitlines()[-25:])
+
+
 def summed_up(
     contest: Contest, runs: list[dict[str, Any]]
 ) -> tuple[list[Row], list[report.Contender], list[Missing], dict[str, float]]:
@@ -217,16 +244,15 @@ def summed_up(
         kept = [name for name in found if all(name in run["cases"].get(case, {}) for run in runs)]
         contenders += [_contender(case, name, runs, limits.get(case)) for name in kept]
         for contender, rival, goals in first["pairs"]:
-            slow = any(entry[:3] == [case, contender, rival] for entry in first["slow"])
-            if contender in kept and rival in kept and not slow:
+            if contender in kept and rival in kept:
                 rows.append(_row(case, contender, rival, goals.get(case, goals.get("")), runs))
     cases = list(first["cases"]) or [contest.name]
     absent = {name: why for run in reversed(runs) for name, why in run["absent"].items()}
     missing = [Missing(case=cases[0], contender=name, kind="absent", why=why) for name, why in absent.items()]
     missing += [Missing(case=case, contender=name, kind="not run", why=why) for case, name, why in first["skipped"]]
     missing += [
-        Missing(case=case, contender=name, kind="not run", why=TOO_SLOW, rival=rival, seconds=round(need, 1))
-        for case, name, rival, need in first["slow"]
+        Missing(case=case, contender=name, kind="not run", why=TOO_SLOW, seconds=round(need, 1))
+        for case, name, need in first["slow"]
     ]
     told = {f"{case}: {name} (s)": round(seconds, 9) for case, (name, seconds) in limits.items()}
     return rows, contenders, missing, told

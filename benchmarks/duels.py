@@ -6,7 +6,7 @@ them again, at least five times: what the machine does in one minute falls on al
 are opened in random order, compared, and then called in rounds, each once a round in random order. The ratio of a row is the
 median over processes of the median over rounds of ln(contender / rival).
 
-    python benchmarks/duels.py TASK.json RESULT.json         what the parent calls
+    python benchmarks/duels.py TASKS.json RESULTS.json       what the parent calls
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ import json
 import os
 import random
 import resource
+import signal
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -231,7 +233,7 @@ def measure(setup: Setup, task: Mapping[str, Any]) -> dict[str, Any]:
             the first process, which also asks what each is worth.
 
     Returns:
-        opened, absent, agreement, cases (seconds of each contender), skipped, slow (rows that do not fit into a
+        opened, absent, agreement, cases (seconds of each contender), skipped, slow (contenders that do not fit into a
         cell, with the seconds that they would take), limits.
 
     Raises:
@@ -337,26 +339,22 @@ def _on_device(contender: Contender, case: str) -> dict[str, float]:
 def _fitting(
     setup: Setup, case: str, calls: Mapping[str, Call], task: Mapping[str, Any], result: dict[str, Any]
 ) -> list[str]:
-    """The contenders whose rows fit into the time that a cell may take, over all processes."""
+    """The contenders whose calls fit into the time of a cell, over all processes; rivals only beside one that fits."""
     if task["kept"] is not None:
         return [name for name in calls if name in task["kept"].get(case, ())]
-    spent = {name: _spent(call) for name, call in calls.items()}
-    kept: set[str] = set()
-    for pair in setup.pairs:
-        if pair.contender not in calls or pair.rival not in calls:
-            continue
-        need = task["processes"] * (task["pairs"] + 1) * (spent[pair.contender] + spent[pair.rival])
-        if need <= task["cell_s"]:
-            kept |= {pair.contender, pair.rival}
-        else:
-            result["slow"].append([case, pair.contender, pair.rival, need])
-    return [name for name in calls if name in kept]
+    count = task["processes"] * (task["pairs"] + 1)
+    need = {name: count * _spent(call, 2 * task["cell_s"] / count) for name, call in calls.items()}
+    fit = {name for name in calls if need[name] <= task["cell_s"]}
+    result["slow"] += [[case, name, need[name]] for name in calls if name not in fit]
+    ours = {pair.contender for pair in setup.pairs if pair.contender in fit}
+    beside = {pair.rival for pair in setup.pairs if pair.contender in ours and pair.rival in fit}
+    return [name for name in calls if name in ours | beside]
 
 
-def _spent(call: Call) -> float:
-    """Seconds of a call, what it prepares included; the lesser of two, unless one is long."""
+def _spent(call: Call, enough_s: float) -> float:
+    """Seconds of a call, what it prepares included; the lesser of two, unless the first says that it is too long anyway."""
     found = []
-    while not found or (len(found) < 2 and found[0] < 2):
+    while not found or (len(found) < 2 and found[0] < enough_s):
         began = time.perf_counter()
         ready(call)()
         found.append(time.perf_counter() - began)
@@ -384,19 +382,49 @@ def load_file(path: Path) -> Any:
 
 
 def main() -> int:
-    task = json.loads(Path(sys.argv[1]).read_text("utf-8"))
+    """What the parent calls: TASKS.json holds several, each of which gets a process of its own.
+
+    They are forked from this one, in which nothing was computed yet, only modules were imported: importing takes longer than
+    most measurements. RESULTS.json gets {"found" or "error", "seconds"} of each.
+    """
+    tasks, out = json.loads(Path(sys.argv[1]).read_text("utf-8")), Path(sys.argv[2])
+    import torch  # noqa: F401  # every one needs it
+
+    modules = {task["file"]: load_file(Path(task["file"])) for task in tasks}
+    results = []
+    for k, task in enumerate(tasks):
+        file, began = out.with_name(f"{k}-{out.name}"), time.perf_counter()
+        child = os.fork()
+        if not child:
+            file.write_text(json.dumps(_run(modules[task["file"]], task)), "utf-8")
+            return 0
+        _, status = os.waitpid(child, 0)
+        if file.exists():
+            result = json.loads(file.read_text("utf-8"))
+        else:
+            result = {"error": f"the process ended with {_told(os.waitstatus_to_exitcode(status))}"}
+        results.append({**result, "seconds": time.perf_counter() - began})
+    out.write_text(json.dumps(results), "utf-8")
+    return 0
+
+
+def _run(module: Any, task: Mapping[str, Any]) -> dict[str, Any]:
+    """{"found": ...}, or {"error": ...} with its traceback."""
     import torch
 
-    torch.set_num_threads(task["threads"])
-    module = load_file(Path(task["file"]))
-    work = Path(task["work"])
-    if task.get("prepare"):
-        getattr(module, task["prepare"])(work, **task["params"])
-        found: dict[str, Any] = {}
-    else:
-        found = measure(getattr(module, task["setup"])(work, **task["params"]), task)
-    Path(sys.argv[2]).write_text(json.dumps(found), "utf-8")
-    return 0
+    try:
+        torch.set_num_threads(task["threads"])
+        work = Path(task["work"])
+        if task.get("prepare"):
+            getattr(module, task["prepare"])(work, **task["params"])
+            return {"found": {}}
+        return {"found": measure(getattr(module, task["setup"])(work, **task["params"]), task)}
+    except Exception:  # noqa: BLE001  # told by the parent, whatever it is
+        return {"error": traceback.format_exc()}
+
+
+def _told(code: int) -> str:
+    return f"code {code}" if code >= 0 else signal.Signals(-code).name
 
 
 if __name__ == "__main__":

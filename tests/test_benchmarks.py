@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -95,12 +96,43 @@ def test_what_does_not_fit_into_a_cell_says_so_and_stays_out_of_later_processes(
     setup = setup_of(duels, {"ours": nothing, "rival": nothing})
     first = duels.measure(setup, TASK | {"cell_s": 1e-12})
     assert first["cases"] == {}
-    ((case, name, rival, seconds),) = first["slow"]
-    assert (case, name, rival) == ("case", "ours", "rival")
-    assert seconds > 1e-12
+    assert {tuple(entry[:2]) for entry in first["slow"]} == {("case", "ours"), ("case", "rival")}
+    assert all(entry[2] > 1e-12 for entry in first["slow"])
     later = duels.measure(setup, TASK | {"cell_s": 1e-12, "kept": {"case": ["ours", "rival"]}})
     assert set(later["cases"]["case"]) == {"ours", "rival"}
     assert duels.measure(setup, TASK | {"kept": {}})["cases"] == {}
+
+
+def test_ours_is_timed_alone_where_its_rival_takes_too_long_but_no_rival_is(duels: Any) -> None:
+    slow = lambda: time.sleep(0.1)  # noqa: E731
+    found = duels.measure(setup_of(duels, {"ours": nothing, "rival": slow}), TASK | {"cell_s": 0.4})
+    assert set(found["cases"]["case"]) == {"ours"}
+    assert [entry[:2] for entry in found["slow"]] == [["case", "rival"]]
+    found = duels.measure(setup_of(duels, {"ours": slow, "rival": nothing}), TASK | {"cell_s": 0.4})
+    assert found["cases"] == {}
+
+
+def test_one_that_crashes_is_told_and_the_others_go_on(duels: Any, tmp_path: Path) -> None:
+    (tmp_path / "contests.py").write_text(
+        "import os\nfrom duels import Contender, Pair, Setup\n"
+        "def good(work):\n"
+        "    return Setup({n: lambda: Contender({'c': lambda: 0}, 0) for n in 'ab'}, [Pair('a', 'b')], lambda *_: {})\n"
+        "def wrong(work):\n    raise ValueError('a sentence')\n"
+        "def crash(work):\n    os.kill(os.getpid(), 11)\n"
+    )
+    tasks = [
+        TASK
+        | {"file": str(tmp_path / "contests.py"), "setup": setup, "params": {}, "threads": 1, "work": str(tmp_path)}
+        for setup in ("crash", "wrong", "good")
+    ]
+    given, out = tmp_path / "tasks.json", tmp_path / "results.json"
+    given.write_text(json.dumps(tasks))
+    command = [sys.executable, str(ROOT / "benchmarks" / "duels.py"), str(given), str(out)]
+    subprocess.run(command, check=True)
+    crash, wrong, good = json.loads(out.read_text())
+    assert crash["error"] == "the process ended with SIGSEGV"
+    assert "ValueError: a sentence" in wrong["error"]
+    assert set(good["found"]["cases"]["c"]) == {"a", "b"}
 
 
 def test_a_delay_slows_contenders_and_not_rivals(duels: Any) -> None:

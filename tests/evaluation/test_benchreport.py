@@ -170,15 +170,15 @@ def test_the_table_shows_every_row_and_everything_that_is_missing(bench_area: Ma
     )
     missing = [
         Missing(case="case", contender="flex", kind="absent", why="not here"),
-        Missing(case="case", contender="kernel", kind="not run", why="too long", rival="large", seconds=40.4),
-        Missing(case="case", contender="slow", kind="not run", why="too long", rival="large", seconds=20),
+        Missing(case="case", contender="kernel", kind="not run", why="too long", seconds=40.4),
+        Missing(case="case", contender="slow", kind="not run", why="too long", seconds=20),
     ]
     area = area.model_copy(update={"missing": missing})
     text = table(area)
     assert "ok   kernel   0.500x formula" in text
     assert "LOST slow     1.500x formula" in text
     assert "absent: flex: not here" in text
-    assert "not run: kernel / large 40 s, slow / large 20 s: too long" in text
+    assert "not run: kernel 40 s, slow 20 s: too long" in text
     assert "int8, accuracy 0.900" in text
     assert area.lost == [area.rows[1]]
     with pytest.raises(KeyError, match="nobody in case"):

@@ -214,10 +214,10 @@ def _notes(area: Area) -> list[str]:
 
 
 def _missing_notes(missing: Sequence[Missing]) -> list[str]:
-    """One line for each reason; of rows that take long, one for each case."""
+    """One line for each reason; of what takes long, one for each case."""
     reasons: dict[tuple[str, str, str], dict[str, list[str]]] = {}
     for m in missing:
-        place = m.case if m.rival else ""
+        place = m.case if m.seconds is not None else ""
         reasons.setdefault((m.kind, m.why, place), {}).setdefault(m.label, []).append(m.case)
     return [
         f"{kind}: {place}: {', '.join(names)}: {why}" if place else f"{kind}: {_listed(names)}: {why}"

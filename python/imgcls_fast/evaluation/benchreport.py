@@ -48,7 +48,9 @@ class Method(_Part):
 
     processes: int = Field(ge=2)
     pairs: int = Field(ge=1, description="rounds in each process, after warming up")
-    cell_s: float = Field(gt=0, description="most seconds of one row; what needs more is listed as not run")
+    cell_s: float = Field(
+        gt=0, description="most seconds of one contender in one case; what needs more is listed as not run"
+    )
     confidence: float = 0.95
     threads: int = Field(ge=1)
     device: str = "cpu"
@@ -115,14 +117,12 @@ class Missing(_Part):
     contender: str
     kind: Literal["absent", "not run"]
     why: str
-    rival: str | None = Field(None, description="of the row that was not run; null: the contender did not run at all")
-    seconds: float | None = Field(None, description="that the row would have taken")
+    seconds: float | None = Field(None, description="that its cell would have taken")
 
     @property
     def label(self) -> str:
-        """Contender, rival and time on a line."""
-        pair = f"{self.contender} / {self.rival}" if self.rival else self.contender
-        return pair if self.seconds is None else f"{pair} {self.seconds:.0f} s"
+        """Contender and time on a line."""
+        return self.contender if self.seconds is None else f"{self.contender} {self.seconds:.0f} s"
 
 
 class Area(_Part):
