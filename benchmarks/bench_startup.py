@@ -66,7 +66,7 @@ ALONE = {"import torch": [*PYTHON, "-c", "import torch"]}
     "name", [*ALONE, "predict one photo", "predict one photo, ONNX Runtime", "torchvision by hand"]
 )
 def bench_cold_start(solo: Callable[..., None], trained: Path, name: str) -> None:
-    """Processes that take seconds: three of each, after one that fills the page cache."""
+    """Processes that take seconds: three of each, of which the middle one counts; the first may fill the page cache."""
     photo = next((trained / "photos").iterdir())
     commands = ALONE | {
         "predict one photo": [*MODULE, "predict", str(trained / "run"), str(photo), "--json"],

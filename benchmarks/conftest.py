@@ -407,7 +407,7 @@ def solo(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., None]:
 
     def run(area: str, case: str, name: str, call: Callable[[], Any], *, rounds: int) -> None:
         began = time.monotonic()
-        benchmark.pedantic(call, rounds=rounds, warmup_rounds=1, iterations=1)
+        benchmark.pedantic(call, rounds=rounds, iterations=1)
         arena.seconds[area] = arena.seconds.get(area, 0.0) + time.monotonic() - began
         if benchmark.disabled:
             return

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import random
 import resource
@@ -343,12 +344,24 @@ def _fitting(
     if task["kept"] is not None:
         return [name for name in calls if name in task["kept"].get(case, ())]
     count = task["processes"] * (task["pairs"] + 1)
-    need = {name: count * _spent(call, 2 * task["cell_s"] / count) for name, call in calls.items()}
+    need = {name: _larger(setup, case, name, result) for name in calls}
+    need |= {name: count * _spent(calls[name], 2 * task["cell_s"] / count) for name in calls if not need[name]}
     fit = {name for name in calls if need[name] <= task["cell_s"]}
     result["slow"] += [[case, name, need[name]] for name in calls if name not in fit]
     ours = {pair.contender for pair in setup.pairs if pair.contender in fit}
     beside = {pair.rival for pair in setup.pairs if pair.contender in ours and pair.rival in fit}
     return [name for name in calls if name in ours | beside]
+
+
+def _larger(setup: Setup, case: str, name: str, result: Mapping[str, Any]) -> float:
+    """Seconds of a cell by those of one with fewer images that was too long already; 0: there is none."""
+    images = setup.images
+    rates = [
+        need / images[other]
+        for other, slow, need in result["slow"]
+        if slow == name and case in images and images.get(other, math.inf) < images[case]
+    ]
+    return min(rates, default=0.0) * images.get(case, 0)
 
 
 def _spent(call: Call, enough_s: float) -> float:

@@ -112,6 +112,20 @@ def test_ours_is_timed_alone_where_its_rival_takes_too_long_but_no_rival_is(duel
     assert found["cases"] == {}
 
 
+def test_a_larger_case_of_one_that_takes_too_long_is_not_tried(duels: Any) -> None:
+    asked: list[int] = []
+
+    def opened() -> Any:
+        return duels.Contender({str(n): (lambda n=n: (asked.append(n), time.sleep(0.01))) for n in (1, 8)})
+
+    setup = duels.Setup({"a": opened}, [duels.Pair("a", "b")], lambda *_: {}, images={"1": 1, "8": 8})
+    found = duels.measure(setup, TASK | {"cell_s": 1e-3})
+    (one, large) = found["slow"]
+    assert (one[:2], large[:2]) == (["1", "a"], ["8", "a"])
+    assert large[2] == pytest.approx(8 * one[2])
+    assert 8 not in asked
+
+
 def test_one_that_crashes_is_told_and_the_others_go_on(duels: Any, tmp_path: Path) -> None:
     (tmp_path / "contests.py").write_text(
         "import os\nfrom duels import Contender, Pair, Setup\n"

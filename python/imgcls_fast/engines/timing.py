@@ -28,6 +28,7 @@ from .base import Bound, Engine
 UNSTEADY = 2.5  # per cent of variation above which trtexec warns
 ENQUEUE_SHARE = 0.8  # of the computing time, above which trtexec calls a run bound by enqueueing
 PAUSE_S = 0.002  # between calls of several runtimes: the thread pools of the others have stopped spinning by then
+DRIFT = 0.01  # of a log ratio between runs: 0.0095 is the likeliest value for 81 ratios of two runs of our suite on one machine
 _LARGEST_SWEPT = 256
 
 
@@ -289,16 +290,18 @@ def interleave(
     return Rounds({n: both[:, 0] for n, both in seconds.items()}, {n: both[:, 1] for n, both in seconds.items()})
 
 
-def ratio_interval(per_process: Sequence[float], confidence: float = 0.95) -> Ratio:
+def ratio_interval(per_process: Sequence[float], confidence: float = 0.95, drift: float = DRIFT) -> Ratio:
     """Combine the median log ratios of several processes.
 
     The ratio is the exponential of their median. The interval is where the ratio of a second run with as many processes
-    falls with that confidence: the median -+ t s sqrt(2 c / n), with Student's t of n - 1 degrees of freedom, the standard
-    deviation s between processes, 2 because both runs vary, and c = pi / 2, the variance of a median relative to that of a
-    mean (an upper bound for few normal values). It is wider than a confidence interval of the ratio itself.
+    falls with that confidence: the median -+ t sqrt(2 (c s^2 / n + d^2)), with Student's t of n - 1 degrees of freedom, the
+    standard deviation s between processes, 2 because both runs vary, c = pi / 2, the variance of a median relative to that
+    of a mean (an upper bound for few normal values), and the drift d, by which a whole run is off and which no number of
+    processes in it shows. It is wider than a confidence interval of the ratio itself.
 
     Args:
         per_process: median ln(a / b) of each process.
+        drift: standard deviation of the logarithm of a ratio between runs.
 
     Raises:
         ValueError: fewer than two processes.
@@ -309,7 +312,8 @@ def ratio_interval(per_process: Sequence[float], confidence: float = 0.95) -> Ra
     if n < 2:
         raise ValueError(f"an interval needs at least two processes, got {n}")
     middle, deviation = statistics.median(per_process), statistics.stdev(per_process)
-    half = float(t.ppf(0.5 + confidence / 2, n - 1)) * deviation * math.sqrt(math.pi / n)
+    variance = 2 * (math.pi / 2 * deviation**2 / n + drift**2)
+    half = float(t.ppf(0.5 + confidence / 2, n - 1)) * math.sqrt(variance)
     return Ratio(math.exp(middle), math.exp(middle - half), math.exp(middle + half), n, confidence)
 
 
