@@ -70,15 +70,14 @@ EVERY = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 def _contest(model: str, batches: tuple[int, ...], size: int = 224, **more: Any) -> Contest:
     name = f"{model}, batches {', '.join(map(str, batches))}"
-    return Contest(
-        "engines", name, "engines", {"model": model, "batches": list(batches), "size": size}, prepare="prepare", **more
-    )
+    params = {"model": model, "batches": list(batches), "size": size, "threads": more.get("threads")}
+    return Contest("engines", name, "engines", params, prepare="prepare", **more)
 
 
 CONTESTS = [
     *(_contest(model, (1, 8, 32), devices=("cpu",)) for model in ("resnet50", "vit-t")),
     *(_contest(model, EVERY, devices=("cuda",)) for model in ("resnet50", "vit-t")),
-    _contest("small-cnn", (1, 8), 32, devices=("cpu",), small=True),
+    _contest("small-cnn", (8, 32), 32, devices=("cpu",), small=True, threads=1),
 ]
 
 
@@ -88,8 +87,10 @@ def bench_engines(duel: Callable[[Contest], list[dict[str, Any]]], contest: Cont
     assert first["cases"] or first["slow"], first["absent"]
 
 
-def engines(work: Path, model: str, batches: list[int], size: int, device: str, full: bool = False) -> Setup:
-    """Every runtime on one model, at several batch sizes."""
+def engines(
+    work: Path, model: str, batches: list[int], size: int, device: str, threads: int | None = None, full: bool = False
+) -> Setup:
+    """Every runtime on one model, at several batch sizes; on one thread by CPU time, which a busy machine does not change."""
     folder = work / model
     bundle = read_bundle(folder / "bundle", verify=False)
     names = ("eager", "aoti", "onnx fp32") if model == "small-cnn" else ("eager", *(CPU if device == "cpu" else GPU))
@@ -103,7 +104,7 @@ def engines(work: Path, model: str, batches: list[int], size: int, device: str, 
     left_out = {(case, name) for case, name, _ in skipped}
 
     def opened(name: str) -> Contender:
-        engine = open_one(name, folder, bundle, device)
+        engine = open_one(name, folder, bundle, device, threads or env.usable_cpus())
         cases = {batch: _case(model, batch) for batch in batches if (_case(model, batch), name) not in left_out}
         return Contender(
             {case: partial(engine.scores, pixels[np.arange(batch) % len(pixels)]) for batch, case in cases.items()},
@@ -124,6 +125,7 @@ def engines(work: Path, model: str, batches: list[int], size: int, device: str, 
         {name: partial(opened, name) for name in names},
         pairs,
         partial(check, exact=device == "cpu"),
+        clock="cpu" if threads == 1 else "wall",
         images={_case(model, batch): batch for batch in batches},
         limits=limits,
         skipped=skipped,
@@ -215,7 +217,9 @@ def digits(first: int, last: int, size: int) -> tuple[np.ndarray, np.ndarray]:
     return np.stack(big), data.target[order]
 
 
-def prepare(work: Path, model: str, batches: list[int], size: int, device: str, full: bool = False) -> None:
+def prepare(
+    work: Path, model: str, batches: list[int], size: int, device: str, threads: int | None = None, full: bool = False
+) -> None:
     """Write the bundle and the files that the contenders open; what cannot be made here is missing later, with its reason."""
     folder = work / model
     if (folder / "done.json").exists():
@@ -294,14 +298,13 @@ def _fit_head(network: Classifier, pixels: np.ndarray, labels: np.ndarray) -> No
             parameter.copy_(torch.from_numpy(value).float().reshape(parameter.shape))
 
 
-def open_one(name: str, folder: Path, bundle: Bundle, device: str) -> Engine:
+def open_one(name: str, folder: Path, bundle: Bundle, device: str, threads: int) -> Engine:
     """The engine behind a name.
 
     Raises:
         HardwareError: its runtime is not installed, or its file could not be made.
     """
     runtime, _, precision = name.partition(" ")
-    threads = env.usable_cpus()
     if runtime in ("eager", "compile", "aoti"):
         how = "torch" if runtime == "eager" else runtime
         return open_engine(bundle, how, device=device, exports=folder / "exports", precision=precision or "fp32")
