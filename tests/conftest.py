@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,8 @@ from imgcls_fast.core import env
 
 def pytest_configure(config: pytest.Config) -> None:
     """Before any test imports torch: its threads must not spin while loaders and child processes need the cores."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell starts what it puts into the background that way
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     env.calm_threads()
 
 
