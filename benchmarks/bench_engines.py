@@ -70,7 +70,7 @@ EVERY = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 def _contest(model: str, batches: tuple[int, ...], size: int = 224, **more: Any) -> Contest:
     name = f"{model}, batches {', '.join(map(str, batches))}"
-    params = {"model": model, "batches": list(batches), "size": size, "threads": more.get("threads")}
+    params = {"model": model, "batches": list(batches), "size": size}
     return Contest("engines", name, "engines", params, prepare="prepare", **more)
 
 
@@ -87,9 +87,7 @@ def bench_engines(duel: Callable[[Contest], list[dict[str, Any]]], contest: Cont
     assert first["cases"] or first["slow"], first["absent"]
 
 
-def engines(
-    work: Path, model: str, batches: list[int], size: int, device: str, threads: int | None = None, full: bool = False
-) -> Setup:
+def engines(work: Path, model: str, batches: list[int], size: int, device: str, full: bool = False) -> Setup:
     """Every runtime on one model, at several batch sizes; on one thread by CPU time, which a busy machine does not change."""
     folder = work / model
     bundle = read_bundle(folder / "bundle", verify=False)
@@ -104,7 +102,7 @@ def engines(
     left_out = {(case, name) for case, name, _ in skipped}
 
     def opened(name: str) -> Contender:
-        engine = open_one(name, folder, bundle, device, threads or env.usable_cpus())
+        engine = open_one(name, folder, bundle, device)
         cases = {batch: _case(model, batch) for batch in batches if (_case(model, batch), name) not in left_out}
         return Contender(
             {case: partial(engine.scores, pixels[np.arange(batch) % len(pixels)]) for batch, case in cases.items()},
@@ -125,7 +123,7 @@ def engines(
         {name: partial(opened, name) for name in names},
         pairs,
         partial(check, exact=device == "cpu"),
-        clock="cpu" if threads == 1 else "wall",
+        clock="cpu" if torch.get_num_threads() == 1 else "wall",
         images={_case(model, batch): batch for batch in batches},
         limits=limits,
         skipped=skipped,
@@ -217,9 +215,7 @@ def digits(first: int, last: int, size: int) -> tuple[np.ndarray, np.ndarray]:
     return np.stack(big), data.target[order]
 
 
-def prepare(
-    work: Path, model: str, batches: list[int], size: int, device: str, threads: int | None = None, full: bool = False
-) -> None:
+def prepare(work: Path, model: str, batches: list[int], size: int, device: str, full: bool = False) -> None:
     """Write the bundle and the files that the contenders open; what cannot be made here is missing later, with its reason."""
     folder = work / model
     if (folder / "done.json").exists():
@@ -298,13 +294,14 @@ def _fit_head(network: Classifier, pixels: np.ndarray, labels: np.ndarray) -> No
             parameter.copy_(torch.from_numpy(value).float().reshape(parameter.shape))
 
 
-def open_one(name: str, folder: Path, bundle: Bundle, device: str, threads: int) -> Engine:
+def open_one(name: str, folder: Path, bundle: Bundle, device: str) -> Engine:
     """The engine behind a name.
 
     Raises:
         HardwareError: its runtime is not installed, or its file could not be made.
     """
     runtime, _, precision = name.partition(" ")
+    threads = torch.get_num_threads()
     if runtime in ("eager", "compile", "aoti"):
         how = "torch" if runtime == "eager" else runtime
         return open_engine(bundle, how, device=device, exports=folder / "exports", precision=precision or "fp32")

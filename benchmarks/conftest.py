@@ -151,21 +151,21 @@ class Arena:
         return contest.threads or env.usable_cpus()
 
     def _children(self, contests: list[tuple[Contest, Path]], tasks: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """A fresh process of each task, one after the other; compiled code is kept between them in the work folder."""
+        """A fresh process of each task of an area, one after the other; compiled code is kept between them in the work folder."""
         if not tasks:
             return []
         threads = max(self.threads(contest) for contest, _ in contests)
+        work = self.work / contests[0][0].area
+        work.mkdir(parents=True, exist_ok=True)
         whole = [
             {
                 "file": str(file), "params": contest.params | {"device": self.device, "full": self.config.option.full},
                 "threads": self.threads(contest), "pairs": self.pairs,
                 "processes": self.processes, "cell_s": self.cell_s, "delay": self.config.option.delay,
-                "work": str(self.work / contest.area), **task,
+                "work": str(work), **task,
             }
             for (contest, file), task in zip(contests, tasks, strict=True)
         ]  # fmt: skip
-        for task in whole:
-            Path(task["work"]).mkdir(parents=True, exist_ok=True)
         environment = {
             **os.environ,
             "OMP_NUM_THREADS": str(threads),
@@ -179,7 +179,7 @@ class Arena:
             given, out = Path(folder) / "tasks.json", Path(folder) / "results.json"
             given.write_text(json.dumps(whole), "utf-8")
             command = [sys.executable, "-W", "ignore", str(HERE / "duels.py"), str(given), str(out)]
-            done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=3600)
+            done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=3600 * len(tasks))
             if done.returncode:
                 return [{"error": done.stderr or f"ended with {done.returncode}", "seconds": 0.0} for _ in tasks]
             results: list[dict[str, Any]] = json.loads(out.read_text("utf-8"))

@@ -16,10 +16,9 @@ import math
 import sys
 from pathlib import Path
 
-from imgcls_fast.engines.timing import ratio_interval
-from imgcls_fast.evaluation.benchreport import Area, Row, compare, read_results
+from alarm import with_row
 
-Key = tuple[str, str, str, str]
+from imgcls_fast.evaluation.benchreport import Area, Row, compare, read_results
 
 
 def inside(row: Row, other: Row, times: float) -> bool:
@@ -29,17 +28,19 @@ def inside(row: Row, other: Row, times: float) -> bool:
     return abs(math.log(row.ratio) - middle) <= half + 1e-3  # ratios and ends are stored with four digits
 
 
-def slowed(run: dict[str, Area], key: Key, share: float) -> dict[str, Area]:
-    """The run with one row slower by `share`."""
-    area = run[key[0]]
-    rows = []
-    for row in area.rows:
-        if row.key == key[1:]:
-            logs = [log + math.log1p(share) for log in row.log_ratios]
-            new = ratio_interval(logs)
-            row = row.model_copy(update={"log_ratios": logs, "ratio": new.ratio, "low": new.low, "high": new.high})
-        rows.append(row)
-    return run | {key[0]: area.model_copy(update={"rows": rows})}
+def slowed(run: dict[str, Area], share: float) -> dict[str, Area]:
+    """The run with every row slower by `share`: what `compare` asks for are the log ratios."""
+    return {
+        name: area.model_copy(
+            update={
+                "rows": [
+                    row.model_copy(update={"log_ratios": [log + math.log1p(share) for log in row.log_ratios]})
+                    for row in area.rows
+                ]
+            }
+        )
+        for name, area in run.items()
+    }
 
 
 def main() -> int:
@@ -65,9 +66,8 @@ def main() -> int:
         print(f"{much}: {', '.join(key)}: {a.ratio:.3f}x, the other {b.ratio:.3f}x [{b.low:.3f}, {b.high:.3f}]")
     keys = [key for key, _, _ in both]
     alarms = [change.key for change in compare(first, second).flagged]
-    unseen = [
-        key for key in keys if key not in {c.key for c in compare(first, slowed(second, key, options.delay)).flagged}
-    ]
+    delayed = slowed(second, options.delay)
+    unseen = [key for key in keys if key not in {c.key for c in compare(first, with_row(second, delayed, key)).flagged}]
     for key in unseen:
         print(f"a delay of {options.delay:.0%} is not seen: {', '.join(key)}")
     share = 1 - len(out) / len(looks)

@@ -70,7 +70,7 @@ def command_of(pid: int) -> bytes:
         return b""
 
 
-def wait_for(condition: Callable[[], Any], timeout_s: float = 120.0) -> Any:
+def wait_for(condition: Callable[[], Any], timeout_s: float = 30.0) -> Any:
     end = time.monotonic() + timeout_s
     while time.monotonic() < end:
         if found := condition():
@@ -108,7 +108,7 @@ def test_kill_at_random_instants_leaves_no_process_and_no_half_file(victim: str,
         for pid in victims + (started if victim != "parent" else []):
             kill(pid)
         _, errors = parent.communicate(timeout=60)
-        wait_for(lambda: not processes_of(exports), 5)
+        wait_for(lambda: not processes_of(exports), 2)
         if victim == "child" and parent.returncode:
             assert "E003" in errors and "killed by SIGKILL" in errors
         whole = exports / "model.onnx"
@@ -169,7 +169,7 @@ def test_ctrl_c_ends_the_child_as_well(work: tuple[Path, Path, Path]) -> None:
     parent.send_signal(signal.SIGINT)
     parent.wait(60)
     assert parent.returncode != 0
-    wait_for(lambda: not processes_of(exports), 5)
+    wait_for(lambda: not processes_of(exports), 2)
     assert list(exports.iterdir()) == []
 
 
