@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,12 @@ def test_a_resolved_configuration_gives_the_same_plan_again() -> None:
     again = make_plan(plan.config, images(), LAPTOP)
     assert again.config == plan.config
     assert (again.pixels, again.augment, again.spec) == (plan.pixels, plan.augment, plan.spec)
+
+
+@pytest.mark.parametrize("init", ["scratch", "pretrained"])
+def test_a_plan_comes_back_from_its_dictionary(init: str) -> None:
+    plan = plan_of({"model.init": init, "model.arch": "resnet18", "augment.policy": "heavy"})
+    assert Plan.from_dict(json.loads(json.dumps(plan.to_dict())), plan.config) == plan
 
 
 def test_what_the_user_set_stays_and_is_shown_as_asked() -> None:

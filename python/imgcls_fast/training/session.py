@@ -20,7 +20,6 @@ from ..core.pixels import Pixels
 from ..core.predictions import Predictions
 from ..core.run import Run, new_run_path
 from ..core.settings import flatten, replace_settings
-from ..data.augment import Augment
 from ..data.loader import open_loader
 from ..data.prepare import Prepared, changed_files, prepare
 from ..data.quarantine import BadFile, read_quarantine, write_quarantine
@@ -36,7 +35,7 @@ from ..track import LogSink, Sinks
 from .baseline import MOST_ROWS, image_features, linear_probe
 from .fit import Fit
 from .judging import best_model, calibrated, make_bundle, score_rows
-from .plan import Plan, Start, look_at_machine, make_plan, starting_model
+from .plan import Plan, look_at_machine, make_plan, starting_model
 from .reporting import next_commands, report_run
 from .signals import signal_as_interrupt
 
@@ -119,16 +118,7 @@ def resume(run: Run, changes: dict[str, Any], sinks: Sequence[Callable[[Event], 
                 f"{run.directory} stopped before its plan was written",
                 try_=f"imgcls-fast train {manifest.source}",
             )
-        plan = Plan(
-            config,
-            tuple((name, value, reason) for name, value, reason in facts["plan"]),
-            Pixels.from_dict(facts["pixels"]),
-            Augment.from_dict(facts["augment"]),
-            facts["spec"],
-            Start(
-                facts["start_kind"], Path(facts["start_path"]) if facts["start_path"] else None, facts["start_download"]
-            ),
-        )
+        plan = Plan.from_dict(facts, config)
         stage = _Stage(plan, manifest, run, Sinks([*sinks, LogSink(run)]))
         if run.finished and run.report_path.exists():
             more = f"imgcls-fast train {manifest.source} --init {run.directory}"
@@ -231,19 +221,12 @@ def _require_same_files(run: Run, manifest: Manifest) -> None:
 
 def _write_beginning(stage: _Stage, prepared: Prepared, command: Sequence[str] | None) -> None:
     run, plan, manifest = stage.run, stage.plan, stage.manifest
-    start_from = plan.start
-    spec = ModelSpec.from_dict(plan.spec)
     facts = run_facts(plan, command)
     run.write_json("env.json", facts)
     run.write_json("data.json", prepared.facts())
     write_split_csv(run.directory / "split.csv", manifest)
     write_quarantine(run.directory / "quarantine.csv", prepared.found.quarantine)
-    run.write_json("model.json", {
-        "spec": plan.spec, "pixels": plan.pixels.to_dict(), "augment": dict(vars(plan.augment)), "plan": [list(row) for row in plan.rows],
-        "start": start_from.kind if start_from.path is None else f"{start_from.kind} {start_from.path.name}",
-        "start_kind": start_from.kind, "start_path": str(start_from.path.resolve()) if start_from.path else None,
-        "start_download": start_from.download, "parameters": _count_parameters(spec),
-    })  # fmt: skip
+    run.write_json("model.json", {**plan.to_dict(), "parameters": _count_parameters(ModelSpec.from_dict(plan.spec))})
     run.save_config(replace_settings(plan.config, {"out": None}))  # so that -c makes a new run of it
     manifest.save(run.manifest_path)
     run.mark_last()

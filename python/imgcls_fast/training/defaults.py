@@ -1,9 +1,11 @@
-"""The numbers behind "auto": one recipe for each way to begin, each with its source."""
+"""The numbers behind "auto": one recipe for each way to begin, each with its source; and what decisions are made of."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+from ..core.config import RunConfig
 
 # strengths of augment.policy; scale and ratio as in torchvision's RandomResizedCrop
 POLICIES: dict[str, dict[str, Any]] = {
@@ -97,3 +99,61 @@ RECIPES = {
         smoothing=0.1, ema=0.998, augment="medium",
     ),
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the plan may count on; made by `look_at_machine`, or by a test."""
+
+    cpus: int = 2
+    gpu: str | None = None  # name of the GPU, None without one
+    bf16: bool = False  # the GPU multiplies bf16 in hardware
+    dali: bool = False
+
+
+def look_at_machine() -> Machine:
+    """Ask the system and torch, without starting CUDA where there is no GPU."""
+    import torch
+
+    from ..core.env import usable_cpus
+    from ..data.loader import dali_missing
+
+    cuda = torch.cuda.is_available()
+    return Machine(
+        cpus=usable_cpus(),
+        gpu=torch.cuda.get_device_name() if cuda else None,
+        bf16=cuda and torch.cuda.is_bf16_supported(including_emulation=False),
+        dali=dali_missing() is None,
+    )
+
+
+@dataclass
+class Notes:
+    """Collects decisions: dotted setting -> value, with the reason."""
+
+    config: RunConfig
+    changes: dict[str, Any] = field(default_factory=dict)
+    rows: list[tuple[str, str, str]] = field(default_factory=list)
+
+    def value(self, name: str) -> Any:
+        if name in self.changes:
+            return self.changes[name]
+        section, _, key = name.partition(".")
+        return getattr(getattr(self.config, section), key)
+
+    def decide(self, name: str, value: Any, reason: str) -> Any:
+        """Replace "auto" by `value`; what the user set stays, and is shown as such."""
+        asked = self.value(name)
+        if asked != "auto":
+            self.rows.append((name, text(asked), "as asked"))
+            return asked
+        self.changes[name] = value
+        self.rows.append((name, text(value), reason))
+        return value
+
+
+def text(value: Any) -> str:
+    """A value as the table of decisions shows it."""
+    if isinstance(value, list | tuple):
+        return ", ".join(text(v) for v in value)
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,191 @@
+"""Which network a run trains, and where its weights begin."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..core.errors import ConfigError, ModelError
+from ..core.manifest import Manifest
+from ..core.pixels import Pixels
+from .defaults import Notes, Recipe, text
+
+if TYPE_CHECKING:
+    from ..models.build import Classifier
+
+# tried in this order when the user names no model: published weights that already lie on this machine
+_AT_HAND = {
+    "cpu": (
+        "torchvision/mobilenet_v3_large",
+        "torchvision/resnet18",
+        "torchvision/resnet50",
+        "timm/mobilenetv3_large_100",
+    ),
+    "cuda": ("torchvision/convnext_tiny", "torchvision/resnet50", "timm/convnext_tiny"),
+}
+_WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where the weights begin.
+
+    Args:
+        kind: scratch, pretrained (published weights of the architecture) or file.
+        path: of the weights; None from scratch.
+        download: the user asked for published weights, which may be fetched.
+        spec: the architecture of a bundle that is the start, as its `arch` says.
+        pixels: of that bundle.
+    """
+
+    kind: str
+    path: Path | None = None
+    download: bool = False
+    spec: dict[str, Any] | None = None
+    pixels: Pixels | None = None
+
+
+def starting_model(spec: dict[str, Any], start: Start) -> Classifier:
+    """The model of a plan as it is before the first step, on the CPU.
+
+    Args:
+        spec: `Plan.spec`.
+        start: `Plan.start`, or `Start("scratch")` when a checkpoint will fill the weights.
+
+    Raises:
+        ModelError: as `models.build.build_model`.
+    """
+    from ..models.build import ModelSpec, build_model
+
+    return build_model(
+        ModelSpec.from_dict(spec),
+        weights=start.path if start.kind == "file" else None,
+        pretrained=start.kind == "pretrained",
+        allow_download=start.download,
+    )
+
+
+def choose_model(notes: Notes, device: str) -> tuple[str, Start]:
+    """Architecture and starting weights."""
+    from ..models.build import resolve_arch
+
+    start = _start(notes.config.model.init)
+    asked = notes.config.model.arch
+    if asked != "auto":
+        arch = resolve_arch(asked)
+        notes.changes["model.arch"] = arch
+        notes.rows.append(("model.arch", arch, "as asked"))
+    elif start is not None and start.spec is not None:
+        arch = notes.decide("model.arch", start.spec["arch"], "the architecture of the starting weights")
+    elif start is not None and start.kind == "file":
+        raise ConfigError(
+            "C004",
+            f"model.init is the weights file {start.path}, which does not say its architecture",
+            try_="--model resnet50 --init FILE",
+        )
+    else:
+        arch = _arch_at_hand(notes, device, start)
+    if start is None:
+        start = _auto_start(notes, arch)
+    elif start.kind == "pretrained":
+        start = _published(arch)
+    if notes.config.model.init == "auto":
+        notes.changes["model.init"] = start.kind
+    notes.rows.append(
+        ("model.init", start.kind if start.path is None else f"{start.kind} {start.path.name}", _start_reason(start))
+    )
+    return arch, start
+
+
+def _start(init: str) -> Start | None:
+    """What `model.init` names, or None for "auto"."""
+    if init == "auto":
+        return None
+    if init == "scratch":
+        return Start("scratch")
+    if init == "pretrained":
+        return Start("pretrained", download=True)
+    path = Path(init)
+    if path.is_file():
+        return Start("file", path)
+    if path.suffix in _WEIGHT_SUFFIXES:
+        raise ModelError("M003", f"no such weights file: {path}", try_="--init pretrained   (or scratch, or a run)")
+    from ..core.bundle import read_bundle
+    from ..core.run import find_run
+
+    folder = path if (path / "bundle.json").is_file() else find_run(init).bundle_path
+    bundle = read_bundle(folder)
+    return Start("file", bundle.weights, spec=bundle.arch, pixels=bundle.pixels)
+
+
+def _arch_at_hand(notes: Notes, device: str, start: Start | None) -> str:
+    from ..models.build import pretrained_available
+
+    if start is None or start.kind == "pretrained":
+        for arch in _AT_HAND[device]:
+            if pretrained_available(arch) is not None:
+                return str(notes.decide("model.arch", arch, "its published weights are on this machine"))
+    if start is not None and start.kind == "pretrained":
+        return str(notes.decide("model.arch", _AT_HAND[device][0], f"a good first choice on {device}"))
+    if device == "cpu":
+        return str(notes.decide("model.arch", "small-cnn", "no published weights on this machine, and no GPU"))
+    return str(notes.decide("model.arch", "torchvision/resnet50", "no published weights on this machine"))
+
+
+def _auto_start(notes: Notes, arch: str) -> Start:
+    from ..models.build import pretrained_available
+
+    path = None if arch == "small-cnn" else pretrained_available(arch)
+    return Start("scratch") if path is None else Start("pretrained", path)
+
+
+def _published(arch: str) -> Start:
+    from ..models.build import pretrained_available
+
+    return Start("pretrained", pretrained_available(arch), download=True)
+
+
+def _start_reason(start: Start) -> str:
+    if start.kind == "scratch":
+        return "random weights (published ones: --init pretrained)"
+    return "as asked" if start.download or start.kind == "file" else "published weights found on this machine"
+
+
+def describe_model(
+    notes: Notes, manifest: Manifest, arch: str, start: Start, pixels: Pixels, recipe: Recipe
+) -> dict[str, Any]:
+    """The `ModelSpec.to_dict()` of a plan."""
+    from ..models.build import ModelSpec, resolve_args
+
+    model = notes.config.model
+    notes.decide("model.drop_rate", recipe.drop_rate, "recipe")
+    own_args = start.spec["arch_args"] if start.spec and start.spec["arch"] == arch else {}
+    args = model.args or own_args
+    if args != model.args:
+        notes.changes["model.args"] = dict(args)
+    drop = notes.value("model.drop_rate")
+    return ModelSpec(
+        arch,
+        num_outputs=manifest.labels.size,
+        channels=pixels.channels,
+        mean=pixels.mean,
+        std=pixels.std,
+        drop_rate=drop or None,
+        drop_path=model.drop_path or None,
+        image_size=pixels.size,
+        arch_args=resolve_args(arch, args),  # defaults too: a bundle outlives a change of them
+        attention=tuple(notes.value("model.attention")),
+    ).to_dict()
+
+
+def choose_attention(notes: Notes, arch: str, start: Start) -> None:
+    """Attention modules of the settings, else of the starting weights."""
+    from ..models.build import attention_to_train
+
+    model = notes.config.model
+    texts = attention_to_train(arch, model.attention, start.spec, frozen=model.freeze == "backbone")
+    if texts:
+        reason = "as asked" if model.attention else "of the starting weights"
+        notes.changes["model.attention"] = list(texts)
+        notes.rows.append(("model.attention", text(texts), reason))

@@ -1,0 +1,229 @@
+"""Numbers of a run: pixels, augmentation, lengths, rates and speed, each with its reason."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from ..core.errors import ConfigError, HardwareError
+from ..core.manifest import Manifest
+from ..core.pixels import CHANNELS, Pixels
+from ..data.augment import Augment
+from .defaults import POLICIES, Machine, Notes, Recipe, text
+from .plan_model import Start
+
+_FEW_TO_JUDGE = (
+    1000  # below it the best of many epochs by accuracy is mostly the luckiest: one standard error is 0.01 or more
+)
+_PILLOW_SHARE = 0.05  # above it DALI would wait for Pillow
+
+
+def choose_device(notes: Notes, machine: Machine) -> str:
+    """ "cuda" or "cpu"; H001 when a GPU is asked for and there is none."""
+    if notes.config.train.device == "cuda" and machine.gpu is None:
+        raise HardwareError("H001", "train.device is cuda, and no usable GPU was found", try_="imgcls-fast doctor")
+    reason = f"{machine.gpu}" if machine.gpu else f"no GPU found; {machine.cpus} CPU cores"
+    return str(notes.decide("train.device", "cuda" if machine.gpu else "cpu", reason))
+
+
+def choose_pixels(notes: Notes, manifest: Manifest, arch: str, start: Start, recipe: Recipe) -> Pixels:
+    """Size, crop, filter and normalisation of the input."""
+    from ..models.build import pretrained_pixels
+
+    own = start.pixels.to_dict() if start.pixels else pretrained_pixels(arch)
+    if start.kind == "scratch":
+        size, reason = _scratch_size(manifest, recipe, own["size"])
+    else:
+        size, reason = own["size"], "the size that the starting weights were trained at"
+    size = notes.decide("pixels.size", size, reason)
+    crop_pct = own["crop_pct"] if start.kind != "scratch" else recipe.crop_pct
+    crop_pct = notes.decide(
+        "pixels.crop_pct", round(crop_pct, 4), "with the starting weights" if start.kind != "scratch" else "recipe"
+    )
+    filter_ = own["interpolation"] if own["interpolation"] in ("bilinear", "bicubic") else "bicubic"
+    interpolation = notes.decide(
+        "pixels.interpolation", filter_ if start.kind != "scratch" else "bilinear", "antialiased"
+    )
+    color = notes.config.pixels.color
+    mean, std = _normalisation(notes, manifest, own, CHANNELS[color])
+    return Pixels(
+        size, crop_pct, interpolation, color, notes.config.pixels.exif, mean, std, notes.config.data.max_megapixels
+    )
+
+
+def _scratch_size(manifest: Manifest, recipe: Recipe, usual: int) -> tuple[int, str]:
+    """Large enough for what the images show: never far above their own size."""
+    short = float(np.median(np.minimum(manifest.width, manifest.height)))
+    if short >= 1.25 * recipe.size:
+        return recipe.size, f"recipe; the median image has a short side of {short:.0f}"
+    size = int(min(recipe.size, max(32, 16 * math.ceil(short / 16))))
+    return size, f"the median image has a short side of {short:.0f}"
+
+
+def _normalisation(
+    notes: Notes, manifest: Manifest, own: dict[str, Any], channels: int
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    out = []
+    measured: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    for index, name in enumerate(("mean", "std")):
+        asked = getattr(notes.config.pixels, name)
+        if asked == "data":
+            from ..data.prepare import channel_statistics
+
+            measured = measured or channel_statistics(
+                manifest, notes.config.pixels.color, notes.config.data.max_megapixels
+            )
+            values, reason = measured[index], "measured on training images"
+        elif asked == "auto":
+            values, reason = _as_channels(own[name], channels), "of the weights, else ImageNet's"
+        else:
+            values, reason = tuple(asked), "as asked"
+        if len(values) != channels:
+            raise ConfigError(
+                "C004", f"pixels.{name} has {len(values)} numbers, and pixels.color {notes.config.pixels.color} has {channels} channels",
+                try_=f"--{name} {','.join(['0.5'] * channels)}",
+            )  # fmt: skip
+        notes.changes[f"pixels.{name}"] = list(values)
+        notes.rows.append((f"pixels.{name}", text([round(v, 3) for v in values]), reason))
+        out.append(tuple(float(v) for v in values))
+    return out[0], out[1]
+
+
+def _as_channels(values: Any, channels: int) -> tuple[float, ...]:
+    values = tuple(float(v) for v in values)
+    if len(values) == channels:
+        return values
+    middle = sum(values[:3]) / len(values[:3])
+    return (middle,) * channels if channels == 1 else (*values, middle)
+
+
+def choose_augment(notes: Notes, recipe: Recipe, pixels: Pixels) -> Augment:
+    """Strengths of the augmentation."""
+    asked = notes.config.augment.policy
+    if notes.config.data.source is None:
+        policy = notes.decide("augment.policy", "light", "a mirrored digit is another sign")
+    else:
+        policy = notes.decide("augment.policy", recipe.augment, "recipe")
+    strengths = POLICIES[policy]
+    values: dict[str, Any] = {}
+    for name, value in strengths.items():
+        if pixels.color == "gray" and name in ("saturation", "hue"):
+            value = 0.0
+        before = len(notes.rows)
+        values[name] = notes.decide(f"augment.{name}", value, f"policy {policy}")
+        if notes.rows[before][2] != "as asked" and asked != "auto":
+            notes.rows[before] = (*notes.rows[before][:2], f"policy {policy}")
+    return Augment.from_dict(values)
+
+
+def choose_lengths(notes: Notes, manifest: Manifest, recipe: Recipe, device: str) -> None:
+    """Batch, epochs, micro-batch, and the value that picks the best epoch."""
+    n = len(manifest.rows("train"))
+    train = notes.config.train
+    fitting = min(recipe.batch[device], max(1, n // 8))
+    batch = notes.decide("train.batch_size", fitting, f"recipe; {n:,} training images")
+    if batch > n:
+        notes.changes["train.batch_size"] = batch = n
+        notes.rows[-1] = (
+            "train.batch_size",
+            str(n),
+            f"lowered from {train.batch_size}: there are {n:,} training images",
+        )
+    wanted = recipe.images if notes.config.data.source is not None else recipe.images // 2  # digits are easy
+    epochs = int(np.clip(round(wanted / max(n, 1)), *recipe.epochs))
+    notes.decide("train.epochs", epochs, f"about {epochs * n:,} images seen")
+    micro = math.ceil(batch / train.accum) if train.accum else batch
+    notes.decide(
+        "train.micro_batch", micro, f"{train.accum} forward passes a step" if train.accum else "the whole batch at once"
+    )
+    if notes.value("train.micro_batch") > batch:
+        notes.changes["train.micro_batch"] = batch
+        notes.rows[-1] = ("train.micro_batch", str(batch), f"lowered from {train.micro_batch}: no more than a batch")
+    notes.changes["train.accum"] = None
+    judged = len(manifest.rows("val"))
+    few = judged < _FEW_TO_JUDGE
+    notes.decide(
+        "train.monitor",
+        "val/loss" if few else "val/accuracy",
+        f"{judged:,} validation images: "
+        + ("their accuracy changes by chance from epoch to epoch" if few else "enough for accuracy"),
+    )
+    notes.decide("evaluate.batch_size", min(256, max(batch, 32)), "memory")
+
+
+def choose_optimizer(notes: Notes, recipe: Recipe) -> None:
+    """Optimizer, rates, schedule, smoothing and averaging."""
+    opt = notes.decide("optim.opt", recipe.opt, "recipe")
+    batch = notes.value("train.batch_size")
+    base_lr, base_batch = recipe.lr[opt]
+    # linear for SGD (Goyal et al. 2017), square root for adaptive methods (Malladi et al. 2022)
+    scale = (batch / base_batch) if opt == "sgd" else math.sqrt(batch / base_batch)
+    notes.decide("optim.lr", float(f"{base_lr * scale:.3g}"), f"{base_lr:g} at batch {base_batch}, scaled to {batch}")
+    notes.decide("optim.weight_decay", recipe.weight_decay[opt], "recipe")
+    notes.decide("optim.sched", recipe.sched, "recipe")
+    epochs = notes.value("train.epochs")
+    notes.decide("optim.warmup", round(min(recipe.warmup, 0.15 * epochs), 2), "epochs; at most 15 % of the run")
+    notes.decide("loss.label_smoothing", recipe.smoothing, "recipe")
+    notes.decide("optim.ema", recipe.ema, "recipe")
+
+
+def choose_class_weights(notes: Notes, manifest: Manifest) -> None:
+    """Class weights as numbers; refuses wrong ones here rather than in the run."""
+    from .objectives import class_weights
+
+    asked = notes.config.loss.class_weights
+    if asked == "none":
+        return
+    weights = class_weights(
+        notes.config.loss, manifest.labels.classes, manifest.counts("train")
+    )  # refuses here, not in the run
+    if not isinstance(asked, str):
+        notes.rows.append(("loss.class_weights", str(asked), "as asked"))
+        return
+    assert weights is not None
+    values = [float(f"{w:.6g}") for w in weights]
+    notes.changes["loss.class_weights"] = values
+    reason = {"auto": "inverse frequency", "effective": "effective number of images"}[asked]
+    notes.rows.append(("loss.class_weights", text(values), f"{reason}; mean 1 over the training images"))
+
+
+def choose_speed(notes: Notes, manifest: Manifest, machine: Machine, device: str) -> None:
+    """Precision, compiling, threads, kernels and loader."""
+    asked = notes.config.train.precision
+    if device == "cuda":
+        precision, reason = (
+            ("bf16", "the GPU has bf16") if machine.bf16 else ("fp16", "the GPU has no bf16; losses are scaled")
+        )
+    else:
+        precision, reason = "fp32", "CPU"
+    if asked == "fp16" and device == "cpu":
+        raise ConfigError("C004", "train.precision fp16 needs a GPU", try_="--precision bf16   (or fp32)")
+    notes.decide("train.precision", precision, reason)
+    notes.decide(
+        "train.compile",
+        device == "cuda",
+        "on for a GPU" if device == "cuda" else "off: compiling costs more than a short CPU run",
+    )
+    notes.decide("train.threads", machine.cpus, "all usable cores")
+    kernels = ("off", "ours are not measured on a GPU yet") if device == "cuda" else ("proven", "where measured faster")
+    notes.decide("model.kernels", *kernels)
+    loader = notes.decide("train.loader", *_loader(manifest, machine, device, notes.config.pixels.color))
+    if loader == "dali-gpu" and device != "cuda":
+        raise ConfigError("C004", "train.loader dali-gpu needs train.device cuda", try_="--loader dali-cpu")
+    workers = min(16, max(1, machine.cpus - 1)) if device == "cuda" else min(4, machine.cpus)
+    notes.decide("train.workers", workers, "decoding " + ("processes" if loader == "torch" else "threads"))
+
+
+def _loader(manifest: Manifest, machine: Machine, device: str, color: str) -> tuple[str, str]:
+    from ..core.manifest import FLAG_PILLOW
+
+    odd = float(((manifest.flags & FLAG_PILLOW) != 0).mean()) if len(manifest) else 0.0
+    if not machine.dali:
+        return "torch", "DALI is not installed"
+    if color == "rgba":
+        return "torch", "DALI has no RGBA"
+    if odd > _PILLOW_SHARE:
+        return "torch", f"{odd:.0%} of the images are of kinds that only Pillow decodes"
+    return ("dali-gpu", "JPEG decoding on the GPU") if device == "cuda" else ("dali-cpu", "half of Pillow's CPU time")
