@@ -237,3 +237,31 @@ def test_labels_survive_json_and_number_the_columns_of_all_tasks():
     labels = LabelSpace((Task("kind", ("a", "b")), Task("marks", ("x", "y", "z"), "any_of")))
     assert labels.classes == ("a", "b", "x", "y", "z") and labels.size == 5
     assert LabelSpace.from_dict(labels.to_dict()) == labels
+
+
+# ---------------------------------------------------------------- rows that stand for all
+
+
+@given(st.lists(st.integers(-1, 4), max_size=60), st.integers(-1, 70), st.integers(0, 2**64))
+def test_a_spread_of_rows_is_sorted_leaves_no_class_out_and_keeps_the_shares(
+    labels: list[int], n: int, seed: int
+) -> None:
+    manifest = example(3).take(np.zeros(len(labels) + 2, np.int64))
+    manifest = replace(manifest, label=np.array([0, 0, *labels], np.int32))
+    rows = np.arange(2, len(labels) + 2)
+    got = manifest.spread(rows, n)
+    assert len(got) == min(max(n, 0), len(rows)) and (np.diff(got) > 0).all() and set(got) <= set(rows)
+    np.testing.assert_array_equal(got, manifest.spread(rows, n))
+    sizes = {c: labels.count(c) for c in set(labels)}
+    for c, size in sizes.items():
+        taken, share = int((manifest.label[got] == c).sum()), len(got) * size / max(1, len(labels))
+        assert taken >= 1 or n < len(sizes)
+        assert abs(taken - share) <= len(sizes)
+    assert sorted(manifest.fair_order(rows, seed)) == rows.tolist()
+
+
+def test_a_spread_of_sorted_rows_is_not_their_beginning() -> None:
+    manifest = replace(example(1).take(np.zeros(1000, np.int64)), label=np.repeat(np.arange(4), 250).astype(np.int32))
+    got = manifest.spread(np.arange(1000), 200)
+    assert np.bincount(manifest.label[got]).tolist() == [50] * 4
+    assert got.max() > 900 and np.diff(got).max() < 60, "within a class as well"

@@ -22,12 +22,12 @@ from imgcls_fast.data.sampler import Sampler
 from imgcls_fast.data.scan import ScanOptions, scan
 from imgcls_fast.engines.runtimes import TorchEngine, open_engine
 from imgcls_fast.exporting import verify
+from imgcls_fast.exporting.images import comparison_rows
 from imgcls_fast.exporting.verify import (
     compare_run,
     demand_same,
     loader_source,
     predictor_source,
-    spread_rows,
     usual_sources,
     verify_run,
     verify_table,
@@ -236,7 +236,7 @@ def test_rgba_has_no_dali_and_every_source_is_named(bundle_of):
 def test_undecodable_files_are_counted_and_the_predictor_agrees_about_them(drawn, bundle_of):
     bundle = bundle_of()
     reference = open_engine(bundle)
-    rows = spread_rows(drawn, 3)
+    rows = comparison_rows(drawn, 3)
     drawn.path(int(rows[1])).write_bytes(b"no image any more")
     result = verify_run(bundle, drawn, reference, {}, images=3, sources={"predictor": predictor_source(reference)})
     assert (result["images"], result["undecodable"]) == (2, 1)
@@ -247,14 +247,6 @@ def test_undecodable_files_are_counted_and_the_predictor_agrees_about_them(drawn
     assert refused.value.code == "D012"
     with pytest.raises(DataError, match="no images"):
         verify_run(bundle, drawn.take(np.zeros(0, np.int64)), reference, {}, sources={})
-
-
-def test_rows_are_spread_test_first(drawn):
-    assert spread_rows(drawn, 100).tolist() == [*drawn.rows("test"), *drawn.rows("val"), *drawn.rows("train")]
-    test, val = drawn.rows("test"), drawn.rows("val")
-    assert spread_rows(drawn, 2).tolist() == [test[0], test[-1]]
-    assert spread_rows(drawn, 6).tolist() == [*test, val[0], val[-1]]
-    assert len(np.unique(spread_rows(drawn, 11))) == 11 and len(spread_rows(drawn, 0)) == 0
 
 
 def test_batches_are_no_larger_than_the_smallest_engine_allows(drawn, bundle_of):

@@ -139,6 +139,23 @@ class Manifest:
         hot[known, label[known]] = 1
         return hot
 
+    def fair_order(self, rows: np.ndarray, seed: int = 0) -> np.ndarray:
+        """(n,) int64 `rows` in an order of which every beginning is a sample: one row of each class first, then by share.
+
+        Rows lie sorted by path, so a slice of them is one class and one folder. Unknown labels count as a class.
+        """
+        shuffled = np.random.default_rng(seed).permutation(np.asarray(rows, np.int64))
+        by_class = np.argsort(self.label[shuffled], kind="stable")
+        _, first, size = np.unique(self.label[shuffled][by_class], return_index=True, return_counts=True)
+        place = np.arange(len(shuffled)) - np.repeat(first, size)  # within the class
+        rank = np.empty(len(shuffled))
+        rank[by_class] = place / np.repeat(size, size)
+        return shuffled[np.argsort(rank, kind="stable")]
+
+    def spread(self, rows: np.ndarray, n: int) -> np.ndarray:
+        """(min(n, len(rows)),) int64, sorted: some of `rows`, each class in its share and none left out if n allows."""
+        return np.sort(self.fair_order(rows)[: max(0, n)])
+
     def counts(self, split: str | None = None) -> np.ndarray:
         """(K,) int64 images of each class, in one split or in all."""
         label = self.label if split is None else self.label[self.rows(split)]

@@ -108,9 +108,8 @@ def changed_files(manifest: Manifest, threads: int) -> list[str]:
 def channel_statistics(
     manifest: Manifest, color: Color, max_megapixels: float = 50.0
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel, 0..1, over (at most 500, evenly chosen) training images."""
-    rows = manifest.rows("train")
-    rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), _STATISTICS_IMAGES)).astype(np.int64)]
+    """Mean and standard deviation of each channel, 0..1, over at most 500 training images, spread over the classes."""
+    rows = manifest.spread(manifest.rows("train"), _STATISTICS_IMAGES)
     shares = np.zeros((CHANNELS[color], 256))  # of each level; every image counts the same, whatever its size
     for row in rows:
         try:

@@ -36,5 +36,8 @@ def pixels_of(bundle: Bundle, manifest: Manifest, rows: np.ndarray, *, batch_siz
 
 
 def comparison_rows(manifest: Manifest, images: int) -> np.ndarray:
-    """Up to `images` rows for comparing an export with its original: test rows first, then val, then train."""
-    return np.concatenate([manifest.rows(split) for split in ("test", "val", "train")])[:images]
+    """(n,) int64, at most `images` rows to compare on: test, then val, then train, spread over the last one's classes."""
+    picked: list[np.ndarray] = []
+    for split in ("test", "val", "train"):
+        picked.append(manifest.spread(manifest.rows(split), images - sum(map(len, picked))))
+    return np.concatenate(picked)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..core.files import write_whole
 from ..evaluation.paired import Verdict
@@ -54,6 +54,41 @@ class Candidate:
     def point(self) -> tuple[float, float]:
         """Milliseconds and percent; of a candidate that was not timed, NaN and percent."""
         return math.nan if self.latency_ms is None else self.latency_ms, 100 * self.accuracy
+
+
+def search_plot(
+    path: Path,
+    history: Sequence[Mapping[str, Any]],
+    reference_ms: float,
+    timings: Mapping[str, float],
+    excluded: Sequence[str],
+    *,
+    exported_for: str,
+    batch: int,
+) -> None:
+    """Draw the candidates that a search for INT8 layers has looked at, beside FP32.
+
+    Args:
+        history: what the gate has noted of each, at least one.
+        reference_ms: latency of FP32.
+        timings: latency in milliseconds of each candidate, by name.
+        excluded: layers left out of the candidate that was chosen.
+    """
+    full = history[0]["reference_accuracy"]
+    points = [Candidate("fp32", full, reference_ms, "onnx", "reference")]
+    for seen in history:
+        points.append(
+            Candidate(
+                seen["name"],
+                seen["accuracy"],
+                timings.get(seen["name"]),
+                "onnx",
+                seen["verdict"],
+                least_accuracy=full - seen["bound_pp"] / 100,
+                chosen=seen["excluded"] == list(excluded),
+            )
+        )
+    pareto_plot(points, path, exported_for=exported_for, batch=batch)
 
 
 def frontier(candidates: Iterable[Candidate], exported_for: str) -> list[Candidate]:

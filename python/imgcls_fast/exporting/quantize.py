@@ -151,15 +151,10 @@ def calibration_rows(manifest: Manifest, n: int, seed: int) -> np.ndarray:
     """Rows of the training split for calibration: `n` of them, or all, each class in its share and none left out if n allows.
 
     Returns:
-        (min(n, training rows),) int64, sorted; a function of the manifest, n and the seed alone.
+        (min(n, training rows),) int64, a function of the manifest, n and the seed alone; in an order of which every
+        beginning is a sample too (`Manifest.fair_order`), for whoever looks at the first few only.
     """
-    rows = manifest.rows("train")
-    shuffled = np.random.default_rng(seed).permutation(rows)
-    rank = np.zeros(len(shuffled))
-    for value in np.unique(manifest.label[shuffled]):  # -1, unknown, counts as a class
-        own = np.flatnonzero(manifest.label[shuffled] == value)
-        rank[own] = np.arange(len(own)) / len(own)  # evenly spread: the first of every class come first
-    return np.sort(shuffled[np.argsort(rank, kind="stable")[:n]])
+    return manifest.fair_order(manifest.rows("train"), seed)[:n]
 
 
 def calibration_facts(manifest: Manifest, rows: np.ndarray, seed: int) -> dict[str, Any]:
@@ -170,7 +165,7 @@ def calibration_facts(manifest: Manifest, rows: np.ndarray, seed: int) -> dict[s
         "rows": len(rows),
         "seed": seed,
         "per_class": np.bincount(label[label >= 0], minlength=manifest.labels.size).tolist(),
-        "sha256": sha256_json([manifest.digest[row].tobytes().hex() for row in rows]),
+        "sha256": sha256_json([manifest.digest[row].tobytes().hex() for row in np.sort(rows)]),
     }
 
 

@@ -28,10 +28,11 @@ from ..engines.runtimes import FunctionEngine, open_engine
 from ..engines.timing import best_batch, measure
 from ..evaluation.paired import Judgement
 from .gate import Gate, GateData, counts_as_passed, demand, gate_data, gate_report, rows_digest
+from .half import beyond_half
 from .images import batches_of, comparison_rows, pixels_of
 from .lint import demand_clean, lint
 from .onnx_graph import Precision, export_onnx, graph_facts, scorer_of, verify_graph
-from .pareto import Candidate, pareto_plot
+from .pareto import search_plot
 from .quantize import autocast, calibration_facts, calibration_rows, quantize
 
 Target = Literal["onnx", "trt", "pt2", "aoti", "torchscript", "triton"]
@@ -39,6 +40,7 @@ TARGETS: tuple[Target, ...] = ("onnx", "trt", "pt2", "aoti", "torchscript", "tri
 MODEL, PLAN, PICTURE = "model.onnx", "model.plan", "pareto.png"
 
 _LARGEST_LIST = 64  # calibration images that AutoCast and the ranking of layers look at
+_RANGE_LIST = 128  # calibration images that are looked at for values beyond FP16
 _SHORT = {"warmup_s": 0.2, "duration_s": 1.0}  # of a timing that goes into meta.json; `imgcls-fast bench` takes longer
 _SWEPT = (1, 2, 4, 8, 16, 32, 64)
 
@@ -158,12 +160,15 @@ class Exporter:
 
     def _half(self, precision: str) -> Export:
         """The half model between float edges; where its ranges burst FP16, AutoCast decides what stays in float32."""
-        try:
-            return self._graph(precision)  # type: ignore[arg-type]
-        except GateFailed as failed:
-            if precision != "fp16" or not len(self.calibration):
-                raise
-            self.say(f"{failed.message}; layers that need float32 keep it (AutoCast)")
+        burst = beyond_half(self._graph("fp32").path, self.calibration[:_RANGE_LIST]) if precision == "fp16" else ""
+        if not burst:
+            try:
+                return self._graph(precision)  # type: ignore[arg-type]
+            except GateFailed as failed:
+                if precision != "fp16" or not len(self.calibration):
+                    raise
+                burst = failed.message
+        self.say(f"{burst}; layers that need float32 keep it (AutoCast)")
         base = self._graph("fp32")
         key = export_key(self.bundle, base=base.meta["sha256"], autocast=env.versions(("nvidia-modelopt",)))
         if (made := find_key(self.exports, self.bundle, "onnx", precision, key)) is not None:
@@ -273,16 +278,7 @@ class Exporter:
         reference = self._open_onnx(self._graph("fp32").path, "fp32")
         took = measure(reference, batch, **_SHORT).end_to_end.p50_ms  # type: ignore[arg-type]
         reference.close()
-        full = gate.history[0]["reference_accuracy"]
-        points = [Candidate("fp32", full, took, "onnx", "reference")]
-        for seen in gate.history:
-            points.append(
-                Candidate(
-                    seen["name"], seen["accuracy"], timings.get(seen["name"]), "onnx", seen["verdict"],
-                    least_accuracy=full - seen["bound_pp"] / 100, chosen=seen["excluded"] == facts["excluded"],
-                )
-            )  # fmt: skip
-        pareto_plot(points, path, exported_for=exported_for, batch=batch)
+        search_plot(path, gate.history, took, timings, facts["excluded"], exported_for=exported_for, batch=batch)
 
     # --- engines ------------------------------------------------------------------------------------------------------
 

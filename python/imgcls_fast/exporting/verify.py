@@ -27,6 +27,7 @@ from ..data.sampler import Sampler
 from ..engines.base import Engine
 from ..engines.predictor import Predictor
 from ..engines.runtimes import open_engine
+from .images import comparison_rows
 
 Opened = Engine | Callable[[], Engine] | str  # str: why it is absent
 Batches = Generator[Batch, None, None]
@@ -122,7 +123,7 @@ def compare_run(
     Raises:
         DataError: D002 when the run has no images, D012 when none of them can be decoded.
     """
-    rows = spread_rows(manifest, images)
+    rows = comparison_rows(manifest, images)
     if not len(rows):
         raise DataError("D002", "the run has no images to compare on", try_="imgcls-fast data check DATA")
     found = usual_sources(reference) if sources is None else sources
@@ -209,16 +210,6 @@ def engines_of(bundle: Bundle, exports: Path, device: str) -> tuple[Engine, dict
         if precision != "bf16" or runtime == "trt"  # no ONNX runtime on a CPU takes it
     }
     return open_engine(bundle, "torch"), engines
-
-
-def spread_rows(manifest: Manifest, images: int) -> np.ndarray:
-    """(n,) int64, at most `images` rows: test, then val, then train, evenly over the last one that is not used up."""
-    picked: list[np.ndarray] = []
-    for split in ("test", "val", "train"):
-        rows = manifest.rows(split)
-        take = min(images - sum(len(part) for part in picked), len(rows))
-        picked.append(rows[np.linspace(0, len(rows) - 1, take).astype(np.int64)] if take else rows[:0])
-    return np.concatenate(picked)
 
 
 # ---------------------------------------------------------------- who delivers pixels

@@ -31,14 +31,14 @@ class Sample:
 
 
 def sample_of(run: Run, bundle: Bundle) -> Sample:
-    """Test rows, else val rows, spread evenly; noise where the run has neither, or their files are gone."""
+    """Test rows, else val rows, spread over the classes; noise where the run has neither, or their files are gone."""
     manifest = run.manifest
     labelled = {split: manifest.rows(split)[manifest.label[manifest.rows(split)] >= 0] for split in ("test", "val")}
     split = next((name for name, rows in labelled.items() if len(rows)), "")
     rows = labelled.get(split, np.zeros(0, np.int64))
     side, channels = bundle.pixels.size, bundle.pixels.channels
     take = min(len(rows), MOST_ROWS, max(1, _MOST_BYTES // (side * side * channels)))
-    picked = rows[np.linspace(0, len(rows) - 1, take).astype(np.int64)] if take else rows
+    picked = manifest.spread(rows, take)
     pixels, truth = [], []
     for batch in batches_of(bundle, manifest, picked) if take else ():
         keep = np.asarray(batch.weight) > 0
