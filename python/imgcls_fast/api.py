@@ -109,9 +109,10 @@ def evaluate(
     """
     from .data.loader import usual_loader
     from .evaluation.metrics import judge
-    from .evaluation.report import write_evaluation
+    from .evaluation.report import claim_folder, write_evaluation
     from .training.judging import engine_and_rows, score_rows
 
+    claim_folder(out)
     found = _run(run)
     device = _device()
     images = None if data is None else Path(data)
@@ -405,7 +406,7 @@ def split_data(data: str | Path | None = None, *, out: str | Path | None = None,
     config = _config_of(data, arguments)
     prepared = prepare(config.data, config.pixels.exif, env.cache_dir())
     path = Path(out) if out else Path("split.csv")
-    write_split_csv(path, prepared.manifest)
+    write_split_csv(path, prepared.manifest, replace=out is not None)
     names = ("images", "splits", "quarantined", "duplicates_removed", "notices")
     return {"path": str(path), **{name: prepared.facts()[name] for name in names}}
 

@@ -172,6 +172,60 @@ def test_last_is_a_link_that_follows_and_a_real_directory_of_that_name_stays(
     assert find_run("last").name == "three"
 
 
+def test_a_run_elsewhere_moves_last_of_the_runs_folder_and_touches_nothing_beside_itself(
+    runs: Path, make_run: Callable[[str], Run], tmp_path: Path
+) -> None:
+    make_run("one")
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "last.txt").write_text("my last will\n")
+    run = Run.create(home / "myrun")
+    run.save_config(build_config())
+    manifest().save(run.manifest_path)
+    assert run.mark_last() == ""
+    assert (home / "last.txt").read_text() == "my last will\n"
+    assert sorted(path.name for path in home.iterdir()) == ["last.txt", "myrun"]
+    assert find_run("last").directory.resolve() == run.directory.resolve()
+    assert (runs / "last").resolve() == run.directory.resolve()
+
+
+def test_a_last_txt_that_we_have_not_written_stays(runs: Path, make_run: Callable[[str], Run]) -> None:
+    for text in ("buy milk\n", "two\nlines\n", ""):
+        (runs / "last.txt").parent.mkdir(exist_ok=True)
+        (runs / "last.txt").write_text(text)
+        run = Run.create(runs / f"run{len(text)}")
+        assert "last.txt" in run.mark_last()
+        assert (runs / "last.txt").read_text() == text
+        with pytest.raises(UsageError, match="no last run"):
+            find_run("last")
+
+
+def test_the_pointer_of_an_earlier_version_is_read_and_moved(runs: Path, make_run: Callable[[str], Run]) -> None:
+    make_run("one")
+    make_run("two")
+    (runs / "last.txt").write_text("one\n")
+    assert find_run("last").name == "one"
+    make_run("three")
+    assert find_run("last").name == "three"
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "report.html", "plots", "split.csv", "log.txt"])
+def test_a_run_never_begins_in_a_folder_whose_files_it_would_replace(name: str, tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / name).write_text("mine")
+    with pytest.raises(UsageError, match=name) as refused:
+        Run.create(tmp_path / "home")
+    assert refused.value.code == "U002"
+    assert [path.name for path in (tmp_path / "home").iterdir()] == [name]
+    assert (tmp_path / "home" / name).read_text() == "mine"
+
+
+def test_a_folder_with_other_files_may_hold_a_run(tmp_path: Path) -> None:
+    (tmp_path / "job.sh").write_text("srun imgcls-fast train")
+    Run.create(tmp_path).unlock()
+    assert (tmp_path / "job.sh").exists()
+
+
 @pytest.mark.parametrize(
     "source", ["/data/my photos (2024)", "/data/ünï cödé", "/data/...", "/", None, "/data/a.b.csv"]
 )

@@ -6,12 +6,12 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .errors import HardwareError
+from .errors import HardwareError, UsageError
 
 
 def sync_directory(path: Path) -> None:
@@ -82,6 +82,27 @@ def copy_whole(source: Path, place: Path) -> None:
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+
+
+def refuse_to_replace(folder: Path, names: Iterable[str], ours: str | None = None) -> None:
+    """Raise if a file that is not ours would be replaced: its name is one that the user has not typed.
+
+    Args:
+        folder: where the files are to be written.
+        names: of the files, relative to it.
+        ours: name of a file that only we write; where it is present, the others are from us too. None: there is none.
+
+    Raises:
+        UsageError: U002, naming the files.
+    """
+    if ours is not None and os.path.lexists(folder / ours):
+        return
+    if taken := sorted(name for name in names if os.path.lexists(folder / name)):
+        raise UsageError(
+            "U002",
+            f"{folder} already holds {', '.join(taken)}, which would be replaced",
+            try_="choose another place with --out",
+        )
 
 
 def write_text(path: Path, text: str) -> None:

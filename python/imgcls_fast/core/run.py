@@ -23,6 +23,13 @@ from .predictions import Predictions
 from .settings import build_config, save_config
 
 EFFICIENCY_SCHEMA = 1  # of bench/efficiency.json
+# everything that training, judging, exporting and timing write into the directory of a run
+RUN_NAMES = (
+    ".lock", "baseline.json", "bench", "bundle", "checkpoints", "config.yaml", "data.json", "env.json", "eval",
+    "events.jsonl", "exports", "log.txt", "manifest.npz", "metrics.csv", "model.json", "plots", "quarantine.csv",
+    "report.html", "split.csv",
+)  # fmt: skip
+_POINTER_MARK = "# the last run; written by imgcls-fast"
 
 
 class Run:
@@ -162,7 +169,8 @@ class Run:
         """Make a new, empty run directory and lock it.
 
         Raises:
-            UsageError: U002 when the directory already holds a run (whole: one that was killed at birth may be overwritten).
+            UsageError: U002 when the directory already holds a run (a whole one: one that was killed at birth may be
+                overwritten), or files of somebody else's that a run would replace.
             HardwareError: H003 when it cannot be made.
         """
         run = cls(directory)
@@ -171,6 +179,12 @@ class Run:
                 "U002",
                 f"{directory} already holds a run",
                 try_=f"imgcls-fast train {directory} --resume   (or another --out)",
+            )
+        if taken := _others_files(directory):
+            raise UsageError(
+                "U002",
+                f"{directory} is not a run, and holds files that a run would replace: {', '.join(taken)}",
+                try_="choose an empty or new directory with --out",
             )
         with explained_write(directory):
             run.directory.mkdir(parents=True, exist_ok=True)
@@ -250,19 +264,49 @@ class Run:
         writer.writerows(epochs)
         write_text(self.directory / "metrics.csv", out.getvalue())
 
-    def mark_last(self) -> None:
-        """Let `last` in the folder of runs point here: a text file, and a symlink where that is possible."""
-        folder = self.directory.parent
-        write_text(folder / "last.txt", self.directory.name + "\n")
-        link, temporary = folder / "last", folder / f".last.{os.getpid()}"
+    def mark_last(self) -> str:
+        """Let `last` in the folder of runs point here: last.txt, and a symlink where that is possible.
+
+        The pointer belongs to the folder of runs alone, wherever this run is, and no file of the user's is replaced.
+
+        Returns:
+            Why `last` could not be moved, or an empty string.
+        """
+        runs, inside = env.runs_dir(), self.directory.resolve()
+        target = inside.name if inside.parent == runs.resolve() else str(inside)
+        pointer, link = runs / "last.txt", runs / "last"
+        if pointer.exists() and _pointed_to(runs) is None:
+            return f"{pointer} is not ours and stays as it is, so `last` does not mean this run"
+        try:
+            runs.mkdir(parents=True, exist_ok=True)
+            write_text(pointer, f"{target}\n{_POINTER_MARK}\n")
+        except (OSError, HardwareError) as error:
+            return f"`last` does not mean this run: {error}"
         if link.exists() and not link.is_symlink():
-            return
+            return ""
+        temporary = runs / f".last.{os.getpid()}"
         try:
             temporary.unlink(missing_ok=True)
-            temporary.symlink_to(self.directory.name)
+            temporary.symlink_to(target)
             os.replace(temporary, link)
         except OSError:
             temporary.unlink(missing_ok=True)  # a file system without links: last.txt is enough
+        return ""
+
+
+def _pointed_to(runs: Path) -> str | None:
+    """What last.txt names: a directory of `runs` or an absolute path. None where the file is not ours.
+
+    Raises:
+        FileNotFoundError: there is no last.txt.
+    """
+    text = (runs / "last.txt").read_text("utf-8", "surrogateescape")
+    if text.endswith(f"\n{_POINTER_MARK}\n"):
+        return text.removesuffix(f"\n{_POINTER_MARK}\n")
+    name = text.removesuffix("\n")  # as earlier versions wrote it, without the mark
+    link = runs / "last"
+    written_by_us = (link.is_symlink() and os.readlink(link) == name) or is_run(runs / name)
+    return name if name and "\n" not in name and written_by_us else None
 
 
 def _lock_soon(file: IO[str], patience_s: float = 1.0) -> None:
@@ -275,6 +319,17 @@ def _lock_soon(file: IO[str], patience_s: float = 1.0) -> None:
             if time.monotonic() > give_up:
                 raise
             time.sleep(0.02)
+
+
+def _others_files(directory: Path) -> list[str]:
+    """Names in `directory` that a run would write and that no run has written; none in one that was killed at birth."""
+    lock = directory / ".lock"
+    try:
+        if lock.is_file() and (not lock.stat().st_size or lock.read_bytes()[:4] == b"pid "):
+            return []
+        return sorted(name for name in RUN_NAMES if os.path.lexists(directory / name))
+    except OSError:
+        return []  # making the directory will say what is wrong with it
 
 
 def _close(file: IO[str] | None) -> None:
@@ -302,9 +357,11 @@ def find_run(name: str | Path | None) -> Run:
     runs = env.runs_dir()
     if name is None or str(name) in ("last", str(runs / "last")):
         try:
-            target = (runs / "last.txt").read_text("utf-8").strip()
+            target = _pointed_to(runs)
         except FileNotFoundError:
-            raise UsageError("U003", f"there is no last run in {runs}", try_="imgcls-fast train DATA") from None
+            target = None
+        if target is None:
+            raise UsageError("U003", f"there is no last run in {runs}", try_="imgcls-fast train DATA")
         if is_run(runs / target):
             return Run(runs / target)
         raise UsageError("U003", f"the last run, {runs / target}, is not there any more", try_="imgcls-fast runs list")

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.files import write_text
+from ..core.files import refuse_to_replace, write_text
 from .benchpage import day, digits, meaning, page, paired, source_of, standing, threads
 from .benchreport import Area, Contender, Missing, Row, read_results, table
 from .lanes import WIDTH, Lane, Sheet, lay_beneath, lay_out
@@ -78,6 +78,7 @@ def write_bench_report(folders: Sequence[Path], out: Path) -> dict[str, Any]:
             if (accuracies := accuracy_latency(area)) is not None:
                 pictures[k, "pareto"] = accuracies
     files = _file_names(machines, pictures)
+    refuse_to_replace(out, [f"{name}.png" for name in files.values()], ours="bench.html")
     write_plots(out, {files[key]: png for key, png in pictures.items()})
     write_text(out / "bench.html", page(machines, pictures))
     return {
