@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -84,7 +86,7 @@ def test_cosine_equals_torchs_schedule() -> None:
 
 
 def test_one_cycle_rises_for_three_tenths_and_momentum_mirrors_it() -> None:
-    rates = schedule(sched="onecycle")
+    rates = schedule(sched="onecycle", warmup=3.0)
     assert rates.lr(0) == pytest.approx(0.5 / 25)
     assert rates.lr(30) == pytest.approx(0.5)
     assert rates.lr(15) == pytest.approx(0.5 * (0.04 + 0.96 / 2))
@@ -97,12 +99,81 @@ def test_one_cycle_rises_for_three_tenths_and_momentum_mirrors_it() -> None:
 
 @pytest.mark.parametrize("opt", ["sgd", "adamw"])
 def test_one_cycle_writes_rate_and_momentum_into_the_optimizer(opt: str) -> None:
-    rates = schedule(sched="onecycle", opt=opt)
+    rates = schedule(sched="onecycle", opt=opt, warmup=3.0)
     optimizer = build_optimizer(torch.nn.Linear(2, 2), rates.config, torch.device("cpu"))
     assert set_rates(optimizer, rates, 30) == pytest.approx(0.5)
     for group in optimizer.param_groups:
         assert group["lr"] == pytest.approx(0.5)
         assert (group["momentum"] if opt == "sgd" else group["betas"][0]) == pytest.approx(0.85)
+
+
+def formula(sched: str, step: int, rise: int, drops: int, settings: dict[str, Any]) -> float:
+    """The share of the peak at a step of a run of 100, written down without looking at the code.
+
+    Args:
+        rise: steps of warm-up.
+        drops: how often plateau has dropped by then.
+    """
+    if step < rise:
+        cycle = (1 - math.cos(math.pi * step / rise)) / 2
+        return max(settings["min_lr"], 1 / 25 + 24 / 25 * cycle) if sched == "onecycle" else (step + 1) / rise
+    way = (step - rise) / (100 - rise)
+    cosine = (1 + math.cos(math.pi * way)) / 2
+    shares = {
+        "cosine": cosine,
+        "onecycle": 1e-4 + (1 - 1e-4) * cosine,
+        "step": settings["gamma"] ** (step // 10 // settings["step_epochs"]),
+        "plateau": settings["gamma"] ** drops,
+        "none": 1.0,
+    }
+    return max(settings["min_lr"], shares[sched])
+
+
+@pytest.mark.parametrize("resumed", [None, 0, 1, 15, 20, 37, 99], ids=lambda at: f"resumed at {at}")
+@pytest.mark.parametrize("warmup", [0.0, 0.1, 1.5, 3.0, 9.9])
+@pytest.mark.parametrize("floor", [0.0, 0.2])
+@pytest.mark.parametrize("sched", ["cosine", "onecycle", "step", "plateau", "none"])
+def test_every_schedule_with_every_warm_up_follows_its_formula_also_when_resumed(
+    sched: str, floor: float, warmup: float, resumed: int | None
+) -> None:
+    settings = {"gamma": 0.3, "step_epochs": 4, "plateau_patience": 1, "min_lr": floor}
+    rates = schedule(sched=sched, warmup=warmup, **settings)
+    optimizer = build_optimizer(torch.nn.Linear(2, 2), rates.config, torch.device("cpu"))
+    values = [0.1, 0.3, 0.2, 0.2, 0.4, 0.1, 0.1, 0.1, 0.1, 0.5]  # plateau drops after epochs 4, 7 and 9
+    drops, rise = 0, round(warmup * 10)
+    for step in range(100):
+        if step == resumed:  # as from a checkpoint: a new object, whose state went through JSON
+            state = json.loads(json.dumps(rates.state))
+            rates = schedule(sched=sched, warmup=warmup, **settings)
+            rates.state.update(state)
+        expected = 0.5 * formula(sched, step, rise, drops, settings)
+        assert set_rates(optimizer, rates, step) == pytest.approx(expected, rel=1e-12), step
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(expected, rel=1e-12)
+        way = step / rise if step < rise else 1 - (step - rise) / (100 - rise)
+        momentum = 0.95 - 0.1 * way if sched == "onecycle" else 0.9
+        assert optimizer.param_groups[0]["momentum"] == pytest.approx(momentum, rel=1e-12)
+        if step % 10 == 9:
+            rates.after_epoch(values[step // 10])
+            drops += sched == "plateau" and step // 10 in (3, 6, 8)
+
+
+@pytest.mark.parametrize("warmup", [0.0, 0.1, 1.5, 3.0, 9.9])
+@pytest.mark.parametrize("sched", ["cosine", "onecycle", "step", "plateau", "none"])
+def test_after_its_peak_no_rate_rises_again(sched: str, warmup: float) -> None:
+    rates = schedule(sched=sched, warmup=warmup, step_epochs=20)
+    values = [rates.lr(step) for step in range(100)]
+    peak = int(np.argmax(values))
+    assert values[peak] == pytest.approx(0.5, rel=0.01)
+    assert peak in (round(warmup * 10), max(0, round(warmup * 10) - 1))
+    assert all(later <= earlier for earlier, later in pairwise(values[peak:]))
+    assert all(later >= earlier for earlier, later in pairwise(values[: peak + 1]))
+
+
+def test_one_cycle_leaves_sgd_without_momentum_as_it_is() -> None:
+    rates = schedule(sched="onecycle", momentum=0.0, warmup=3.0)
+    optimizer = build_optimizer(torch.nn.Linear(2, 2), rates.config, torch.device("cpu"))
+    set_rates(optimizer, rates, 30)
+    assert {group["momentum"] for group in optimizer.param_groups} == {0.0}
 
 
 def test_steps_fall_by_gamma_every_few_epochs() -> None:

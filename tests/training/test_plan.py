@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from imgcls_fast.core.run import Run
 from imgcls_fast.core.settings import build_config, flatten, to_yaml
 from imgcls_fast.models.small_cnn import SmallCNN
 from imgcls_fast.training import session
+from imgcls_fast.training.optim import Schedule
 from imgcls_fast.training.plan import Machine, Plan, make_plan
 
 LAPTOP = Machine(cpus=2, dali=True)
@@ -115,6 +117,19 @@ def test_the_loader_suits_machine_and_images(
 def test_precision_and_compiling_suit_the_machine(machine: Machine, precision: str, compiled: bool) -> None:
     train = plan_of(machine=machine).config.train
     assert (train.precision, train.compile) == (precision, compiled)
+
+
+@pytest.mark.parametrize("init", ["scratch", "pretrained"])
+@pytest.mark.parametrize("epochs", [1, 3, 30])
+def test_one_cycle_is_planned_as_a_single_cycle(init: str, epochs: int) -> None:
+    """The warm-up of the recipe once came before the cycle's own, and the rate went up twice."""
+    plan = plan_of({"optim.sched": "onecycle", "train.epochs": epochs, "model.init": init, "model.arch": "resnet18"})
+    rates = Schedule(plan.config.optim, 100, epochs)
+    values = [rates.lr(step) for step in range(100 * epochs)]
+    assert int(np.argmax(values)) == 30 * epochs
+    assert values[0] == pytest.approx(values[30 * epochs] / 25)
+    assert all((b > a) == (k < 30 * epochs) for k, (a, b) in enumerate(pairwise(values)))
+    assert plan_of({"optim.sched": "onecycle", "optim.warmup": 0}).config.optim.warmup == 0
 
 
 @pytest.mark.parametrize(("side", "size"), [(8, 32), (28, 32), (50, 64), (400, 96)])

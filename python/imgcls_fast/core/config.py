@@ -175,7 +175,7 @@ class OptimConfig(Section):
     weight_decay: Annotated[float, Field(ge=0)] | Auto = Field("auto", description="not applied to biases and norms")
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="SGD momentum (Nesterov)")
     sched: Literal["auto", "cosine", "onecycle", "step", "plateau", "none"] = Field("auto", description="schedule")
-    warmup: Annotated[float, Field(ge=0)] | Auto = Field("auto", description="linear warm-up, epochs")
+    warmup: Annotated[float, Field(ge=0)] | Auto = Field("auto", description="warm-up, epochs; onecycle: of its rise")
     step_epochs: PositiveInt = Field(10, description="step schedule: epochs between drops")
     gamma: Annotated[float, Field(gt=0, lt=1)] = Field(0.1, description="step and plateau: factor of a drop")
     plateau_patience: PositiveInt = Field(5, description="plateau: epochs without improvement before a drop")

@@ -134,7 +134,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag(("--opt",), "optimizer", "optim.opt", metavar="NAME", group=_STEPS, choices=("auto", "sgd", "adamw")),
     Flag(("--sched",), "learning-rate schedule", "optim.sched", metavar="NAME", group=_STEPS,
          choices=("auto", "cosine", "onecycle", "step", "plateau", "none")),
-    Flag(("--warmup",), "linear warm-up, epochs, or auto", "optim.warmup", metavar="E", group=_STEPS),
+    Flag(("--warmup",), "warm-up in epochs (onecycle: its rise), or auto", "optim.warmup", metavar="E", group=_STEPS),
     Flag(("--weight-decay",), "weight decay, or auto", "optim.weight_decay", metavar="W", group=_STEPS),
     Flag(("--clip",), "largest norm of the gradient, or none", "optim.clip", metavar="G", group=_STEPS, values=(("none", None),)),
     Flag(("--ema",), "decay a step of averaged weights; 0: off", "optim.ema", metavar="D", group=_STEPS),

@@ -47,10 +47,11 @@ def build_optimizer(model: nn.Module, config: OptimConfig, device: torch.device)
 
 
 class Schedule:
-    """The learning rate as a function of the optimizer step.
+    """The learning rate as a function of the optimizer step: a rise over the warm-up, then the schedule's own fall.
 
     Every schedule but plateau is a pure function, so a resumed run needs no state; plateau keeps `factor`, `best` and
-    `wait`, which go into the checkpoint. Warm-up is linear from lr / steps of warm-up.
+    `wait`, which go into the checkpoint. The rise is linear from lr / steps of warm-up, except for one-cycle, whose
+    rise is the first part of the cycle (Smith and Topin, "Super-convergence", 2017): a half cosine from lr / 25.
 
     Args:
         config: resolved (no "auto").
@@ -68,7 +69,9 @@ class Schedule:
         """Learning rate of optimizer step `step` (from 0)."""
         peak, floor = _number(self.config.lr), self.config.min_lr
         if step < self.warmup:
-            return peak * (step + 1) / self.warmup
+            if self.config.sched != "onecycle":
+                return peak * (step + 1) / self.warmup
+            return peak * max(floor, 0.04 + 0.96 * 0.5 * (1 - math.cos(math.pi * step / self.warmup)))
         done = (step - self.warmup) / max(1, self.total - self.warmup)
         shape = _SHAPES[self.config.sched](self, done, step)
         return peak * max(floor, shape)
@@ -77,8 +80,8 @@ class Schedule:
         """One-cycle also cycles momentum 0.95 -> 0.85 -> 0.95 (Smith and Topin, 2017); others leave it alone."""
         if self.config.sched != "onecycle":
             return None
-        rise = _ONECYCLE_RISE * self.total
-        down = step / max(1, rise) if step < rise else 1 - (step - rise) / max(1, self.total - rise)
+        rise = self.warmup
+        down = step / rise if step < rise else 1 - (step - rise) / max(1, self.total - rise)
         return 0.95 - 0.1 * min(1.0, max(0.0, down))
 
     def after_epoch(self, value: float) -> None:
@@ -94,19 +97,12 @@ class Schedule:
             state["factor"], state["wait"] = state["factor"] * self.config.gamma, 0
 
 
-_ONECYCLE_RISE = 0.3
-
-
 def _cosine(schedule: Schedule, done: float, step: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
 def _onecycle(schedule: Schedule, done: float, step: int) -> float:
-    # Smith and Topin, "Super-convergence", 2017: up from lr / 25 over 30 % of the steps, then down to lr / 1e4
-    if done < _ONECYCLE_RISE:
-        return 0.04 + 0.96 * 0.5 * (1 - math.cos(math.pi * done / _ONECYCLE_RISE))
-    fall = (done - _ONECYCLE_RISE) / (1 - _ONECYCLE_RISE)
-    return 1e-4 + (1 - 1e-4) * 0.5 * (1 + math.cos(math.pi * min(1.0, fall)))
+    return 1e-4 + (1 - 1e-4) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))  # down to lr / 1e4
 
 
 def _step(schedule: Schedule, done: float, step: int) -> float:
@@ -127,7 +123,7 @@ def set_rates(optimizer: torch.optim.Optimizer, schedule: Schedule, step: int) -
     lr, momentum = schedule.lr(step), schedule.momentum(step)
     for group in optimizer.param_groups:
         group["lr"] = lr
-        if momentum is not None and "momentum" in group:
+        if momentum is not None and group.get("momentum"):  # SGD without momentum stays without
             group["momentum"] = momentum
         elif momentum is not None and "betas" in group:
             group["betas"] = (momentum, group["betas"][1])

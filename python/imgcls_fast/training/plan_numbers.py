@@ -162,9 +162,12 @@ def choose_optimizer(notes: Notes, recipe: Recipe) -> None:
     scale = (batch / base_batch) if opt == "sgd" else math.sqrt(batch / base_batch)
     notes.decide("optim.lr", float(f"{base_lr * scale:.3g}"), f"{base_lr:g} at batch {base_batch}, scaled to {batch}")
     notes.decide("optim.weight_decay", recipe.weight_decay[opt], "recipe")
-    notes.decide("optim.sched", recipe.sched, "recipe")
+    sched = notes.decide("optim.sched", recipe.sched, "recipe")
     epochs = notes.value("train.epochs")
-    notes.decide("optim.warmup", round(min(recipe.warmup, 0.15 * epochs), 2), "epochs; at most 15 % of the run")
+    if sched == "onecycle":  # Smith and Topin 2017; a rise before this one would run the cycle twice
+        notes.decide("optim.warmup", round(0.3 * epochs, 2), "epochs; the rise of the cycle, 30 % of the run")
+    else:
+        notes.decide("optim.warmup", round(min(recipe.warmup, 0.15 * epochs), 2), "epochs; at most 15 % of the run")
     notes.decide("loss.label_smoothing", recipe.smoothing, "recipe")
     notes.decide("optim.ema", recipe.ema, "recipe")
 
