@@ -316,7 +316,7 @@ def machine(device: str) -> report.Machine:
         facts={
             "system": facts["system"],
             "imgcls_fast": facts["imgcls_fast"],
-            "git": env.git_revision(HERE),
+            "git": env.own_revision(),
             "load": round(os.getloadavg()[0], 2),
             "compiler": str(build.get("compiler", "")),
         },

@@ -9,9 +9,10 @@
 Names are looked up on first use, so `import imgcls_fast` itself imports no library.
 """
 
-from __future__ import annotations
-
-from typing import Any
+# Nothing is imported here: with `python -m imgcls_fast` the current folder is still the first place where modules are looked for
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 _HOMES = {
     "train": "api", "plan": "api", "evaluate": "api", "predict": "api", "export": "api", "report": "api",
@@ -28,7 +29,7 @@ _HOMES = {
 __all__ = ["__version__", *_HOMES]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> "Any":
     from importlib import import_module
 
     if name == "__version__":

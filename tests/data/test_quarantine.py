@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from imgcls_fast.core import child
 from imgcls_fast.data import quarantine
 from imgcls_fast.data.quarantine import BadFile, examine, examine_isolated, read_quarantine, write_quarantine
 
@@ -46,33 +47,25 @@ def test_isolated_verdicts_equal_those_of_this_process_in_order(files):
 
 
 def child_that(tmp_path: Path, body: str) -> Path:
-    """A package path whose decoder misbehaves for files called `bad...`."""
-    package = tmp_path / "fake" / "imgcls_fast" / "data"
-    package.mkdir(parents=True)
-    (package.parent / "__init__.py").write_text("")
-    (package / "__init__.py").write_text("")
-    real = Path(quarantine.__file__).resolve().parents[2]
-    (package / "quarantine.py").write_text(
+    """A program like the real child that does `body` at files called bad."""
+    script = tmp_path / "child.py"
+    script.write_text(
         textwrap.dedent(
             f"""
-            import importlib.util, sys
-            def serve_child(arguments):
-                for name in [n for n in sys.modules if n.startswith("imgcls_fast")]:
-                    del sys.modules[name]
-                sys.path.remove({str(tmp_path / "fake")!r})
-                sys.path.insert(0, {str(real)!r})
-                from imgcls_fast.data import quarantine as real
-                plain = real.full_decode
-                def full_decode(path, **options):
-                    if "bad" in path:
-                        {body}
-                    return plain(path, **options)
-                real.full_decode = full_decode
-                real.serve_child(arguments)
+            import sys
+            sys.path.insert(0, {str(Path(quarantine.__file__).parents[2])!r})
+            from imgcls_fast.data import quarantine
+            plain = quarantine.full_decode
+            def full_decode(path, **options):
+                if "bad" in path:
+                    {body}
+                return plain(path, **options)
+            quarantine.full_decode = full_decode
+            quarantine.serve_child(sys.argv[1:])
             """
         )
     )
-    return package / "quarantine.py"
+    return script
 
 
 @pytest.mark.parametrize(
@@ -87,7 +80,7 @@ def child_that(tmp_path: Path, body: str) -> Path:
 )
 def test_a_crash_a_hang_or_a_memory_bomb_is_a_reason_and_the_others_go_on(files, tmp_path, monkeypatch, body, reason):
     fake = child_that(tmp_path, body)
-    monkeypatch.setattr(quarantine, "__file__", str(fake))
+    monkeypatch.setattr(child, "command", lambda module, *words, options=(): [sys.executable, str(fake), *words])
     bad = tmp_path / "bad.png"
     bad.write_bytes(files["good"].read_bytes())
     verdicts = examine_isolated([files["good"], bad, files["empty"], files["good"]], timeout_s=1, memory_mb=4096)

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from importlib import import_module
 from typing import Any, NoReturn
 
-from ..core.env import calm_threads
+from ..core.env import calm_threads, distrust_folder
 from ..core.errors import ImgclsError, Interrupted, UsageError, near
 from ..core.flags import LATER_FLAGS, LATER_VERBS, VERBS, Flag, Verb, flags_of
 from .answer import Answer, Request, Session
@@ -33,6 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     calm_threads()
+    distrust_folder()
     _tolerate_any_name()
     session = Session(json="--json" in words, debug="--debug" in words, quiet=bool({"-q", "--quiet"} & set(words)))
     try:

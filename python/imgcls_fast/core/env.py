@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ LIBRARIES = (
     "torch", "torchvision", "timm", "nvidia-dali-cuda130", "numpy", "pillow", "scikit-learn", "safetensors",
     "pydantic", "onnx", "onnxscript", "onnxruntime", "openvino", "nvidia-modelopt", "tensorrt",
 )  # fmt: skip
+_COMMIT = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")
 # the libraries whose version can change the bits of a resumed run
 NUMERIC_LIBRARIES = ("torch", "torchvision", "timm", "nvidia-dali-cuda130", "numpy", "pillow")
 
@@ -31,6 +31,27 @@ def calm_threads() -> None:
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+
+def distrust_folder() -> None:
+    """Look for no program and, in processes that this one starts, for no module in the current folder.
+
+    For the command line: torch starts compilers by name and workers with `python -m`.
+    """
+    os.environ.update(child_environment())
+
+
+def child_environment() -> dict[str, str]:
+    """The environment of a process that is started: no module and no program is looked for in its current folder.
+
+    An empty or relative entry of PATH or PYTHONPATH means a place in the current folder, whoever's folder that is.
+    """
+    changed = {"PYTHONSAFEPATH": "1"}
+    for name, default in (("PATH", os.defpath.lstrip(":")), ("PYTHONPATH", "")):
+        if name in os.environ:
+            places = [place for place in os.environ[name].split(os.pathsep) if os.path.isabs(place)]
+            changed[name] = os.pathsep.join(places) or default
+    return {**os.environ, **changed}
 
 
 def cache_dir() -> Path:
@@ -89,20 +110,36 @@ def package_version() -> str:
     return versions(("imgcls-fast",))["imgcls-fast"] or "0+unknown"
 
 
-def git_revision(folder: Path) -> str | None:
-    """The commit that `folder` stands at (with "+dirty"), or None outside a repository."""
+def own_revision(package: Path | None = None) -> str | None:
+    """The commit that a checkout of imgcls-fast itself stands at; None where the package was installed without one.
 
-    def git(*words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=5)
-
-    try:
-        head = git("rev-parse", "HEAD")
-        if head.returncode:
-            return None
-        dirty = git("status", "--porcelain", "--untracked-files=no").stdout.strip()
-        return head.stdout.strip() + ("+dirty" if dirty else "")
-    except (OSError, subprocess.TimeoutExpired):
+    Read from files. `git` is never run: the configuration of a repository names programs that git starts, and the current
+    folder may be a stranger's.
+    """
+    package = package or Path(__file__).resolve().parents[1]
+    if package.parent.name != "python":  # <checkout>/python/imgcls_fast
         return None
+    try:
+        return _revision(package.parents[1] / ".git")
+    except (OSError, ValueError):
+        return None
+
+
+def _revision(git: Path) -> str | None:
+    if git.is_file():  # of a second working tree
+        git = git.parent / git.read_text("utf-8").removeprefix("gitdir:").strip()
+    shared = git / "commondir"
+    common = git / shared.read_text("utf-8").strip() if shared.is_file() else git
+    head = (git / "HEAD").read_text("utf-8").strip()
+    name = head.removeprefix("ref:").strip()
+    if name == head:
+        return head if _COMMIT.fullmatch(head) else None
+    if (common / name).is_file():
+        found = (common / name).read_text("utf-8").strip()
+    else:
+        lines = (common / "packed-refs").read_text("utf-8").splitlines()
+        found = next((line.split()[0] for line in lines if line.split()[1:] == [name]), "")
+    return found if _COMMIT.fullmatch(found) else None
 
 
 def machine_facts() -> dict[str, Any]:
@@ -124,8 +161,8 @@ def machine_slug(device: str | None = None) -> str:
 
 
 def run_facts(seed: int) -> dict[str, Any]:
-    """`machine_facts` with the command line, the working directory's commit and the seed: env.json of a run."""
-    return machine_facts() | {"command": sys.argv, "git": git_revision(Path.cwd()), "seed": seed}
+    """`machine_facts` with the command line, our own commit and the seed: env.json of a run."""
+    return machine_facts() | {"command": sys.argv, "git": own_revision(), "seed": seed}
 
 
 def build_info() -> dict[str, Any]:

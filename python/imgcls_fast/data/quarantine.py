@@ -18,8 +18,10 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from subprocess import PIPE
 from typing import BinaryIO
 
+from imgcls_fast.core import child
 from imgcls_fast.core.files import write_whole
 
 from .decode import Undecodable, full_decode
@@ -81,9 +83,9 @@ def examine_isolated(
     names = [os.fsencode(p) for p in paths]
     share = max(1, -(-len(names) // max(1, workers)))
     parts = [names[i : i + share] for i in range(0, len(names), share)]
-    child = _Child(max_megapixels, timeout_s, memory_mb)
+    examiner = _Child(max_megapixels, timeout_s, memory_mb)
     with ThreadPoolExecutor(max(1, len(parts))) as pool:
-        return [verdict for part in pool.map(child.examine_all, parts) for verdict in part]
+        return [verdict for part in pool.map(examiner.examine_all, parts) for verdict in part]
 
 
 @dataclass(frozen=True)
@@ -103,13 +105,8 @@ class _Child:
 
     def _examine_until_death(self, names: list[bytes]) -> tuple[list[Verdict], str]:
         """Verdicts until all are done (fate "") or the child died of the next file (fate: the reason)."""
-        place = str(Path(__file__).resolve().parents[2])
-        program = (
-            "import sys; sys.path.insert(0, sys.argv[1]); "
-            "from imgcls_fast.data.quarantine import serve_child; serve_child(sys.argv[2:])"
-        )
-        command = [sys.executable, "-c", program, place, str(self.max_megapixels), str(self.memory_mb)]
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        limits = str(self.max_megapixels), str(self.memory_mb)
+        process = child.start("data.quarantine", *limits, stdin=PIPE, stdout=PIPE, stderr=subprocess.DEVNULL)
         assert process.stdin is not None and process.stdout is not None
         try:
             _feed(process, b"\0".join(names))
@@ -208,3 +205,7 @@ def read_quarantine(path_csv: Path) -> list[BadFile]:
             BadFile(row["path"], row["reason"], row["split"], row["label"], int(row["size_bytes"]), row["found"])
             for row in csv.DictReader(file)
         ]
+
+
+if __name__ == "__main__":
+    serve_child(sys.argv[1:])

@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ..core import env
+from ..core import child, env
 from ..core.errors import ExportError, HardwareError
 from ..core.files import explained_write, sha256_json, sync_directory
 from ..core.manifest import Manifest
@@ -271,22 +270,14 @@ def _in_child(
 
 def _run(folder: Path, timeout_s: float | None) -> None:
     """Start the child, wait for it, and leave none behind."""
-    command = [
-        sys.executable,
-        "-P",
-        "-X",
-        "faulthandler",
-        "-m",
-        "imgcls_fast.exporting.quantize_child",
-        str(folder),
-        str(os.getpid()),
-    ]
+    words, options = (str(folder), str(os.getpid())), ("-X", "faulthandler")
     with open(folder / "stderr.txt", "wb") as stderr:
-        child = subprocess.Popen(
-            command, cwd=folder, stdin=subprocess.PIPE, stdout=stderr, stderr=stderr, start_new_session=True
+        quantizer = child.start(
+            "exporting.quantize_child", *words, options=options,
+            cwd=folder, stdin=subprocess.PIPE, stdout=stderr, stderr=stderr, start_new_session=True,
         )  # fmt: skip
     try:
-        code = child.wait(timeout_s)
+        code = quantizer.wait(timeout_s)
     except subprocess.TimeoutExpired as error:
         raise ExportError(
             "E003",
@@ -294,11 +285,11 @@ def _run(folder: Path, timeout_s: float | None) -> None:
             try_="imgcls-fast export --onnx --precision int8 --calibration-images 128",
         ) from error
     finally:  # also at Ctrl-C; the child has nothing to tidy up, its folder is ours
-        if child.poll() is None:
-            os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
-        if child.stdin is not None:
-            child.stdin.close()
+        if quantizer.poll() is None:
+            os.killpg(quantizer.pid, signal.SIGKILL)
+        quantizer.wait()
+        if quantizer.stdin is not None:
+            quantizer.stdin.close()
     if code != 0:
         _explain(code, (folder / "stderr.txt").read_text("utf-8", "replace"))
 

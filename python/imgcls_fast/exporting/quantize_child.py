@@ -1,4 +1,4 @@
-"""The process that quantises: `python -m imgcls_fast.exporting.quantize_child FOLDER PARENT`.
+"""The process that quantises: `quantize_child FOLDER PARENT`, started by `core/child.py`.
 
 ModelOpt replaces functions of ONNX Runtime's quantizer when it is imported, and a quantizer can run out of memory or crash: so it
 runs in a process of its own, in a folder of its own, and dies with its parent. The folder holds request.json, model.onnx and

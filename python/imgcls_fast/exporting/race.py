@@ -1,6 +1,6 @@
 """Engines against torch, in turns, in fresh processes; one process is too sure of itself (`engines/timing.py`).
 
-python -m imgcls_fast.exporting.race TASK        one process; TASK is JSON
+race TASK        one process (`core/child.py` starts it); TASK is JSON
 """
 
 from __future__ import annotations
@@ -10,17 +10,18 @@ import math
 import random
 import re
 import signal
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 import numpy as np
 import torch
 
+from ..core import child
 from ..core.bundle import Bundle, read_bundle
 from ..engines.timing import PAUSE_S, interleave, random_pixels, ratio_interval
 from .contenders import REFERENCE, Contender
@@ -45,13 +46,13 @@ def ratios(
         "bundle": str(bundle.directory), "device": device, "threads": threads, "pairs": PAIRS,
         "contenders": [contender.to_task() for contender in contenders],
     }  # fmt: skip
-    command = [sys.executable, "-P", "-W", "ignore", "-m", "imgcls_fast.exporting.race", json.dumps(task)]
     runs: list[dict[str, list[float]]] = []
     for _ in range(PROCESSES):
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
-        if done.returncode:
-            return {}, f"the process that compares failed: {_ending(done.returncode, done.stderr)}"
-        runs.append(json.loads(done.stdout.strip().splitlines()[-1]))
+        process = child.start("exporting.race", json.dumps(task), options=("-W", "ignore"), stdout=PIPE, stderr=PIPE)
+        out, errors = (stream.decode("utf-8", "replace") for stream in process.communicate())
+        if process.returncode:
+            return {}, f"the process that compares failed: {_ending(process.returncode, errors)}"
+        runs.append(json.loads(out.strip().splitlines()[-1]))
     return {name: summed([run[name] for run in runs]) for name in runs[0]}, ""
 
 
