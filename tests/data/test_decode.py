@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from imgcls_fast.core.errors import DataError
+from imgcls_fast.data import reach
 from imgcls_fast.data.decode import (
     Undecodable,
     decode_pixels,
@@ -176,8 +178,11 @@ def test_a_large_image_is_refused_before_it_is_decoded(picture):
     assert decode_pixels(content, max_megapixels=35e-6).shape == (5, 7, 3)
 
 
-def test_a_missing_file_is_a_reason_too(tmp_path):
-    assert full_decode_reason(tmp_path / "none.jpg") == "cannot be opened: No such file or directory"
+def test_a_missing_file_is_out_of_reach_and_a_folder_is_a_reason(tmp_path, monkeypatch):
+    monkeypatch.setattr(reach, "WAITS_S", ())
+    with pytest.raises(DataError) as caught:
+        full_decode_reason(tmp_path / "none.jpg")
+    assert caught.value.code == "D015" and "none.jpg cannot be reached: No such file" in caught.value.message
     assert full_decode_reason(tmp_path) == "cannot be opened: Is a directory"
 
 

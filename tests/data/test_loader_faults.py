@@ -41,10 +41,6 @@ def empty(path: Path) -> None:
     path.write_bytes(b"")
 
 
-def delete(path: Path) -> None:
-    path.unlink()
-
-
 def larger(path: Path) -> None:
     Image.new("RGB", (400, 300), "red").save(path)
 
@@ -63,7 +59,7 @@ def folder(path: Path) -> None:
     path.mkdir()
 
 
-DAMAGES = [cut, cut_end, html, empty, delete, larger, smaller, turned, folder]
+DAMAGES = [cut, cut_end, html, empty, larger, smaller, turned, folder]
 
 
 @pytest.fixture
@@ -168,7 +164,7 @@ def test_every_file_bad_ends_the_epoch_with_nothing_but_padding(kit, photos, bac
 
 @BACKENDS
 @SPLIT
-@pytest.mark.parametrize("damage", [cut, delete, larger], ids=lambda d: d.__name__)
+@pytest.mark.parametrize("damage", [cut, larger], ids=lambda d: d.__name__)
 def test_a_file_that_goes_bad_while_the_epoch_runs_is_found_at_its_turn(
     kit, photos, backend, workers, training, damage
 ):

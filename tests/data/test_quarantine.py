@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from imgcls_fast.core import child
-from imgcls_fast.data import quarantine
+from imgcls_fast.data import quarantine, reach
 from imgcls_fast.data.quarantine import BadFile, examine, examine_isolated, read_quarantine, write_quarantine
 
 
@@ -39,7 +39,8 @@ def test_whatever_a_decoder_raises_is_a_reason(files, monkeypatch):
     assert not verdict.ok and verdict.reason == "decoder failed: ReferenceError: not among the faults we know"
 
 
-def test_isolated_verdicts_equal_those_of_this_process_in_order(files):
+def test_isolated_verdicts_equal_those_of_this_process_in_order(files, monkeypatch):
+    monkeypatch.setattr(reach, "WAITS_S", ())
     paths = [files["good"], files["empty"], files["good"], files["missing"]]
     for workers in (1, 3):
         assert examine_isolated(paths, workers=workers) == [examine(p) for p in paths]

@@ -14,6 +14,7 @@ from PIL import Image
 
 from imgcls_fast.core.errors import DataError, HardwareError
 from imgcls_fast.core.manifest import FLAG_PILLOW, FLAG_SUSPECT, NO_SPLIT, SPLITS, Manifest
+from imgcls_fast.data import reach
 from imgcls_fast.data import scan as scan_module
 from imgcls_fast.data.decode import decode_pixels
 from imgcls_fast.data.scan import DataProblems, ScanOptions, jpeg_is_sound, probe, scan
@@ -397,12 +398,15 @@ def test_large_images_are_refused_from_the_header(tmp_path):
     ]
 
 
-def test_without_permission_is_a_reason(tmp_path):
+def test_a_file_without_permission_is_out_of_reach_and_not_a_bad_image(tmp_path, monkeypatch):
     if os.geteuid() == 0:
         pytest.skip("root may read everything")
+    monkeypatch.setattr(reach, "WAITS_S", ())
     folder(tmp_path, *[f"{c}/{i}.png" for c in "ab" for i in range(6)])
     (tmp_path / "a" / "0.png").chmod(0)
-    assert scan(tmp_path).quarantine[0].reason == "cannot be opened: Permission denied"
+    with pytest.raises(DataError) as caught:
+        scan(tmp_path)
+    assert caught.value.code == "D015" and "0.png cannot be reached: Permission denied" in caught.value.message
 
 
 def test_the_result_does_not_depend_on_threads_or_place(tmp_path):

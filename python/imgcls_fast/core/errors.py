@@ -38,6 +38,7 @@ CODES: dict[str, str] = {
     "D012": "images that cannot be decoded",
     "D013": "too many bad images",
     "D014": "predictions that cannot be judged",
+    "D015": "images that cannot be reached",
     "M001": "unknown model",
     "M002": "weights that do not fit",
     "M003": "unknown or damaged weights file",

@@ -26,6 +26,7 @@ from PIL import Image
 
 from ..core.batch import Batch
 from ..core.pixels import Pixels
+from . import reach
 from .augment import NO_COLOR_CHANGE
 from .loader import OnBad, make_batch
 from .quarantine import examine
@@ -242,11 +243,16 @@ class DaliLoader:
         paths = [self.sampler.manifest.path(row) for row in rows.tolist()]
         with ThreadPoolExecutor(self._threads) as pool:
             verdicts = list(pool.map(lambda path: examine(path, self.sampler.pixels.max_megapixels), paths))
+        for path, verdict in zip(paths, verdicts, strict=True):
+            if verdict.unreachable:
+                raise reach.unreachable(path, OSError(verdict.reason))
         bad = {row: verdict.reason for row, verdict in zip(rows.tolist(), verdicts, strict=True) if not verdict.ok}
         for row, reason in bad.items():
             self._report(row, reason, epoch)
         if not bad:
             refused = rows[self._refused(paths, np.stack(self._size(rows), 1))]
+            if any(str(path) in message for path in paths):  # it could not be opened: the examination waited for it
+                return
             if not len(refused):
                 raise RuntimeError(f"DALI failed, and every file of the batch is readable: {message}")
             self._pillow.update(refused.tolist())

@@ -30,10 +30,13 @@ import numpy as np
 # The plugins are named so that Pillow does not import all forty when a TIFF or WebP comes along.
 from PIL import BmpImagePlugin, GifImagePlugin, Image, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
 
+from . import reach
+
 Color = Literal["gray", "rgb", "rgba"]
 ExifPolicy = Literal["apply", "ignore"]
 
 _PLUGINS = (BmpImagePlugin, GifImagePlugin, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin)
+MAX_EXTRA_BYTES = 256 << 20  # of a file, beyond its pixels
 READABLE = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 ORIENTATION = 0x0112
 
@@ -80,6 +83,7 @@ def decode_pixels(
     color: Color = "rgb",
     exif: ExifPolicy = "apply",
     max_megapixels: float = 50.0,
+    name: str = "",
 ) -> np.ndarray:
     """Decode one image by the policy at the top of this file.
 
@@ -88,22 +92,24 @@ def decode_pixels(
         color: 1, 3 or 4 channels.
         exif: whether the orientation tag turns the pixels.
         max_megapixels: larger images are refused before they are decoded.
+        name: of what `source` was read from.
 
     Returns:
         (H, W, C) uint8, writable and contiguous.
 
     Raises:
         Undecodable: for any reason that lies in the image.
+        DataError: D015 for a file that cannot be reached.
     """
     if isinstance(source, np.ndarray):
         source = _image_of(source)
     if isinstance(source, Image.Image):
-        name, size_bytes = f"{source.mode} image {source.width} x {source.height}", 0
+        name, size_bytes = name or f"{source.mode} image {source.width} x {source.height}", 0
         try:
             return _decode(source, name, color, exif, max_megapixels)[0]
         except DECODER_FAULTS as fault:
             raise Undecodable(name, _reason(fault, size_bytes, max_megapixels)) from fault
-    with _Opened(source, max_megapixels) as opened:
+    with _Opened(source, max_megapixels, name) as opened:
         return _decode(opened.image, opened.name, color, exif, max_megapixels)[0]
 
 
@@ -114,7 +120,7 @@ def full_decode(path: Path | str, *, max_megapixels: float = 50.0) -> tuple[int,
         (width, height, orientation): the size as stored, before the orientation is applied.
 
     Raises:
-        Undecodable: as `decode_pixels`.
+        Undecodable, DataError: as `decode_pixels`.
     """
     with _Opened(path, max_megapixels) as opened:
         pixels, orientation = _decode(opened.image, opened.name, "rgb", "ignore", max_megapixels)
@@ -130,24 +136,40 @@ def full_decode_reason(path: Path | str, *, max_megapixels: float = 50.0) -> str
     return None
 
 
-class _Opened:
-    """A file opened strictly as the kind that its first bytes say; every fault inside the block becomes Undecodable."""
+def read_file(path: Path | str, max_megapixels: float = 50.0, *, seen: bool = True) -> bytes:
+    """The bytes of an image file, whatever they are; waits for a file that was there and is out of reach.
 
-    def __init__(self, source: Path | str | bytes, max_megapixels: float) -> None:
+    Raises:
+        Undecodable: what is there is no file, or is too large to be an image of so many pixels.
+        DataError: D015 when it cannot be reached.
+        FileNotFoundError: as `reach.with_file`.
+    """
+    try:
+        return reach.read(path, seen=seen, most=largest_file(max_megapixels))
+    except reach.NotAFile as fault:
+        raise Undecodable(str(path), fault.reason) from fault
+
+
+def largest_file(max_megapixels: float) -> int:
+    """Bytes of the largest file that is read: RGBA of 16 bits, uncompressed, and room for further pages."""
+    return MAX_EXTRA_BYTES + int(8e6 * max_megapixels)
+
+
+class _Opened:
+    """A file opened strictly as the kind that its first bytes say; every fault inside the block becomes Undecodable.
+
+    Decoders only ever see bytes in memory, so a fault of the disk cannot pass for one of the image.
+    """
+
+    def __init__(self, source: Path | str | bytes, max_megapixels: float, name: str = "") -> None:
         self.source, self.max_megapixels, self.size_bytes = source, max_megapixels, 0
-        self.name = f"{len(source):,} bytes" if isinstance(source, bytes) else str(source)
+        self.name = name or (f"{len(source):,} bytes" if isinstance(source, bytes) else str(source))
         self.file: BinaryIO | None = None
 
     def __enter__(self) -> _Opened:
-        try:
-            self.file = io.BytesIO(self.source) if isinstance(self.source, bytes) else open(self.source, "rb")
-        except (OSError, ValueError) as fault:  # ValueError: a NUL in the name
-            raise Undecodable(self.name, f"cannot be opened: {getattr(fault, 'strerror', None) or fault}") from fault
-        try:
-            self._open(self.file)
-        except BaseException:
-            self.file.close()
-            raise
+        content = self.source if isinstance(self.source, bytes) else read_file(self.source, self.max_megapixels)
+        self.file = io.BytesIO(content)
+        self._open(self.file)
         return self
 
     def _open(self, file: BinaryIO) -> None:

@@ -22,6 +22,9 @@ class Loader(Protocol):
 
     A file that turns out to be undecodable keeps its place with weight 0 and row -1, is remembered in `bad`, and is
     reported once through the `on_bad` callback. It is never replaced by another image.
+
+    A file that cannot be reached is not a bad file: it is tried again for some seconds, then `epoch` raises D015 in
+    place of the batch, and nothing is remembered of it.
     """
 
     sampler: Sampler

@@ -22,8 +22,10 @@ from subprocess import PIPE
 from typing import BinaryIO
 
 from imgcls_fast.core import child
+from imgcls_fast.core.errors import DataError
 from imgcls_fast.core.files import write_whole
 
+from . import reach
 from .decode import Undecodable, full_decode
 
 
@@ -36,6 +38,7 @@ class Verdict:
     width: int = 0
     height: int = 0
     orientation: int = 1
+    unreachable: bool = False  # the disk is at fault, not the file: no verdict on it
 
 
 @dataclass(frozen=True)
@@ -51,11 +54,13 @@ class BadFile:
 
 
 def examine(path: Path | str, max_megapixels: float = 50.0) -> Verdict:
-    """Decode one file completely, in this process. Never raises on account of the file."""
+    """Decode one file completely, in this process. Never raises on account of the file, nor of its disk."""
     try:
         width, height, orientation = full_decode(path, max_megapixels=max_megapixels)
     except Undecodable as fault:
         return Verdict(False, fault.reason)
+    except DataError as fault:
+        return Verdict(False, fault.message, unreachable=True)
     except Exception as fault:  # noqa: BLE001 (the place for it, see above)
         return Verdict(False, f"decoder failed: {type(fault).__name__}: {fault}")
     return Verdict(True, "", width, height, orientation)
@@ -172,6 +177,7 @@ def serve_child(arguments: Sequence[str]) -> None:
         pass  # no such limits here: the time limit and the process border remain
     out = os.dup(1)
     os.dup2(2, 1)  # a decoder that writes to stdout must not be taken for a verdict
+    reach.WAITS_S = ()  # the parent has the time limit, so it does the waiting
     names = sys.stdin.buffer.read().split(b"\0")
     os.write(out, b"ready\n")
     for name in names:

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import struct
+import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from imgcls_fast.core.errors import HardwareError
+from imgcls_fast.core.errors import DataError, HardwareError
 from imgcls_fast.core.manifest import FLAG_PILLOW, FLAG_SUSPECT
 
-from . import decode, duplicates, fetch, sources
+from . import decode, duplicates, fetch, reach, sources
 from .quarantine import Verdict, examine, examine_isolated
 from .rules import DataProblems, ScanOptions, ScanResult, Tabulation
 from .sources import IMAGE_ENDINGS, Columns, Listing, Problem
@@ -128,6 +130,7 @@ class Files:
         ]
         parts = parts or [probe([], 1)]
         self.head = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
+        self._wait_for_unreachable()
         self.skip = np.zeros(n, bool)
         self.digest = np.zeros((n, 16), np.uint8)
         self.flags = pillow_flags(self.head)
@@ -137,6 +140,28 @@ class Files:
         self._decode_suspects(sorted(suspects - self.reasons.keys()), unsound)
         if self.options.verify == "full":
             self._decode_all(suspects)
+
+    def _wait_for_unreachable(self) -> None:
+        """Probe again, together and with growing waits, what the listing saw and the probe could not open.
+
+        Raises:
+            DataError: D015 when something stays out of reach.
+        """
+        for wait in (*reach.WAITS_S, None):
+            away = [
+                (row, fault)
+                for row in np.flatnonzero(self.head["status"] == _UNREADABLE).tolist()
+                if (fault := _fault_of_disk(self.full(row)))
+            ]
+            if not away:
+                return
+            if wait is None:
+                row, fault = away[0]
+                raise reach.unreachable(self.full(row), fault, sum(reach.WAITS_S), others=len(away) - 1)
+            time.sleep(wait)
+            again = probe([os.fsencode(self.full(row)) for row, _ in away], self.threads)
+            for name, column in again.items():
+                self.head[name][[row for row, _ in away]] = column
 
     def good(self) -> np.ndarray:
         """(n,) int64 rows that are images and not bad."""
@@ -179,8 +204,8 @@ class Files:
             return _digest(self.full(row), int(kind[row]))
 
         for row, answer in zip(rows, _in_threads(one, rows, self.threads), strict=True):
-            if isinstance(answer, OSError):
-                self.reasons[row] = f"cannot be read: {answer.strerror or answer}"
+            if isinstance(answer, reach.NotAFile):
+                self.reasons[row] = answer.reason
                 continue
             self.digest[row] = np.frombuffer(answer[0], np.uint8)
             if not answer[1]:
@@ -196,7 +221,7 @@ class Files:
             [self.full(r) for r in rows], max_megapixels=self.options.max_megapixels, workers=workers
         )
         unusual = (self.head["truncated"] != 0) | (self.head["status"] == _DAMAGED)
-        for row, verdict in zip(rows, verdicts, strict=True):
+        for row, verdict in zip(rows, map(self._final, rows, verdicts), strict=True):
             if not verdict.ok:
                 self.reasons[row] = verdict.reason
                 continue
@@ -204,6 +229,16 @@ class Files:
                 self.flags[row] |= FLAG_SUSPECT | FLAG_PILLOW  # good for Pillow; other decoders may be stricter
             if self.head["status"][row] == _DAMAGED:
                 self._take_size(row, verdict)
+
+    def _final(self, row: int, verdict: Verdict) -> Verdict:
+        """The same verdict; where the child could not reach the file, another one or D015."""
+        if not verdict.unreachable:
+            return verdict
+        reach.with_file(self.full(row), lambda file: file.read(1))  # waits, or raises
+        (again,) = examine_isolated([self.full(row)], max_megapixels=self.options.max_megapixels)
+        if again.unreachable:
+            raise reach.unreachable(self.full(row), OSError(again.reason))
+        return again
 
     def _take_size(self, row: int, verdict: Verdict) -> None:
         self.head["width"][row], self.head["height"][row] = verdict.width, verdict.height
@@ -217,8 +252,8 @@ class Files:
             return examine(self.full(row), limit)
 
         for row, verdict in zip(rows, _in_threads(one, rows, self.threads), strict=True):
-            if not verdict.ok:
-                self.reasons[row] = verdict.reason
+            if not (final := self._final(row, verdict)).ok:
+                self.reasons[row] = final.reason
 
     def perceptual(self, rows: np.ndarray) -> np.ndarray:
         """(n,) uint64 difference hashes; rows that turn out to be bad are noted and get 0."""
@@ -249,35 +284,57 @@ def pillow_flags(head: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def _in_threads(work: Callable[[int], Any], rows: Sequence[int], threads: int) -> Iterator[Any]:
-    """Results in order; an OSError becomes a result, so that one vanished file does not end the scan."""
+    """Results in order; NotAFile becomes a result, any other error ends the work at once."""
 
     def guarded(row: int) -> Any:
         try:
             return work(row)
-        except OSError as error:
-            return error
+        except reach.NotAFile as fault:
+            return fault
 
-    with ThreadPoolExecutor(max(1, threads)) as pool:
+    pool = ThreadPoolExecutor(max(1, threads))
+    try:
         for start in range(0, len(rows), _CHUNK):
             yield from pool.map(guarded, rows[start : start + _CHUNK])
+    finally:
+        pool.shutdown(cancel_futures=True)  # else thousands of rows would each wait for a disk that is away
+
+
+def _fault_of_disk(path: str) -> OSError | None:
+    """Why the probe could not read a file that was listed; None when that is no fault of the disk."""
+    try:
+        reach.with_file(path, lambda file: file.read(1), waits=())
+    except reach.NotAFile:
+        return None
+    except DataError as error:
+        fault = error.__cause__
+        assert isinstance(fault, OSError)
+        broken = os.path.islink(path) and fault.errno == errno.ENOENT
+        return None if broken else fault
+    return OSError(errno.EIO, os.strerror(errno.EIO))  # it can be read now, and could not a moment ago
 
 
 def _why_foreign(path: str) -> str:
     try:
-        with open(path, "rb") as file:
-            head = file.read(1024)
-    except OSError as error:
+        head = reach.with_file(path, lambda file: file.read(1024), seen=not os.path.islink(path))
+    except (OSError, reach.NotAFile) as fault:
         broken = os.path.islink(path) and not os.path.exists(path)
-        return "broken symbolic link" if broken else f"cannot be opened: {error.strerror}"
+        return "broken symbolic link" if broken else getattr(fault, "reason", str(fault))
     return decode.why_not(decode.sniff(head))
 
 
 def _digest(path: str, kind: int) -> tuple[bytes, bool]:
     """(first 16 bytes of the SHA-256, structure sound). All bytes pass through here anyway, so looking costs little."""
-    with open(path, "rb", buffering=0) as file:
+
+    def work(file: BinaryIO) -> bytes | None:
         if os.fstat(file.fileno()).st_size > _HASH_WHOLE:
-            return hashlib.file_digest(file, "sha256").digest()[:16], True
-        content = file.read()
+            return None
+        return file.read()
+
+    content = reach.with_file(path, work)
+    if content is None:
+        whole = reach.with_file(path, lambda file: hashlib.file_digest(file, "sha256"))  # type: ignore[arg-type]
+        return whole.digest()[:16], True
     sound = png_is_sound(content) if kind == _PNG else jpeg_is_sound(content) if kind == _JPEG else True
     return hashlib.sha256(content).digest()[:16], sound
 

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data import Sampler as KeySampler
 
 from ..core.batch import Batch
+from ..core.errors import DataError
 from ..core.pixels import EXTREME_ASPECT, Pixels
 from .augment import apply_color
 from .decode import Undecodable, decode_pixels
@@ -74,7 +75,11 @@ def render(image: np.ndarray, request: Request, position: int, pixels: Pixels) -
 
 
 def decode_batch(sampler: Sampler, request: Request, threads: int = 1) -> tuple[np.ndarray, Request, dict[int, str]]:
-    """Decode a request with Pillow: pixels (B, S, S, C) uint8, the request as delivered, row -> reason of failures."""
+    """Decode a request with Pillow: pixels (B, S, S, C) uint8, the request as delivered, row -> reason of failures.
+
+    Raises:
+        DataError: D015 when a file cannot be reached.
+    """
     pixels, manifest = sampler.pixels, sampler.manifest
     size = len(request.rows)
     out = np.zeros((size, pixels.size, pixels.size, pixels.channels), np.uint8)
@@ -121,14 +126,17 @@ def _check_size(sampler: Sampler, row: int, image: np.ndarray) -> None:
 
 
 class _Batches(Dataset):
-    """Key (epoch, index, bad rows) -> a finished batch; lives in the workers."""
+    """Key (epoch, index, bad rows) -> a finished batch, or the error that ends the epoch; lives in the workers."""
 
     def __init__(self, sampler: Sampler) -> None:
         self.sampler = sampler
 
-    def __getitem__(self, key: tuple[int, int, frozenset[int]]) -> tuple[Batch, dict[int, str]]:
+    def __getitem__(self, key: tuple[int, int, frozenset[int]]) -> tuple[Batch, dict[int, str]] | dict[str, str]:
         request = self.sampler.request(*key)
-        pixels, delivered, failed = decode_batch(self.sampler, request)
+        try:
+            pixels, delivered, failed = decode_batch(self.sampler, request)
+        except DataError as error:  # as plain values: an exception would cross the process border as mere text
+            return error.to_dict()
         return make_batch(self.sampler.manifest, delivered, pixels), failed
 
 
@@ -174,7 +182,10 @@ class TorchLoader:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         self._keys.epoch, self._keys.steps = epoch, range(start, self.sampler.steps)
-        for batch, failed in self._loader:
+        for made in self._loader:
+            if isinstance(made, dict):
+                raise DataError(made["code"], made["message"], where=made["where"], why=made["why"], try_=made["try"])
+            batch, failed = made
             for row, reason in failed.items():
                 if row not in self.bad:
                     self.bad[row] = reason

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..core.errors import ConfigError, DataError
 from ..core.pixels import evaluation_geometry
-from ..data.decode import Undecodable, decode_pixels
+from ..data.decode import Undecodable, decode_pixels, read_file
 from ..data.scan import IMAGE_ENDINGS
 from ..data.sources import list_folder
 from ..data.torch_loader import evaluation_view
@@ -75,7 +75,8 @@ class Predictor:
         """One `Prediction` for one image; a list for a list, or for a folder.
 
         Raises:
-            DataError: D012 when a single image cannot be read (in a list, its `error` says so).
+            DataError: D012 when a single image cannot be read (in a list, its `error` says so); D015 when the disk
+                does not hand it out.
         """
         if isinstance(image, str | Path) and Path(image).is_dir():
             return list(self.stream(image))
@@ -104,7 +105,7 @@ class Predictor:
         """(n, K) float32 probabilities.
 
         Raises:
-            DataError: D012 naming the first image that cannot be read.
+            DataError: D012 naming the first image that cannot be read; D015 when the disk does not hand it out.
         """
         parts = [self.engine.scores(pixels) for pixels in self._batches(images)]
         return np.concatenate(parts) if parts else np.zeros((0, self.engine.labels.size), np.float32)
@@ -148,8 +149,16 @@ class Predictor:
 
     def _pixels(self, image: Image) -> np.ndarray:
         pixels = self.engine.pixels
-        source = Path(image) if isinstance(image, str) else image
-        decoded = decode_pixels(source, color=pixels.color, exif=pixels.exif, max_megapixels=pixels.max_megapixels)
+        name, source = "", image
+        if isinstance(image, str | Path):
+            name = str(image)
+            try:
+                source = read_file(name, pixels.max_megapixels, seen=False)
+            except (FileNotFoundError, NotADirectoryError) as error:  # of a name that was never looked at
+                raise Undecodable(name, f"cannot be opened: {error.strerror}") from error
+        decoded = decode_pixels(
+            source, color=pixels.color, exif=pixels.exif, max_megapixels=pixels.max_megapixels, name=name
+        )
         height, width = decoded.shape[:2]
         (place,) = evaluation_geometry(np.array([width]), np.array([height]), pixels.resize_to, pixels.size)
         return np.ascontiguousarray(evaluation_view(decoded, place, pixels))
