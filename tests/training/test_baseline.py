@@ -10,7 +10,7 @@ import pytest
 
 from imgcls_fast.core.batch import Batch
 from imgcls_fast.core.manifest import LabelSpace
-from imgcls_fast.training import session
+from imgcls_fast.training import baseline, session
 from imgcls_fast.training.baseline import image_features, linear_probe
 
 LABELS = LabelSpace.single(["dark", "light"])
@@ -62,13 +62,13 @@ def test_the_probe_of_a_run_sees_evaluation_pixels_never_augmented_ones(
     configure: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     samplers = []
-    real = session.open_loader
+    real = baseline.open_loader
 
     def watch(sampler: Any, *arguments: Any, **named: Any) -> Any:
         samplers.append(sampler)
         return real(sampler, *arguments, **named)
 
-    monkeypatch.setattr(session, "open_loader", watch)
+    monkeypatch.setattr(baseline, "open_loader", watch)
     run = session.start(configure({"train.baseline": True, "train.epochs": 1}))
     assert [sampler.training for sampler in samplers] == [False, False]
     assert run.read_json("baseline.json")["n"] == len(run.manifest.rows("test"))

@@ -3,18 +3,72 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 
 from ..core.batch import Batch
-from ..core.manifest import LabelSpace
+from ..core.manifest import LabelSpace, Manifest
 from ..core.predictions import Predictions
+from ..core.run import Run
+from ..data.loader import open_loader
+from ..data.sampler import Sampler
 from ..evaluation.metrics import judge
+from .plan import Plan, starting_model
 
 MOST_ROWS = 2000  # training images that the probe sees at most
 _GRID = 8
+
+
+def fit_baseline(plan: Plan, manifest: Manifest, run: Run, emit: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """The linear probe of a run, on published weights if the model starts from them, else on simple image features.
+
+    Returns:
+        What `linear_probe` returns; also written to baseline.json.
+    """
+    split = "test" if len(manifest.rows("test")) else "val"
+    features, name = _probe_features(plan)
+    loaders = []
+    for part in (manifest.spread(manifest.rows("train"), MOST_ROWS), manifest.rows(split)):
+        sampler = Sampler(manifest, part, plan.pixels, min(64, int(plan.config.evaluate.batch_size)))
+        backend = plan.config.train.loader if plan.config.train.loader != "dali-gpu" else "dali-cpu"
+        loaders.append(open_loader(sampler, backend, workers=int(plan.config.train.workers), once=True))
+    try:
+        found = linear_probe(
+            features,
+            loaders[0].epoch(0),
+            loaders[1].epoch(0),
+            manifest.labels,
+            name=name,
+            split=split,
+            seed=plan.config.train.seed,
+        )
+    finally:
+        for loader in loaders:
+            loader.close()
+    run.write_json("baseline.json", found)
+    return found
+
+
+def _probe_features(plan: Plan) -> tuple[Callable[[Any], np.ndarray], str]:
+    if plan.start.kind == "scratch":
+        return lambda pixels: image_features(np.asarray(pixels)), "simple image features"
+    import torch
+
+    start_from = plan.start
+    model = starting_model(plan.spec, start_from)
+    device = torch.device(plan.config.train.device)
+    model = model.to(device).eval()
+
+    def features(pixels: Any) -> np.ndarray:
+        with torch.inference_mode():
+            return model.features(torch.as_tensor(pixels).to(device)).float().cpu().numpy()
+
+    return (
+        features,
+        f"frozen features of the starting weights ({start_from.path.name if start_from.path else plan.spec['arch']})",
+    )
 
 
 def image_features(pixels: np.ndarray) -> np.ndarray:

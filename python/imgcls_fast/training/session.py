@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..core import env
 from ..core.bundle import read_bundle
 from ..core.config import RunConfig, free_settings
@@ -20,10 +18,8 @@ from ..core.pixels import Pixels
 from ..core.predictions import Predictions
 from ..core.run import Run, new_run_path
 from ..core.settings import flatten, replace_settings
-from ..data.loader import open_loader
 from ..data.prepare import Prepared, changed_files, prepare
 from ..data.quarantine import BadFile, read_quarantine, write_quarantine
-from ..data.sampler import Sampler
 from ..data.split import write_split_csv
 from ..engines.runtimes import TorchEngine
 from ..evaluation.metrics import Metrics, judge
@@ -32,10 +28,10 @@ from ..evaluation.report import write_evaluation, write_plots
 from ..models.build import ModelSpec, build_model, resolve_arch
 from ..models.kernels import use_kernels
 from ..track import LogSink, Sinks
-from .baseline import MOST_ROWS, image_features, linear_probe
+from .baseline import fit_baseline
 from .fit import Fit
 from .judging import best_model, calibrated, make_bundle, score_rows
-from .plan import Plan, look_at_machine, make_plan, starting_model
+from .plan import Plan, look_at_machine, make_plan
 from .reporting import next_commands, report_run
 from .signals import signal_as_interrupt
 
@@ -272,8 +268,7 @@ def _work(stage: _Stage, *, resumed: bool) -> Run:
     })  # fmt: skip
     baseline = run.read_json("baseline.json")
     if baseline is None and plan.config.train.baseline and not run.finished:
-        baseline = _baseline(stage)
-        run.write_json("baseline.json", baseline)
+        baseline = fit_baseline(plan, stage.manifest, run, stage.emit)
     if baseline is not None and not resumed:
         stage.emit({"event": "baseline", **baseline})
     if not run.finished:
@@ -287,53 +282,6 @@ def _train(stage: _Stage, *, resumed: bool) -> None:
     for note in fit.restore() if resumed else ():
         stage.emit({"event": "warning", "text": note})
     fit.run()
-
-
-def _baseline(stage: _Stage) -> dict[str, Any]:
-    """The linear probe, on published weights if the model starts from them, else on simple image features."""
-    plan, manifest = stage.plan, stage.manifest
-    split = "test" if len(manifest.rows("test")) else "val"
-    rows = manifest.rows("train")
-    rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), MOST_ROWS)).astype(np.int64)]
-    features, name = _probe_features(plan)
-    loaders = []
-    for part in (rows, manifest.rows(split)):
-        sampler = Sampler(manifest, part, plan.pixels, min(64, int(plan.config.evaluate.batch_size)))
-        backend = plan.config.train.loader if plan.config.train.loader != "dali-gpu" else "dali-cpu"
-        loaders.append(open_loader(sampler, backend, workers=int(plan.config.train.workers), once=True))
-    try:
-        return linear_probe(
-            features,
-            loaders[0].epoch(0),
-            loaders[1].epoch(0),
-            manifest.labels,
-            name=name,
-            split=split,
-            seed=plan.config.train.seed,
-        )
-    finally:
-        for loader in loaders:
-            loader.close()
-
-
-def _probe_features(plan: Plan) -> tuple[Callable[[Any], np.ndarray], str]:
-    if plan.start.kind == "scratch":
-        return lambda pixels: image_features(np.asarray(pixels)), "simple image features"
-    import torch
-
-    start_from = plan.start
-    model = starting_model(plan.spec, start_from)
-    device = torch.device(plan.config.train.device)
-    model = model.to(device).eval()
-
-    def features(pixels: Any) -> np.ndarray:
-        with torch.inference_mode():
-            return model.features(torch.as_tensor(pixels).to(device)).float().cpu().numpy()
-
-    return (
-        features,
-        f"frozen features of the starting weights ({start_from.path.name if start_from.path else plan.spec['arch']})",
-    )
 
 
 def _finish(stage: _Stage, baseline: dict[str, Any] | None) -> None:
