@@ -184,6 +184,14 @@ def test_the_fingerprint_changes_with_every_part_of_the_content():
     assert len(prints) == len(changed) and manifest.fingerprint not in prints
 
 
+def test_the_fingerprint_holds_groups_and_is_what_it_was_without_them():
+    alone = replace(example(), group=np.full(7, -1, np.int32), group_names=())
+    together = replace(alone, group=np.array([0, 0, 1, -1, -1, -1, -1], np.int32))
+    apart = replace(alone, group=np.array([0, 1, 1, -1, -1, -1, -1], np.int32))
+    assert len({m.fingerprint for m in (alone, together, apart, replace(apart, group_names=("a", "b")))}) == 4
+    assert replace(alone, group_names=("unused",)).fingerprint == alone.fingerprint
+
+
 def test_moving_letters_between_neighbouring_paths_changes_the_fingerprint():
     assert example(2, ["ab", "c"]).fingerprint != example(2, ["a", "bc"]).fingerprint
 

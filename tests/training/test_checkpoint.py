@@ -240,3 +240,37 @@ def test_optimizer_state_survives_with_names_and_layout(tmp_path: Path) -> None:
         step(net, optimizer, 2)
         step(twin, other, 2)
         assert all(torch.equal(a, b) for a, b in zip(net.parameters(), twin.parameters(), strict=True))
+
+
+WRITER = """
+import sys, time
+from pathlib import Path
+import torch
+from imgcls_fast.training.checkpoint import Progress, save_checkpoint
+end = time.monotonic() + float(sys.argv[2])
+step = 0
+while time.monotonic() < end:
+    step += 1
+    save_checkpoint(Path(sys.argv[1]), {"w": torch.full((20_000,), float(step))}, Progress(step=step), {}, best=True)
+    print(step, flush=True)
+"""
+
+
+def test_a_reader_never_meets_a_damaged_checkpoint_while_another_process_saves(tmp_path: Path) -> None:
+    writer = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), "2.5"], stdout=subprocess.PIPE, text=True)
+    assert writer.stdout
+    writer.stdout.readline()
+    read = 0
+    while writer.poll() is None:
+        for name in ("best", "last"):
+            tensors, progress, _ = read_checkpoint(tmp_path / name)
+            assert (tensors["w"] == progress.step).all()
+            read += 1
+    assert read > 20
+    assert int(writer.stdout.read().split()[-1]) > 3
+
+
+def test_a_checkpoint_that_is_not_there_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint.time, "sleep", lambda seconds: pytest.fail("waited for it"))
+    with pytest.raises(ModelError, match="not a readable checkpoint"):
+        read_checkpoint(tmp_path / "best")

@@ -171,10 +171,13 @@ class Manifest:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hex digest of content: classes and every row's path, label, split and bytes. The root does not matter."""
+        """Hex digest of content: classes and every row's path, label, split, group and bytes. The root does not matter."""
         h = hashlib.sha256(json.dumps(self.labels.to_dict(), sort_keys=True).encode("utf-8"))
         for part in (self.paths.blob, self.paths.offsets, self.label, self.split, self.digest):
             h.update(np.ascontiguousarray(part).tobytes())
+        if (self.group >= 0).any():  # data without groups keep the digest that earlier versions gave them
+            h.update(np.ascontiguousarray(self.group).tobytes())
+            h.update(json.dumps(self.group_names).encode("utf-8"))
         return h.hexdigest()
 
     def with_splits(self, split: np.ndarray) -> Manifest:

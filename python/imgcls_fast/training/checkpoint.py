@@ -7,9 +7,12 @@ without complaint after a flipped bit (measured: 200 of 200), so only the digest
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -27,6 +30,7 @@ from ..core.files import explained_write, sha256_file, sync_directory, write_jso
 SCHEMA = 1
 TENSORS, STATE, DIGESTS = "tensors.safetensors", "state.json", "manifest.json"
 _NAMES = ("last", "previous", "best")  # the newest first
+_PATIENCE_S = 5.0  # for a reader between the two renames of a writer
 
 
 @dataclass
@@ -125,21 +129,60 @@ def _put(source: Path, target: Path, folder: Path) -> None:
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], Progress, dict[str, Any]]:
     """Tensors, progress and environment of one checkpoint, after its digests have been checked.
 
+    May be called while another process saves: each of the three files is then of the same checkpoint, old or new.
+
     Raises:
         ModelError: M005 when it is missing, damaged, or of another schema.
     """
     try:
-        digests = json.loads((path / DIGESTS).read_text("utf-8"))
+        files = _read_files(path)
+        digests = json.loads(files[DIGESTS])
         for name in (TENSORS, STATE):
-            if sha256_file(path / name) != digests[name]:
+            if hashlib.sha256(files[name]).hexdigest() != digests[name]:
                 raise ModelError("M005", f"{path / name} is damaged: its SHA-256 is not the one that was written")
-        state = json.loads((path / STATE).read_text("utf-8"))
+        state = json.loads(files[STATE])
         if state["schema"] != SCHEMA:
             raise ModelError("M005", f"{path} has checkpoint schema {state['schema']}, this version reads {SCHEMA}")
-        tensors = load((path / TENSORS).read_bytes())
-        return tensors, Progress(**state["progress"]), state["environment"]
+        return load(files[TENSORS]), Progress(**state["progress"]), state["environment"]
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ModelError("M005", f"{path} is not a readable checkpoint: {error}") from error
+
+
+def _read_files(path: Path) -> dict[str, bytes]:
+    """The files of a checkpoint, all from one directory, although a writer may put another one in its place meanwhile."""
+    give_up = time.monotonic() + _PATIENCE_S
+    while True:
+        number = None
+        try:
+            folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                number = os.fstat(folder).st_ino
+                return {name: _read_in(folder, name) for name in (DIGESTS, STATE, TENSORS)}
+            finally:
+                os.close(folder)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            vanished: OSError = error
+        except OSError as error:
+            if error.errno != errno.ESTALE:  # on NFS, a directory that has been removed
+                raise
+            vanished = error
+        if not _is_being_replaced(path, number) or time.monotonic() > give_up:
+            raise vanished
+        time.sleep(0.002)
+
+
+def _read_in(folder: int, name: str) -> bytes:
+    with open(os.open(name, os.O_RDONLY, dir_fd=folder), "rb") as file:
+        return file.read()
+
+
+def _is_being_replaced(path: Path, number: int | None) -> bool:
+    """Whether another directory than the one with inode `number` is at `path` by now, or soon will be."""
+    try:
+        return path.stat().st_ino != number
+    except OSError:
+        saving = any(path.parent.glob(".old.*")) or any(path.parent.glob(".new.*"))
+        return saving or path.exists()  # looked at last: it may have come while we looked for the others
 
 
 def has_checkpoint(folder: Path) -> bool:
