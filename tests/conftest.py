@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -31,59 +33,72 @@ def shared_data() -> Path:
     return folder
 
 
+def _make_bundle(
+    folder: Path, seed: int, arch: str = "small-cnn", *, size: int = 32, color: str = "rgb", temperature: float = 1.7,
+    classes: int = 3, args: dict[str, Any] | None = None, crop_pct: float = 0.875,
+    seen: np.ndarray | Literal["noise", "nothing"] = "noise",
+) -> Any:  # fmt: skip
+    import torch
+    from safetensors.torch import save
+
+    from imgcls_fast.core.bundle import write_bundle
+    from imgcls_fast.core.manifest import LabelSpace
+    from imgcls_fast.core.pixels import CHANNELS, Pixels
+    from imgcls_fast.models.build import ModelSpec, build_model
+
+    channels = CHANNELS[color]  # type: ignore[index]
+    mean, std = (0.5,) * channels, (0.25,) * channels
+    torch.manual_seed(seed)
+    own = args if args is not None else {"width": 8} if arch == "small-cnn" else {}
+    spec = ModelSpec(arch, num_outputs=classes, channels=channels, mean=mean, std=std, image_size=size, arch_args=own)
+    model = build_model(spec)
+    with torch.no_grad():  # untrained heads answer 1/K to everything, which would agree with anything
+        for parameter in model.head_parameters():
+            parameter.copy_(torch.randn_like(parameter) * (0.5 if parameter.ndim > 1 else 0.1))
+        norms = [module for module in model.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
+        for norm in norms:  # and untrained statistics let every image fade into the same features
+            norm.momentum = None
+        model.train()
+        if isinstance(seen, np.ndarray):
+            model(torch.from_numpy(seen))
+        elif seen == "noise":
+            model((torch.rand(16, 1, 1, channels) * torch.rand(16, size, size, channels) * 255).to(torch.uint8))
+        model.eval()
+    state = {name: value.contiguous() for name, value in model.state_dict().items()}
+    return write_bundle(
+        folder / "bundle",
+        lambda file: file.write(save(state)) and None,
+        arch=model.spec.to_dict(),
+        labels=LabelSpace.single([f"class {k}" for k in range(classes)]),
+        pixels=Pixels(size, crop_pct, "bilinear", color, "apply", mean, std),  # type: ignore[arg-type]
+        temperature=temperature,
+        provenance={},
+    )
+
+
+def _bundle_maker(folder: Path) -> Callable[..., Any]:
+    seeds = itertools.count(1)
+
+    def make(*arguments: Any, **options: Any) -> Any:
+        seed = next(seeds)
+        return _make_bundle(folder / f"model{seed}", seed, *arguments, **options)
+
+    return make
+
+
 @pytest.fixture
 def bundle_of(tmp_path: Path) -> Callable[..., Any]:
     """Makes the bundle of an untrained network: `bundle_of("small-cnn", size=32, args={"width": 8})`.
 
     `seen` is what its batch norms have the statistics of: (N, S, S, C) uint8 images, noise, or nothing (mean 0, variance 1).
     """
-    made: list[int] = []
+    return _bundle_maker(tmp_path)
 
-    def make(
-        arch: str = "small-cnn", *, size: int = 32, color: str = "rgb", temperature: float = 1.7, classes: int = 3,
-        args: dict[str, Any] | None = None, crop_pct: float = 0.875, seen: np.ndarray | Literal["noise", "nothing"] = "noise",
-    ) -> Any:  # fmt: skip
-        import torch
-        from safetensors.torch import save
 
-        from imgcls_fast.core.bundle import write_bundle
-        from imgcls_fast.core.manifest import LabelSpace
-        from imgcls_fast.core.pixels import CHANNELS, Pixels
-        from imgcls_fast.models.build import ModelSpec, build_model
-
-        made.append(1)
-        channels = CHANNELS[color]  # type: ignore[index]
-        mean, std = (0.5,) * channels, (0.25,) * channels
-        torch.manual_seed(len(made))
-        own = args if args is not None else {"width": 8} if arch == "small-cnn" else {}
-        spec = ModelSpec(
-            arch, num_outputs=classes, channels=channels, mean=mean, std=std, image_size=size, arch_args=own
-        )
-        model = build_model(spec)
-        with torch.no_grad():  # untrained heads answer 1/K to everything, which would agree with anything
-            for parameter in model.head_parameters():
-                parameter.copy_(torch.randn_like(parameter) * (0.5 if parameter.ndim > 1 else 0.1))
-            norms = [module for module in model.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
-            for norm in norms:  # and untrained statistics let every image fade into the same features
-                norm.momentum = None
-            model.train()
-            if isinstance(seen, np.ndarray):
-                model(torch.from_numpy(seen))
-            elif seen == "noise":
-                model((torch.rand(16, 1, 1, channels) * torch.rand(16, size, size, channels) * 255).to(torch.uint8))
-            model.eval()
-        state = {name: value.contiguous() for name, value in model.state_dict().items()}
-        return write_bundle(
-            tmp_path / f"model{len(made)}" / "bundle",
-            lambda file: file.write(save(state)) and None,
-            arch=model.spec.to_dict(),
-            labels=LabelSpace.single([f"class {k}" for k in range(classes)]),
-            pixels=Pixels(size, crop_pct, "bilinear", color, "apply", mean, std),  # type: ignore[arg-type]
-            temperature=temperature,
-            provenance={},
-        )
-
-    return make
+@pytest.fixture(scope="session")
+def shared_bundle_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """`bundle_of` for fixtures that several tests share; what it makes lasts and is not to be changed."""
+    return _bundle_maker(tmp_path_factory.mktemp("bundles"))
 
 
 @pytest.fixture(scope="session")
@@ -107,3 +122,46 @@ def pictures() -> list[np.ndarray]:
         picture = ramp + shape[:, :, None] * draw.integers(60, 155, 3) + draw.normal(0, 6, (side, side, 3))
         out.append(np.pad(picture, ((0, 8), (0, 0), (0, 0)), "edge").clip(0, 255).astype(np.uint8))
     return out
+
+
+@pytest.fixture(scope="session")
+def _exported_model(shared_bundle_of: Callable[..., Any], pictures: list[np.ndarray]) -> Path:
+    """A folder with a bundle and its float32 ONNX file; a test gets a copy, by `exported`."""
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    from imgcls_fast.engines.predictor import Predictor
+    from imgcls_fast.engines.runtimes import open_engine
+    from imgcls_fast.exporting.onnx_graph import export_onnx
+
+    bundle = shared_bundle_of(temperature=3.0)
+    folder: Path = bundle.directory.parent
+    predictor = Predictor(open_engine(bundle))
+    export_onnx(bundle, folder / "exports", [np.stack([predictor.preprocess(picture) for picture in pictures[:4]])])
+    return folder
+
+
+@pytest.fixture
+def exported(_exported_model: Path, tmp_path: Path) -> tuple[Any, Path, Any]:
+    """(bundle, folder of its exports, its float32 ONNX export), in a folder of the test's own."""
+    from imgcls_fast.core.bundle import read_bundle
+    from imgcls_fast.core.exports import find_export
+
+    folder = Path(shutil.copytree(_exported_model, tmp_path / "exported"))
+    bundle = read_bundle(folder / "bundle")
+    return bundle, folder / "exports", find_export(folder / "exports", bundle, "onnx", "fp32")
+
+
+@pytest.fixture(scope="session")
+def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one epoch on the embedded digits, small-cnn of width 8. Not to be changed: whoever exports copies it."""
+    import imgcls_fast
+
+    folder = tmp_path_factory.mktemp("digits")
+    settings = {
+        "pixels.size": 32, "model.arch": "small-cnn", "model.args": {"width": 8}, "train.epochs": 1, "train.batch_size": 64,
+        "train.threads": 1, "train.workers": 1, "train.baseline": False, "evaluate.bootstrap": 50, "export.verify_images": 16,
+    }  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("IMGCLS_CACHE", str(folder / "cache"))
+        patch.setenv("IMGCLS_RUNS", str(folder / "runs"))
+        return imgcls_fast.train(out=str(folder / "runs" / "digits"), overrides=settings).directory

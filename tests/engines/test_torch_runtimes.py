@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -309,17 +310,15 @@ def test_a_missing_export_names_the_command_that_makes_it(runtime: str, bundle_o
 
 
 @pytest.fixture
-def onnx_export(bundle_of: Callable[..., Any]) -> tuple[Any, Callable[[str], Path]]:
+def onnx_export(exported: tuple[Any, Path, Any]) -> tuple[Any, Callable[[str], Path]]:
     """A bundle, and a function that exports it as a "precision" (always the FP32 graph) and returns the file."""
-    pytest.importorskip("onnxruntime")
-    from imgcls_fast.exporting.onnx_graph import write_graph
-
-    bundle = bundle_of()
+    bundle, exports, made = exported
+    graph = made.path.read_bytes()
+    shutil.rmtree(exports)
 
     def make(precision: str) -> Path:
-        exports = bundle.directory.parent / "exports"
         with new_export(exports, "onnx", precision, "01234567") as folder:
-            write_graph(bundle, folder / "model.onnx")
+            (folder / "model.onnx").write_bytes(graph)
             export = finish(folder, bundle, "onnx", precision, "model.onnx", {})
         choose(export)
         return export.path

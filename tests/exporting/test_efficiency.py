@@ -33,20 +33,16 @@ from imgcls_fast.exporting.filerate import limit_of
 pytest.importorskip("onnxruntime")
 
 OPENVINO = importlib.util.find_spec("openvino") is not None
-SETTINGS = {
-    "pixels.size": 32, "model.arch": "small-cnn", "model.args": {"width": 8}, "train.epochs": 1, "train.batch_size": 64,
-    "train.threads": 1, "train.workers": 1, "train.baseline": False, "evaluate.bootstrap": 50, "export.verify_images": 16,
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+def run(digits_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     """Digits after one epoch, with one ONNX export."""
     folder = tmp_path_factory.mktemp("efficiency")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("IMGCLS_CACHE", str(folder / "cache"))
         patch.setenv("IMGCLS_RUNS", str(folder / "runs"))
-        made = ic.train(out=str(folder / "runs" / "digits"), overrides=SETTINGS)
+        made = Run(Path(shutil.copytree(digits_run, folder / "runs" / "digits")))
         ic.export(made, "onnx")
         yield made
 

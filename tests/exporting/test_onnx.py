@@ -57,13 +57,6 @@ def test_onnx_runtime_agrees_with_torch_on_real_images(
     assert float(np.ptp(a, axis=0).max()) > 1e-3, "all images get the same scores, so agreement means nothing"
 
 
-@pytest.fixture
-def exported(bundle_of: Callable[..., Any], pictures: list[np.ndarray]) -> tuple[Any, Path, Export]:
-    bundle = bundle_of(temperature=3.0)
-    exports = bundle.directory.parent / "exports"
-    return bundle, exports, export_onnx(bundle, exports, batches(bundle, pictures[:4]))
-
-
 @pytest.mark.slow
 def test_the_graph_is_one_file_of_standard_operators_with_everything_inside(
     exported: tuple[Any, Path, Export],
@@ -235,11 +228,9 @@ def test_half_precision_is_compared_as_far_as_a_runtime_allows(
 
 
 @pytest.mark.slow
-def test_the_same_export_is_made_once(bundle_of: Callable[..., Any], pictures: list[np.ndarray]) -> None:
-    bundle = bundle_of()
-    exports = bundle.directory.parent / "exports"
+def test_the_same_export_is_made_once(exported: tuple[Any, Path, Export], pictures: list[np.ndarray]) -> None:
+    bundle, exports, first = exported
     images = list(batches(bundle, pictures[:4]))
-    first = export_onnx(bundle, exports, images)
     again = export_onnx(bundle, exports, [])  # no images: nothing is compared again
     assert again.path == first.path
     with pytest.raises(ExportError):
