@@ -210,7 +210,6 @@ def test_undecodable_survives_a_process_border():
     assert (fault.path, fault.reason, str(fault)) == ("a.jpg", "empty file", "a.jpg: empty file")
 
 
-@pytest.mark.slow
 def test_odd_images_decode_as_pillow_does_or_are_refused(shared_data):
     """Whatever the files are like: a result that agrees with Pillow, or Undecodable; never another exception."""
     from PIL import Image as Pillow

@@ -88,7 +88,6 @@ def test_a_second_call_reuses_the_folder_and_writing_again_gives_the_same_bytes(
     assert os.listdir(tmp_path) == [folder.name]
 
 
-@pytest.mark.slow
 def test_two_processes_that_write_at_once_end_with_one_whole_folder(cache, tmp_path):
     context = multiprocessing.get_context("spawn")
     writers = [context.Process(target=write_digits, args=(tmp_path,)) for _ in range(2)]

@@ -97,7 +97,6 @@ def test_both_backends_agree_on_a_mixed_batch_of_flower_photos(kit, shared_data,
         assert difference.max() < 1, one.rows[difference.argmax()]
 
 
-@pytest.mark.slow
 @BACKENDS
 def test_all_full_size_photos_are_within_two_levels_of_torchvision(kit, shared_data, backend):
     count, greatest, mean, _ = compare(kit, sorted((shared_data / "jpeg_full" / "images").iterdir()), backend)

@@ -129,7 +129,6 @@ sys.stdin.read()
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_workers_die_with_their_parent(tmp_path, kit, photo, number):
     names = [f"{k}.jpg" for k in range(12)]
@@ -149,7 +148,6 @@ def test_workers_die_with_their_parent(tmp_path, kit, photo, number):
         parent.communicate()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_the_group_stops_the_parent_only(tmp_path, photo, number):
     names = [f"{k}.jpg" for k in range(12)]

@@ -95,7 +95,6 @@ def test_equals_pillow_on_every_shared_file_that_pillow_opens(shared_files: list
     assert sum(seen.values()) >= 2000
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("quiet_pillow")
 def test_a_file_marked_truncated_does_not_load_and_a_sound_one_is_not_marked(shared_data: Path) -> None:
     files = [p for p in sorted((shared_data / "odd_images" / "files").rglob("*")) if p.is_file()]

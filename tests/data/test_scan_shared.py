@@ -81,7 +81,6 @@ def test_a_flat_folder_points_to_its_table(shared_data):
     assert caught.value.code == "D003" and caught.value.try_.endswith("solar_cells/MANIFEST.csv")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("verify", ["suspect", "full"])
 def test_odd_images_neither_crash_nor_stop_the_scan(shared_data, verify):
     rows = {r["path"]: r for r in manifest_rows(shared_data, "odd_images")}

@@ -380,7 +380,6 @@ print("alive")
 """
 
 
-@pytest.mark.slow
 def test_a_process_outlives_its_openvino_engines_when_a_signal_comes(tmp_path: Path) -> None:
     pytest.importorskip("openvino")
     path = write_graph(tmp_path / "m.onnx")

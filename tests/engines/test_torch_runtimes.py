@@ -326,7 +326,6 @@ def onnx_export(exported: tuple[Any, Path, Any]) -> tuple[Any, Callable[[str], P
     return bundle, make
 
 
-@pytest.mark.slow
 def test_auto_takes_the_fp32_file_on_a_cpu_and_torch_where_there_is_none(
     onnx_export: tuple[Any, Callable[[str], Path]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -350,7 +349,6 @@ def test_auto_takes_the_fp32_file_on_a_cpu_and_torch_where_there_is_none(
     assert open_engine(bundle, "auto").runtime == "torch"  # no ONNX Runtime
 
 
-@pytest.mark.slow
 def test_openvino_opens_the_onnx_export(onnx_export: tuple[Any, Callable[[str], Path]]) -> None:
     pytest.importorskip("openvino")
     bundle, make = onnx_export

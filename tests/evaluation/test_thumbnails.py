@@ -110,7 +110,6 @@ def test_an_image_of_absurd_size_is_not_decoded(tmp_path):
         assert thumbnail(tmp_path / "a.bmp", partial=True) is None
 
 
-@pytest.mark.slow
 def test_no_odd_file_stops_the_report_and_those_that_pillow_decodes_are_shown(shared_data: Path):
     folder, missing = shared_data / "odd_images", []
     with open(folder / "MANIFEST.csv", encoding="utf-8", newline="") as file:

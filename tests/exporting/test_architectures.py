@@ -36,6 +36,7 @@ GATES = {"fp32": 1e-5, "fp16": 5e-3}  # relative L2 of logits, without what all 
 # Untrained, these two send every image to the same logits unless their batch norms have seen the images; with such
 # norms each of their fifty layers adds its rounding in full, and PyTorch itself is 6e-3 off in float16.
 FADING = ("timm/efficientnet_b0", "torchvision/mobilenet_v3_small")
+FEW = 16  # images for which these two are also computed by PyTorch in float16, which takes a CPU three seconds an image
 
 
 @pytest.fixture(scope="module")
@@ -73,10 +74,13 @@ def test_logits_in_onnx_runtime_are_those_of_torch(
         options = onnxruntime.SessionOptions()
         options.log_severity_level, options.intra_op_num_threads = 3, 1
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        sizes = parts if precision == "fp32" else [pixels]  # another batch size: the dimension is dynamic
+        fading = precision == "fp16" and arch in FADING
+        images = pixels[:FEW] if fading else pixels
+        sizes = parts if precision == "fp32" else [images]  # another batch size: the dimension is dynamic
         found = np.concatenate([session.run(["scores"], {"pixels": part})[0] for part in sizes]).astype(np.float64)
-        if precision == "fp16" and arch in FADING:
-            gate = max(gate, 2 * error_of(logits_of(scorer_of(bundle, "fp16", logits=True), parts), expected))
-        assert error_of(found, expected) <= gate, f"{precision}: {error_of(found, expected):.1e} > {gate:.1e}"
+        exact = expected[: len(images)]
+        if fading:
+            gate = max(gate, 2 * error_of(logits_of(scorer_of(bundle, "fp16", logits=True), [images]), exact))
+        assert error_of(found, exact) <= gate, f"{precision}: {error_of(found, exact):.1e} > {gate:.1e}"
         if precision == "fp32":
             assert (found.argmax(1) == expected.argmax(1))[clear].all()
