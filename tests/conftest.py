@@ -6,6 +6,7 @@ import itertools
 import os
 import shutil
 import signal
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +21,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Before any test imports torch: its threads must not spin while loaders and child processes need the cores."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell starts what it puts into the background that way
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ.setdefault("IMGCLS_CONFIG", tempfile.mkdtemp(prefix="imgcls-config-"))  # no test makes a key of the user's
     env.calm_threads()
 
 

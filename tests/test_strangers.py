@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ast
+import hashlib
+import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +20,47 @@ from imgcls_fast.core import child, env
 
 PACKAGE = Path(imgcls_fast.__file__).parent
 # `python -m` itself imports these, from the current folder, before it has read a line of ours
-BEFORE_US = {"importlib", "warnings", "contextlib", "collections", "functools", "types", "operator", "keyword", "reprlib"}
-FOREIGN = ("numpy", "torch", "torchvision", "timm", "PIL", "yaml", "pydantic", "rich", "safetensors", "sklearn", "onnx", "jinja2")
-PROGRAMS = ("git", "gcc", "g++", "c++", "cc", "clang", "nvcc", "trtexec", "nvidia-smi", "ptxas", "ld", "python", "python3", "ldconfig")
+BEFORE_US = {
+    "importlib",
+    "warnings",
+    "contextlib",
+    "collections",
+    "functools",
+    "types",
+    "operator",
+    "keyword",
+    "reprlib",
+}
+FOREIGN = (
+    "numpy",
+    "torch",
+    "torchvision",
+    "timm",
+    "PIL",
+    "yaml",
+    "pydantic",
+    "rich",
+    "safetensors",
+    "sklearn",
+    "onnx",
+    "jinja2",
+)
+PROGRAMS = (
+    "git",
+    "gcc",
+    "g++",
+    "c++",
+    "cc",
+    "clang",
+    "nvcc",
+    "trtexec",
+    "nvidia-smi",
+    "ptxas",
+    "ld",
+    "python",
+    "python3",
+    "ldconfig",
+)
 
 
 @pytest.fixture(scope="module")
@@ -47,20 +88,19 @@ def trap(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(trap: Path, *words: str, how: str = "script") -> str:
+def run(trap: Path, *words: str, how: str = "script", runs: bool = False) -> str:
     """One command line in the trap, with the current folder on PATH as careless people have it; its output."""
     (trap.parent / "ran").unlink(missing_ok=True)
     script = trap.parent / "imgcls-fast"  # what pip makes of an entry point
     script.write_text("import sys\nfrom imgcls_fast.cli.app import main\nsys.exit(main())\n")
     start = [str(script)] if how == "script" else ["-m", "imgcls_fast"]
-    environment = os.environ | {
-        "PATH": f".:{os.environ['PATH']}:", "IMGCLS_RUNS": str(trap.parent / "runs"), "IMGCLS_CACHE": str(trap.parent / "cache"),
-    }  # fmt: skip
+    environment = os.environ | {"PATH": f".:{os.environ['PATH']}:"}
+    environment |= {f"IMGCLS_{name.upper()}": str(trap.parent / name) for name in ("runs", "cache", "config")}
     done = subprocess.run(
         [sys.executable, *start, *words], cwd=trap, env=environment, capture_output=True, text=True, timeout=600
     )
     ran = trap.parent / "ran"
-    assert not ran.exists(), f"{' '.join(words)}: {ran.read_text()}"
+    assert ran.exists() == runs, f"{' '.join(words)}: {ran.read_text() if ran.exists() else done.stderr}"
     return done.stdout + done.stderr
 
 
@@ -96,14 +136,70 @@ def test_no_verb_runs_anything_of_the_current_folder(trap: Path) -> None:
     ):  # fmt: skip
         assert "X001" not in run(trap, *words.split()), words
 
+    plant_native_code(trap.parent / "runs" / "a", trap.parent)
+    for words in (
+        "verify a",
+        "bench a -b 1 --duration 0.1s",
+        "predict a data/cat/0.tif --runtime auto",
+        "export a --aoti",
+    ):
+        assert "X001" not in run(trap, *words.split()), words
+    assert "ran" not in run(
+        trap, "predict", "a", "data/cat/0.tif", "--runtime", "aoti"
+    )  # `export` has made an own one again
+    plant_native_code(trap.parent / "runs" / "a", trap.parent)
+    assert "error[E006]" in run(trap, "predict", "a", "data/cat/0.tif", "--runtime", "aoti")
+    assert "error[E006]" in run(trap, "eval", "a", "--runtime", "aoti")
+    said = run(trap, "predict", "a", "data/cat/0.tif", "--runtime", "aoti", "--trust", runs=True)
+    assert "native code of unknown origin" in said
+
+
+def plant_native_code(place: Path, here: Path) -> None:
+    """Exchange the code in a run's AOTInductor package for a stranger's, and rewrite the digest in meta.json."""
+    (here / "evil.c").write_text(
+        "#include <stdio.h>\n__attribute__((constructor)) void run(void) "
+        f'{{ FILE* f = fopen("{here / "ran"}", "a"); fputs("native code\\n", f); fclose(f); }}\n'
+    )
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", str(here / "evil.so"), str(here / "evil.c")], check=True)
+    (folder,) = (place / "exports").glob("aoti-*")
+    package = folder / "model.pt2"
+    with zipfile.ZipFile(package) as archive:
+        content = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(package, "w") as archive:
+        for name, data in content.items():
+            archive.writestr(name, (here / "evil.so").read_bytes() if name.endswith(".so") else data)
+    meta = json.loads((folder / "meta.json").read_text())
+    meta |= {"sha256": hashlib.sha256(package.read_bytes()).hexdigest(), "bytes": package.stat().st_size}
+    (folder / "meta.json").write_text(json.dumps(meta))
+
 
 def test_one_file_starts_processes() -> None:
-    starts = {"Popen", "run", "call", "check_output", "check_call", "system", "popen", "execv", "execvp", "posix_spawn", "spawnv"}
+    starts = {
+        "Popen",
+        "run",
+        "call",
+        "check_output",
+        "check_call",
+        "system",
+        "popen",
+        "execv",
+        "execvp",
+        "posix_spawn",
+        "spawnv",
+    }
     for path in PACKAGE.rglob("*.py"):
         nodes = list(ast.walk(ast.parse(path.read_text("utf-8"))))
         called = [ast.unparse(node.func) for node in nodes if isinstance(node, ast.Call)]
-        found = [name for name in called if name.rpartition(".")[0] in ("subprocess", "os") and name.rpartition(".")[2] in starts]
-        found += [ast.unparse(node) for node in nodes if isinstance(node, ast.Attribute) and ast.unparse(node) == "sys.executable"]
+        found = [
+            name
+            for name in called
+            if name.rpartition(".")[0] in ("subprocess", "os") and name.rpartition(".")[2] in starts
+        ]
+        found += [
+            ast.unparse(node)
+            for node in nodes
+            if isinstance(node, ast.Attribute) and ast.unparse(node) == "sys.executable"
+        ]
         assert not found or path.relative_to(PACKAGE).as_posix() == "core/child.py", (path.name, found)
 
 
@@ -115,9 +211,16 @@ def test_a_child_is_this_package_wherever_it_starts(trap: Path) -> None:
 
 @pytest.mark.parametrize(
     ("given", "kept"),
-    [("/usr/bin:/bin", "/usr/bin:/bin"), (":/usr/bin", "/usr/bin"), ("/usr/bin:.:bin:/bin:", "/usr/bin:/bin"), ("", "/bin:/usr/bin")],
+    [
+        ("/usr/bin:/bin", "/usr/bin:/bin"),
+        (":/usr/bin", "/usr/bin"),
+        ("/usr/bin:.:bin:/bin:", "/usr/bin:/bin"),
+        ("", "/bin:/usr/bin"),
+    ],
 )
-def test_programs_are_never_looked_for_in_the_current_folder(given: str, kept: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_programs_are_never_looked_for_in_the_current_folder(
+    given: str, kept: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PATH", given)
     monkeypatch.setenv("PYTHONPATH", f"{given}::lib")
     found = env.child_environment()
@@ -141,7 +244,9 @@ def repository(place: Path, *, packed: bool, worktree: bool) -> Path:
         git.mkdir(parents=True)
         (git / "HEAD").write_text("ref: refs/heads/topic\n")
     if packed:
-        (git / "packed-refs").write_text(f"# pack-refs with: peeled\n{'cd' * 20} refs/heads/main\n{commit} refs/heads/topic\n")
+        (git / "packed-refs").write_text(
+            f"# pack-refs with: peeled\n{'cd' * 20} refs/heads/main\n{commit} refs/heads/topic\n"
+        )
     else:
         (git / "refs" / "heads").mkdir(parents=True)
         (git / "refs" / "heads" / "topic").write_text(commit + "\n")

@@ -54,11 +54,12 @@ def train(
     Raises:
         ImgclsError: with a code, the cause and what to do; Interrupted after a signal, with the work saved.
     """
+    from .core.settings import from_sets
     from .training import session
 
     changes = _overrides(overrides, settings)
     if resume is not None:
-        changes |= _from_sets(sets)
+        changes |= from_sets(sets)
         return session.resume(_run(resume), changes, sinks)
     return session.start(_config(data, config, preset, sets, changes), sinks, command)
 
@@ -94,6 +95,7 @@ def evaluate(
     precision: str | None = None,
     batch_size: int | None = None,
     out: str | Path | None = None,
+    trust: bool = False,
 ) -> Metrics:
     """Judge a run on one of its own splits, or on other labelled images; each row counts exactly once.
 
@@ -103,6 +105,7 @@ def evaluate(
         runtime: torch, compile, aoti, onnx, openvino, trt or auto.
         precision: of the export that the runtime opens; None: the chosen one.
         out: folder for metrics.json, per_class.csv, confusion.csv and predictions.csv.
+        trust: open native code (aoti, trt) that this user has not exported; here and below.
 
     Raises:
         DataError: D001..D014; ModelError M004, M005; ExportError E001.
@@ -116,7 +119,7 @@ def evaluate(
     found = _run(run)
     device = _device()
     images = None if data is None else Path(data)
-    engine, note, manifest, rows = engine_and_rows(found, images, split, runtime, device, precision)
+    engine, note, manifest, rows = engine_and_rows(found, images, split, runtime, device, precision, trust)
     settings = found.config.evaluate
     predictions = score_rows(
         engine,
@@ -142,6 +145,7 @@ def predict(
     precision: str | None = None,
     top_k: int = 1,
     batch_size: int | None = None,
+    trust: bool = False,
 ) -> list[dict[str, Any]]:
     """Name the class of images.
 
@@ -159,7 +163,7 @@ def predict(
     listed: list[Any] = []
     for image in [images] if isinstance(images, str | Path) else images:
         listed += files_of(Path(image)) if isinstance(image, str | Path) else [image]
-    predictor = Predictor(run, runtime=runtime, precision=precision, batch=batch_size or 32, top_k=top_k)
+    predictor = Predictor(run, runtime=runtime, precision=precision, batch=batch_size or 32, top_k=top_k, trust=trust)
     try:
         return [answer.to_dict() for answer in predictor.stream(listed)]
     finally:
@@ -174,6 +178,7 @@ def Predictor(
     batch: int = 32,
     top_k: int = 1,
     device: str | None = None,
+    trust: bool = False,
 ) -> _Predictor:
     """A loaded model that answers about paths, bytes, Pillow images, arrays, lists and folders.
 
@@ -191,14 +196,14 @@ def Predictor(
     from .engines.predictor import Predictor as Loaded
     from .training.judging import open_model
 
-    engine, note = open_model(run, runtime, device or _device(), precision)
+    engine, note = open_model(run, runtime, device or _device(), precision, trust)
     _say(note)
     return Loaded(engine, batch=batch, top_k=top_k, threads=min(8, env.usable_cpus()))
 
 
-def load_model(run: RunLike = None, *, runtime: str = "torch") -> _Predictor:
+def load_model(run: RunLike = None, *, runtime: str = "torch", trust: bool = False) -> _Predictor:
     """The model of a run: `.predict(images)`, `.embed(images)`, `.classes`, `.preprocess(image)`. See `Predictor`."""
-    return Predictor(run, runtime=runtime)
+    return Predictor(run, runtime=runtime, trust=trust)
 
 
 def export(
@@ -241,7 +246,9 @@ def export(
     return made
 
 
-def verify(run: RunLike = None, *, images: int | None = None, out: str | Path | None = None) -> dict[str, Any]:
+def verify(
+    run: RunLike = None, *, images: int | None = None, out: str | Path | None = None, trust: bool = False
+) -> dict[str, Any]:
     """Compare the pixels of every loader and the scores of every runtime that is here, on real images of the run.
 
     Args:
@@ -260,7 +267,7 @@ def verify(run: RunLike = None, *, images: int | None = None, out: str | Path | 
 
     found = _run(run)
     bundle = read_bundle(found.bundle_path)
-    reference, engines = engines_of(bundle, found.exports, _device())
+    reference, engines = engines_of(bundle, found.exports, _device(), trust=trust)
     result = verify_run(
         bundle, found.manifest, reference, engines,
         images=images or found.config.export.verify_images, run=str(found.directory),
@@ -301,6 +308,7 @@ def benchmark(
     device: str | None = None,
     out: str | Path | None = None,
     say: Callable[[str], None] | None = None,
+    trust: bool = False,
 ) -> dict[str, Any]:
     """Time the engines of a run on this machine: latency, rate, what they compute in and what they are worth.
 
@@ -324,7 +332,7 @@ def benchmark(
 
     return examine(
         *_run_or_export(run), runtimes=tuple(runtimes), batches=tuple(batches), duration_s=duration_s,
-        device=device or _device(), out=None if out is None else Path(out), say=say or _say,
+        device=device or _device(), out=None if out is None else Path(out), say=say or _say, trust=trust,
     )  # fmt: skip
 
 
@@ -476,13 +484,6 @@ def _overrides(overrides: dict[str, Any] | None, settings: dict[str, Any]) -> di
     from .core.flags import python_overrides
 
     return {**(overrides or {}), **python_overrides(settings)}
-
-
-def _from_sets(sets: Sequence[str]) -> dict[str, Any]:
-    from .core.settings import build_config, flatten
-
-    changed = flatten(build_config(sets=tuple(sets)))
-    return {name: changed[name] for name in (text.partition("=")[0].strip() for text in sets)}
 
 
 def _device() -> str:

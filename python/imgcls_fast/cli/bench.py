@@ -8,6 +8,7 @@ from typing import Any
 
 from ..core.errors import GateFailed, UsageError
 from .answer import Answer, Request, Session
+from .judge import trusted
 from .show import facts, say, table
 
 _HEADS = ("area", "case", "contender / rival", "before", "after", "change", "bound", "p", "verdict")
@@ -19,6 +20,7 @@ def bench(request: Request, session: Session) -> Answer:
     from .. import api
 
     device = request.get("device", "auto")
+    named = " ".join(request.get("runtime") or ()) or (request.thing() or "")
     found = api.benchmark(
         request.thing() or "last",
         runtimes=tuple(request.get("runtime") or ()),
@@ -27,6 +29,7 @@ def bench(request: Request, session: Session) -> Answer:
         device=None if device == "auto" else device,
         out=request.get("out"),
         say=session.note,
+        trust=trusted(request, named),
     )
     path = str(Path(found["run"]) / "bench" / "efficiency.json")
     best = max(found["engines"], key=lambda row: row["best"]["images_per_s"])

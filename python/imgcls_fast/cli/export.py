@@ -9,7 +9,7 @@ from typing import Any
 from ..core.errors import ConfigError, UsageError
 from ..core.flags import PRECISIONS
 from .answer import Answer, Request, Session
-from .judge import run_and_rest
+from .judge import run_and_rest, trusted
 from .settings import settings_of
 from .show import facts, say, table
 
@@ -67,7 +67,7 @@ def verify(request: Request, session: Session) -> Answer:
     run, _ = run_and_rest(request.things, data=False)
     from .. import api
 
-    found = api.verify(run, out=request.get("out"))
+    found = api.verify(run, out=request.get("out"), trust=trusted(request, run or ""))
 
     line = f"{found['images']:,} images: every loader and runtime that is here gives the same"
 

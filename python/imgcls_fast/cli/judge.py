@@ -36,6 +36,7 @@ def evaluate(request: Request, session: Session) -> Answer:
         precision=precision,
         batch_size=batch_size,
         out=request.get("out"),
+        trust=trusted(request, runtime),
     )
     metrics = plain(found)
     what = rest[0] if rest else split
@@ -68,6 +69,7 @@ def predict(request: Request, session: Session) -> Answer:
             precision=request.get("engine_precision"),
             top_k=top_k,
             batch_size=batch_size,
+            trust=trusted(request, request.get("runtime", "")),
         )
     )
     bad = [answer for answer in answers if answer.get("error")]
@@ -96,6 +98,22 @@ def report(request: Request, session: Session) -> Answer:
 
     path = str(api.report(run))
     return Answer({"run": run or "last", "report": path}, lambda console: say(console, path), path)
+
+
+def trusted(request: Request, named: str) -> bool:
+    """Whether `--trust` is given, which goes with something that is named: a runtime that opens native code, or a run.
+
+    Raises:
+        UsageError: U002 where nothing is named.
+    """
+    if not request.get("trust"):
+        return False
+    if named in ("", "auto", "torch", "compile"):
+        what = "RUN" if request.verb == "verify" else "RUN --runtime aoti"
+        raise UsageError(
+            "U002", "--trust goes with what is to be trusted, named", try_=f"imgcls-fast {request.verb} {what} --trust"
+        )
+    return True
 
 
 def run_and_rest(things: Sequence[str], *, data: bool = True) -> tuple[str | None, list[str]]:

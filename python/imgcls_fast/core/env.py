@@ -63,6 +63,17 @@ def cache_dir() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "imgcls-fast"
 
 
+def config_dir() -> Path | None:
+    """Where the user's own key lies: $IMGCLS_CONFIG, else the user's configuration folder; None where there is no home."""
+    own, base = os.environ.get("IMGCLS_CONFIG"), os.environ.get("XDG_CONFIG_HOME", "")
+    if own:
+        return Path(own)
+    try:
+        return (Path(base) if os.path.isabs(base) else Path.home() / ".config") / "imgcls-fast"
+    except RuntimeError:
+        return None
+
+
 def runs_dir() -> Path:
     """Where runs go when no place is named: $IMGCLS_RUNS, else ./runs."""
     return Path(os.environ.get("IMGCLS_RUNS", "runs"))

@@ -57,6 +57,7 @@ CODES: dict[str, str] = {
     "E003": "INT8 quantisation failed",
     "E004": "engine cannot be built",
     "E005": "engine that does not belong to this machine or model",
+    "E006": "native code of unknown origin",
     "E901": "exported model disagrees with the original",
     "E902": "exported model lost accuracy",
     "E903": "too few rows to judge the exported model",

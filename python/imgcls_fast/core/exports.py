@@ -24,6 +24,7 @@ from typing import Any
 from .bundle import Bundle
 from .errors import ExportError
 from .files import explained_write, sha256_file, sha256_json, sync_directory, write_json
+from .trust import NATIVE, PROGRAMS, demand_own_code, is_own, signed
 
 INDEX = "index.json"
 META = "meta.json"
@@ -127,6 +128,7 @@ def finish(temporary: Path, bundle: Bundle, target: str, precision: str, file: s
         **common_meta(bundle),
         **meta,
     }  # fmt: skip
+    whole = signed(whole)
     with explained_write(exports):
         write_json(temporary / META, whole)
         for inner in temporary.rglob("*"):
@@ -191,11 +193,26 @@ def demand_own(export: Export, bundle: Bundle, again: str) -> None:
         )  # fmt: skip
 
 
+def demand_trusted(export: Export, *, trust: bool = False) -> None:
+    """Go on only with what may be opened: a file with native code must be whole and this user's, or be vouched for.
+
+    Raises:
+        ExportError: E001 when it is damaged, E006 when somebody else made it.
+    """
+    if export.meta.get("target") in NATIVE and not _intact(export):  # the signature covers the digest, not the file
+        raise ExportError(
+            "E001", f"{export.path} is damaged", try_=f"imgcls-fast export {export.folder.parent.parent} --{export.meta['target']}"
+        )  # fmt: skip
+    demand_own_code(export.path, export.meta, trust=trust)
+
+
 def find_key(exports: Path, bundle: Bundle, target: str, precision: str, key: str) -> Export | None:
     """The export with this key, if it is there and whole; None when it has to be made."""
     try:
         found = read_export(exports / f"{target}-{precision}-{key}")
     except (OSError, ValueError):
+        return None
+    if target in PROGRAMS and not is_own(found.meta):  # what holds code is made again, not handed over as if it were ours
         return None
     return found if found.meta.get("bundle") == bundle.digest and _intact(found) else None
 

@@ -185,6 +185,8 @@ FLAGS: tuple[Flag, ...] = (
     Flag(("--device",), "where to compute", None, ("bench",), "NAME", choices=("auto", "cpu", "cuda")),
     Flag(("--engine-precision",), "which of the exports: fp32 | fp16 | bf16 | int8; default: the chosen one", None, ("eval", "predict"),
          "NAME", choices=PRECISIONS),
+    Flag(("--trust",), "open native code (aoti, trt) that this user has not exported; its maker must be known", None,
+         ("eval", "predict", "verify", "bench"), kind="switch"),
     Flag(("-b", "--batch-size"), "images per forward pass", None, ("eval", "predict"), "N"),
     Flag(("-k", "--top-k"), "answers for each image", None, ("predict",), "K"),
     Flag(("--onnx",), "an ONNX file (the default)", None, ("export",), kind="switch", group=_TARGET),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,12 @@ def build_config(
         return RunConfig.model_validate(merged)
     except ValidationError as error:
         raise _explain(error, origin) from error
+
+
+def from_sets(sets: Sequence[str]) -> dict[str, Any]:
+    """Dotted names to values of "section.field=value" strings, checked."""
+    changed = flatten(build_config(sets=tuple(sets)))
+    return {name: changed[name] for name in (text.partition("=")[0].strip() for text in sets)}
 
 
 def preset_names() -> list[str]:

@@ -18,8 +18,8 @@ from .runtimes import MAX_BATCH, FunctionEngine, first_line
 class AotiEngine(FunctionEngine):
     """A package that AOTInductor compiled for this kind of machine. See `base.Engine`.
 
-    The package is native code: its digest is checked against meta.json by `find_export`, which tells damage, not intent.
-    Open only packages that you or somebody you trust has made.
+    The package is native code, and runs when it is opened: `runtimes.open_export` opens only those that this user has made or
+    vouches for.
 
     Args:
         path: the .pt2 package: uint8 pixels -> scores.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from ..core.bundle import Bundle
 from ..core.errors import ConfigError, ExportError, HardwareError, ModelError, near
-from ..core.exports import Export, find_export
+from ..core.exports import Export, demand_trusted, find_export
 from ..core.flags import RUNTIMES
 from ..core.manifest import LabelSpace
 from ..core.pixels import Pixels
@@ -336,6 +337,7 @@ def open_engine(
     precision: str | None = None,
     batch: int | None = None,
     threads: int = 0,
+    trust: bool = False,
 ) -> Engine:
     """An engine for a bundle.
 
@@ -347,11 +349,12 @@ def open_engine(
         precision: fp32, fp16, bf16 or int8; None: fp32 of torch, and of exports the one that was chosen last.
         batch: the largest batch of one pass; None: as the runtime likes it.
         threads: of one batch on the CPU in ONNX Runtime and OpenVINO, 0: one for each core; torch's are set for the process.
+        trust: also open native code that this user has not exported; auto never does.
 
     Raises:
         ConfigError: C003 for an unknown runtime, C004 for a precision or device that it does not have.
         ExportError: E001 when there is no export of exactly these weights, or its file is damaged; E005 when it belongs to
-            another machine.
+            another machine; E006 when it holds native code that this user has not made.
         HardwareError: H001, H004 when hardware or a library is missing.
     """
     folder = exports or bundle.directory.parent / "exports"
@@ -364,21 +367,29 @@ def open_engine(
         names = ", ".join(repr(name) for name in RUNTIMES)
         raise ConfigError("C003", f"runtime must be one of {names}, got {runtime!r}", try_=f"--runtime {guess}")
     export = find_export(folder, bundle, OPENERS[runtime][0], precision)
-    return open_export(bundle, export, runtime, device=device, batch=batch, threads=threads)
+    return open_export(bundle, export, runtime, device=device, batch=batch, threads=threads, trust=trust)
 
 
 def open_export(
-    bundle: Bundle, export: Export, runtime: str, *, device: str = "cpu", batch: int | None = None, threads: int = 0
+    bundle: Bundle,
+    export: Export,
+    runtime: str,
+    *,
+    device: str = "cpu",
+    batch: int | None = None,
+    threads: int = 0,
+    trust: bool = False,
 ) -> Engine:
-    """An engine for one export, whichever index.json names. It is not checked whether it is whole and of this bundle.
+    """An engine for one export, whichever index.json names. It is not checked whether it is of this bundle.
 
     Args:
         runtime: one of `OPENERS`, which reads this kind of export.
-        device, batch, threads: as for `open_engine`.
+        device, batch, threads, trust: as for `open_engine`.
 
     Raises:
-        ExportError: E005; HardwareError: H001, H004.
+        ExportError: E001, E005, E006; HardwareError: H001, H004.
     """
+    demand_trusted(export, trust=trust)
     most: dict[str, Any] = {} if batch is None else {"max_batch": batch}
     return OPENERS[runtime][1](export, bundle, device, threads, most)
 
@@ -407,8 +418,9 @@ def _open_auto(
         asked = precision or (None if gpu else "fp32")
         try:
             return open_engine(bundle, first, device=device, exports=exports, precision=asked, batch=batch, threads=threads)  # fmt: skip
-        except (ExportError, HardwareError):  # none, stale, of another machine: torch gives the same answers
-            pass
+        except (ExportError, HardwareError) as error:  # none, stale, of another machine: torch gives the same answers
+            if error.code == "E006":
+                warnings.warn(f"{error.message}: torch answers instead", stacklevel=2)
     return _open_torch(bundle, "torch", device, precision, batch)
 
 

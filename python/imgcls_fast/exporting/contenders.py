@@ -10,7 +10,7 @@ from typing import Any
 from ..core import env
 from ..core.bundle import Bundle
 from ..core.errors import ExportError, HardwareError, ImgclsError
-from ..core.exports import Export, demand_own, list_exports, read_export
+from ..core.exports import Export, demand_own, demand_trusted, list_exports, read_export
 from ..core.flags import RUNTIMES
 from ..engines.base import Engine
 from ..engines.openvino_runtime import quiet_openvino
@@ -30,11 +30,13 @@ class Contender:
         name: "torch", "compile", or runtime and precision of the file, with the export's key where two have the same.
         runtime: one of `KINDS`.
         export: what it reads; None for torch and compile, which read the bundle.
+        trust: native code in it may be somebody else's.
     """
 
     name: str
     runtime: str
     export: Export | None = None
+    trust: bool = False
 
     def open(self, bundle: Bundle, device: str, threads: int) -> Engine:
         """An engine that is ready.
@@ -48,7 +50,7 @@ class Contender:
         """
         if self.export is None:
             return open_engine(bundle, self.runtime, device=device, threads=threads)
-        return open_export(bundle, self.export, self.runtime, device=device, threads=threads)
+        return open_export(bundle, self.export, self.runtime, device=device, threads=threads, trust=self.trust)
 
     @property
     def fixed(self) -> int | None:
@@ -64,13 +66,13 @@ class Contender:
     def to_task(self) -> dict[str, Any]:
         """For a process of its own."""
         folder = str(self.export.folder) if self.export else None
-        return {"name": self.name, "runtime": self.runtime, "folder": folder}
+        return {"name": self.name, "runtime": self.runtime, "folder": folder, "trust": self.trust}
 
     @classmethod
     def from_task(cls, task: dict[str, Any]) -> Contender:
         """The same one there."""
         folder = task["folder"]
-        return cls(task["name"], task["runtime"], read_export(Path(folder)) if folder else None)
+        return cls(task["name"], task["runtime"], read_export(Path(folder)) if folder else None, task["trust"])
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,13 @@ class Absent:
 
 
 def contenders_of(
-    bundle: Bundle, exports: Path, *, run: str, runtimes: tuple[str, ...] = (), only: Path | None = None
+    bundle: Bundle,
+    exports: Path,
+    *,
+    run: str,
+    runtimes: tuple[str, ...] = (),
+    only: Path | None = None,
+    trust: bool = False,
 ) -> tuple[list[Contender], list[Absent]]:
     """The reference first, then everything that may be timed beside it, unopened; and what cannot be.
 
@@ -102,17 +110,18 @@ def contenders_of(
         run: how the run is named in commands.
         runtimes: only these; empty: all but compile.
         only: folder of the export that is timed alone.
+        trust: native code that this user has not made is opened where `runtimes` or `only` names it.
 
     Raises:
-        ExportError: E001 when `only` is damaged or of another model.
+        ExportError: E001 when `only` is damaged or of another model, E006 when it is somebody else's native code.
     """
-    found = list(_listed(bundle, exports, run, runtimes, only))
+    found = list(_listed(bundle, exports, run, runtimes, only, trust))
     ready = [entry for entry in found if isinstance(entry, Contender)]
     return _named_apart([Contender(REFERENCE, REFERENCE), *ready]), [e for e in found if isinstance(e, Absent)]
 
 
 def _listed(
-    bundle: Bundle, exports: Path, run: str, runtimes: tuple[str, ...], only: Path | None
+    bundle: Bundle, exports: Path, run: str, runtimes: tuple[str, ...], only: Path | None, trust: bool
 ) -> Iterator[Contender | Absent]:
     if "compile" in runtimes:
         yield Contender("compile", "compile")
@@ -121,7 +130,7 @@ def _listed(
         yield Absent("compile", "it is timed only when it is named: compiling takes seconds to minutes", command)
     there = list_exports(exports) if only is None else [read_export(only)]
     for export in there:
-        yield from _of_export(export, bundle, run, runtimes, strict=only is not None)
+        yield from _of_export(export, bundle, run, runtimes, strict=only is not None, trust=trust)
     targets = {export.meta.get("target") for export in there}
     for runtime, (target, _) in OPENERS.items():
         if only is None and target not in targets and (not runtimes or runtime in runtimes):
@@ -129,7 +138,7 @@ def _listed(
 
 
 def _of_export(
-    export: Export, bundle: Bundle, run: str, runtimes: tuple[str, ...], *, strict: bool
+    export: Export, bundle: Bundle, run: str, runtimes: tuple[str, ...], *, strict: bool, trust: bool
 ) -> Iterator[Contender | Absent]:
     """One export in each runtime that reads it.
 
@@ -148,6 +157,9 @@ def _of_export(
     again = f"imgcls-fast export {run} --{target} --precision {precision}"
     try:
         demand_own(export, bundle, again)
+        trust = trust and (strict or target in runtimes)
+        if not trust:
+            demand_trusted(export)
     except ExportError as error:
         if strict:
             raise
@@ -158,7 +170,7 @@ def _of_export(
         if precision == "bf16" and target == "onnx":
             yield Absent(name, "no ONNX runtime on a CPU takes BF16: the file is made for TensorRT")
         else:
-            yield Contender(name, runtime, export)
+            yield Contender(name, runtime, export, trust)
 
 
 def _unexported(runtime: str, target: str, run: str) -> Absent:
@@ -188,7 +200,7 @@ def _named_apart(contenders: list[Contender]) -> list[Contender]:
     """The same, each with a name of its own."""
     names = [contender.name for contender in contenders]
     return [
-        Contender(f"{c.name} {c.export.folder.name.rpartition('-')[2]}", c.runtime, c.export)
+        Contender(f"{c.name} {c.export.folder.name.rpartition('-')[2]}", c.runtime, c.export, c.trust)
         if c.export and names.count(c.name) > 1
         else c
         for c in contenders

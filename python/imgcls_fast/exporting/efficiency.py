@@ -87,6 +87,7 @@ def examine(
     device: str,
     out: Path | None,
     say: Say,
+    trust: bool = False,
 ) -> dict[str, Any]:
     """Time the engines of a run one after the other, compare each with torch, judge them, and write efficiency.json.
 
@@ -99,19 +100,20 @@ def examine(
         device: "cpu" or "cuda[:n]".
         out: also write the result there.
         say: told what happens, in sentences.
+        trust: also open native code of others, where `export` or `runtimes` names it.
 
     Returns:
         See the top of this file.
 
     Raises:
         ConfigError: C003 for an unknown runtime, batch or duration, C004 for an export that the runtimes do not read.
-        ModelError: M004, M005; ExportError: E001, E005 of the one export; HardwareError: H001, H003.
+        ModelError: M004, M005; ExportError: E001, E005, E006 of the one export; HardwareError: H001, H003.
     """
     _check(runtimes, batches, duration_s, device)
     if not run.finished:
         raise ModelError("M005", f"{run.directory} is not finished", try_=f"imgcls-fast train {run.directory} --resume")
     bundle, name = read_bundle(run.bundle_path), str(run.directory)
-    contenders, absent = contenders_of(bundle, run.exports, run=name, runtimes=runtimes, only=export)
+    contenders, absent = contenders_of(bundle, run.exports, run=name, runtimes=runtimes, only=export, trust=trust)
     if export is not None and len(contenders) == 1:
         raise _nothing_reads(export, absent, runtimes)
     task = _Task(run, bundle, device, torch.get_num_threads(), batches, duration_s)

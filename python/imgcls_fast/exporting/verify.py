@@ -194,11 +194,13 @@ def verify_table(result: Mapping[str, Any]) -> list[tuple[str, str, str, str, st
     return table
 
 
-def engines_of(bundle: Bundle, exports: Path, device: str) -> tuple[Engine, dict[str, Opened]]:
+def engines_of(
+    bundle: Bundle, exports: Path, device: str, *, trust: bool = False
+) -> tuple[Engine, dict[str, Opened]]:
     """The model in torch, and how to open each runtime on each of its exports; what is usual is asked for even if it is not there."""
 
     def opener(runtime: str, precision: str) -> Callable[[], Engine]:
-        return lambda: open_engine(bundle, runtime, device=device, exports=exports, precision=precision)
+        return lambda: open_engine(bundle, runtime, device=device, exports=exports, precision=precision, trust=trust)
 
     there = [(export.meta.get("target"), export.meta.get("precision")) for export in list_exports(exports)]
     wanted = [("onnx", "fp32"), ("openvino", "fp32"), ("aoti", "fp32"), ("trt", "fp16")]

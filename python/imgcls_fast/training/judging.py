@@ -118,7 +118,7 @@ def calibrated(predictions: Predictions, temperature: float) -> Predictions:
 
 
 def run_engine(
-    run: Run, runtime: str = "torch", device: str = "cpu", precision: str | None = None
+    run: Run, runtime: str = "torch", device: str = "cpu", precision: str | None = None, trust: bool = False
 ) -> tuple[Engine, str]:
     """An engine for a run, and a note where it is not the judged model (training has not ended yet).
 
@@ -128,7 +128,7 @@ def run_engine(
     """
     if run.finished:
         return open_engine(
-            read_bundle(run.bundle_path), runtime, device=device, exports=run.exports, precision=precision
+            read_bundle(run.bundle_path), runtime, device=device, exports=run.exports, precision=precision, trust=trust
         ), ""
     if runtime != "torch":
         raise ConfigError(
@@ -149,16 +149,18 @@ def bundle_folder(path: Path) -> Path | None:
     return next((folder for folder in (path, path / "bundle") if (folder / "bundle.json").is_file()), None)
 
 
-def open_model(run: Run | str | Path | None, runtime: str, device: str, precision: str | None) -> tuple[Engine, str]:
+def open_model(
+    run: Run | str | Path | None, runtime: str, device: str, precision: str | None, trust: bool = False
+) -> tuple[Engine, str]:
     """The engine of a run (None: the last one) or of a lone bundle's folder, and a note. See `run_engine`."""
     lone = bundle_folder(Path(run)) if isinstance(run, str | Path) and str(run) != "last" else None
     if lone is not None:
-        return open_engine(read_bundle(lone), runtime, device=device, precision=precision), ""
-    return run_engine(run if isinstance(run, Run) else find_run(run), runtime, device, precision)
+        return open_engine(read_bundle(lone), runtime, device=device, precision=precision, trust=trust), ""
+    return run_engine(run if isinstance(run, Run) else find_run(run), runtime, device, precision, trust)
 
 
 def engine_and_rows(
-    run: Run, data: Path | None, split: str, runtime: str, device: str, precision: str | None
+    run: Run, data: Path | None, split: str, runtime: str, device: str, precision: str | None, trust: bool = False
 ) -> tuple[Engine, str, Manifest, np.ndarray]:
     """An engine with its note (see `run_engine`), and what it is to judge: one split of a run, or all of other labelled images.
 
@@ -168,7 +170,7 @@ def engine_and_rows(
     """
     if split not in SPLITS:
         raise ConfigError("C003", f"split must be one of 'train', 'val', 'test', got {split!r}", try_="--split test")
-    engine, note = run_engine(run, runtime, device, precision)
+    engine, note = run_engine(run, runtime, device, precision, trust)
     if data is not None:
         manifest = scan_to_judge(run.config.data, data, engine.pixels, engine.labels, env.cache_dir())
         return engine, note, manifest, np.arange(len(manifest), dtype=np.int64)
