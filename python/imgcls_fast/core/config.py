@@ -226,7 +226,9 @@ class EvaluateConfig(Section):
     top_k: Annotated[tuple[PositiveInt, ...], BeforeValidator(_listed)] = Field(
         (1, 5), description="also report whether the truth is among the K most probable", json_schema_extra=FREE
     )
-    bootstrap: PositiveInt = Field(1000, description="resamples behind a confidence interval", json_schema_extra=FREE)
+    bootstrap: PositiveInt = Field(
+        1000, description="resamples behind the interval of macro-F1", json_schema_extra=FREE
+    )
     batch_size: PositiveInt | Auto = Field("auto", description="images per forward pass", json_schema_extra=FREE)
     calibrate: bool = Field(True, description="fit a temperature on the validation rows", json_schema_extra=FREE)
 

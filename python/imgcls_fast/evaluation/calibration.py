@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +10,8 @@ import numpy as np
 BINS = 15  # equal-width bins of Guo et al. 2017
 COVERAGE_POINTS = 100  # 1 %, 2 %, ... 100 % of the rows
 TEMPERATURES = (0.05, 20.0)
+WORTH_TELLING = 0.5  # nats over all rows together that another T than 1 must gain
+_GRID, _GOLDEN = 25, (5**0.5 - 1) / 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,10 +102,20 @@ def apply_temperature(log_scores: np.ndarray, temperature: float) -> np.ndarray:
 
 
 def fit_temperature(log_scores: np.ndarray, truth: np.ndarray) -> float:
-    """The temperature T in [0.05, 20] for which softmax(log_scores / T) has the lowest log-loss on these rows.
+    """The temperature T in [0.05, 20] that these rows and a prior make most likely; exactly 1 where they cannot tell.
 
-    The log-loss is convex in b = 1 / T and its derivative, mean(E_p[z] - z_truth), grows with b, so bisection finds the
-    minimum. Fit on validation rows, never on test rows. The result is never worse than T = 1 on the rows it saw.
+    The likelihood alone runs to the bound when all rows are right, and puts a confidence of 1 on unseen mistakes. So
+    log T has a prior around 0: normal below (sharper scores risk the most), Student's t with 3 degrees of freedom above
+    (strong overconfidence is common, and a hundred rows show it). Its scale is in units of what the log-loss can move
+    by: the narrower, the larger the variance of the logits within a row. A gain of less than half a nat over all rows
+    together leaves T at 1.
+
+    Simulated on unseen rows (docs/evaluation.md): calibrated scores of 2 to 100 classes, 10 to 1,000 rows: log-loss at
+    most 0.003 above that of T = 1 (the likelihood alone: up to 0.7). Overconfident by a factor of 2 or 3, 100 rows: 75
+    to 100 % of the best possible gain, where the likelihood alone has 83 to 100 %; the low end is two classes with 8
+    errors in 100 rows.
+
+    Fit on validation rows, never on test rows. The result is never worse than T = 1 on the rows it saw.
 
     Args:
         log_scores: (n, K) logits or log-probabilities (log 0 = -inf is allowed).
@@ -111,7 +124,7 @@ def fit_temperature(log_scores: np.ndarray, truth: np.ndarray) -> float:
     Raises:
         ValueError: no rows, NaN or +inf, or a label outside 0 .. K - 1.
 
-    Source: Guo et al. 2017, section 4.2.
+    Source: temperature scaling: Guo et al. 2017, section 4.2.
     """
     if log_scores.ndim != 2 or len(log_scores) == 0 or len(truth) != len(log_scores):
         raise ValueError(f"need log_scores (n, K) and truth (n,) with n > 0, got {log_scores.shape} and {truth.shape}")
@@ -119,27 +132,47 @@ def fit_temperature(log_scores: np.ndarray, truth: np.ndarray) -> float:
         raise ValueError(f"labels must lie in 0 .. {log_scores.shape[1] - 1}, got {truth.min()} .. {truth.max()}")
     z = _finite(log_scores)
     z -= z.max(1, keepdims=True)
-    of_truth = z[np.arange(len(z)), truth]
+    of_truth = float(z[np.arange(len(z)), truth].sum())
+    scale = _prior_scale(z)
 
-    def slope(inverse: float) -> float:
-        e = np.exp(z * inverse)
-        return float(((e * z).sum(1) / e.sum(1) - of_truth).mean())
+    def loss(log_t: float) -> float:
+        inverse = np.exp(-log_t)
+        return float(np.log(np.exp(z * inverse).sum(1)).sum()) - of_truth * inverse
 
-    low, high = 1 / TEMPERATURES[1], 1 / TEMPERATURES[0]
-    if slope(low) >= 0:
-        best = low
-    elif slope(high) <= 0:
-        best = high
-    else:
-        for _ in range(50):
-            middle = (low + high) / 2
-            low, high = (middle, high) if slope(middle) < 0 else (low, middle)
-        best = (low + high) / 2
+    def cost(log_t: float) -> float:
+        u = log_t / scale
+        return loss(log_t) + float(2 * np.log1p(u * u / 3) if log_t > 0 else 2 / 3 * u * u)  # equal curvature at 0
 
-    def loss(inverse: float) -> float:
-        return float((np.log(np.exp(z * inverse).sum(1)) - of_truth * inverse).mean())
+    best = _lowest(cost, float(np.log(TEMPERATURES[0])), float(np.log(TEMPERATURES[1])))
+    return float(np.exp(best)) if loss(best) + WORTH_TELLING <= loss(0.0) else 1.0
 
-    return 1 / best if loss(best) < loss(1.0) else 1.0
+
+def _prior_scale(z: np.ndarray) -> float:
+    """Scale of the prior on log T: near T = 1 the log-loss rises by half the variance of z within a row, times (log T)^2."""
+    e = np.exp(z)
+    p = e / e.sum(1, keepdims=True)
+    middle = (p * z).sum(1, keepdims=True)
+    variance = float((p * (z - middle) ** 2).sum(1).mean())
+    return min(0.4, 0.18 / np.sqrt(max(variance, 1e-12)))
+
+
+def _lowest(cost: Callable[[float], float], low: float, high: float) -> float:
+    """Where a function with few valleys is lowest, to 1e-5: a grid, then golden sections beside its best point."""
+    grid = np.linspace(low, high, _GRID)
+    k = int(np.argmin([cost(float(x)) for x in grid]))
+    a, b = float(grid[max(k - 1, 0)]), float(grid[min(k + 1, len(grid) - 1)])
+    c, d = b - _GOLDEN * (b - a), a + _GOLDEN * (b - a)
+    at_c, at_d = cost(c), cost(d)
+    while b - a > 1e-5:
+        if at_c < at_d:
+            b, d, at_d = d, c, at_c
+            c = b - _GOLDEN * (b - a)
+            at_c = cost(c)
+        else:
+            a, c, at_c = c, d, at_d
+            d = a + _GOLDEN * (b - a)
+            at_d = cost(d)
+    return (a + b) / 2
 
 
 def _finite(log_scores: np.ndarray) -> np.ndarray:

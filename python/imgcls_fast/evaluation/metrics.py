@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from statistics import NormalDist
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -138,9 +140,9 @@ def judge(
     Args:
         predictions: n > 0 labelled rows; scores are probabilities.
         top_k: which top-k accuracies; values k >= K are left out (they are always 1). Equal scores rank by column.
-        bootstrap: resamples for the intervals; 0 makes them NaN and costs nothing.
+        bootstrap: resamples for the interval of macro-F1; 0 makes it NaN and costs nothing.
         seed: of the resamples. Equal input and seed give equal intervals.
-        confidence: mass of the percentile interval, in (0, 1).
+        confidence: mass of the intervals, in (0, 1). That of accuracy is Wilson's, see `accuracy_interval`.
 
     Raises:
         DataError: D004 no labels; D014 no rows, rows without label, NaN or values outside [0, 1] in the scores, or a
@@ -163,7 +165,7 @@ def judge(
         confidence_level=confidence,
         bootstrap=bootstrap,
         accuracy=float(correct.mean()),
-        accuracy_ci=accuracy_interval(int(correct.sum()), n, bootstrap, seed, confidence),
+        accuracy_ci=accuracy_interval(int(correct.sum()), n, confidence),
         macro_f1_ci=_percentiles(_macro_f1_draws(confusion, bootstrap, seed), confidence),
         top_k=_top_k(scores, truth, top_k),
         balanced_accuracy=_mean([c.recall for c in present]),
@@ -177,7 +179,7 @@ def judge(
         ece=bins.ece,
         reliability=bins,
         coverage=coverage(predictions.confidence, correct),
-        warnings=_warnings(per_class, scores, n, int(correct.sum())),
+        warnings=_warnings(per_class, scores),
     )
 
 
@@ -269,20 +271,18 @@ def _top_k(scores: np.ndarray, truth: np.ndarray, top_k: Sequence[int]) -> dict[
     return {k: float((rank < k).mean()) for k in sorted(set(top_k)) if k < scores.shape[1]}
 
 
-def accuracy_interval(hits: int, n: int, draws: int, seed: int, confidence: float) -> tuple[float, float]:
-    """Of the accuracy of n > 0 rows. Percentile bootstrap: resampling n rows draws Binomial(n, hits / n) hits.
+def accuracy_interval(hits: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Of the accuracy of n > 0 rows that are independent: the score interval, which keeps its promise with few errors too.
 
-    Where every row is right (or wrong) all resamples are equal, and an interval without width would be a lie: then
-    the exact interval of Clopper and Pearson (1934) is returned.
+    At a true accuracy of 0.99 and 50 rows it covers 0.91, where resampling the rows covers 0.39 (computed exactly).
+
+    Source: Wilson, "Probable inference, the law of succession, and statistical inference", JASA 22 (1927) 209-212.
     """
-    if not draws:
-        return float("nan"), float("nan")
-    edge = float(((1 - confidence) / 2) ** (1 / n))
-    if hits == n:
-        return edge, 1.0
-    if hits == 0:
-        return 0.0, 1 - edge
-    return _percentiles(np.random.default_rng([seed, 0]).binomial(n, hits / n, draws) / n, confidence)
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    share, spread = hits / n, z * z / n
+    middle = (share + spread / 2) / (1 + spread)
+    half = z / (1 + spread) * math.sqrt(share * (1 - share) / n + spread / (4 * n))
+    return (max(0.0, middle - half) if hits else 0.0), (min(1.0, middle + half) if hits < n else 1.0)
 
 
 def _macro_f1_draws(confusion: np.ndarray, draws: int, seed: int) -> np.ndarray:
@@ -317,7 +317,7 @@ def _percentiles(draws: np.ndarray, confidence: float) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _warnings(per_class: Sequence[ClassMetrics], scores: np.ndarray, n: int, hits: int) -> tuple[str, ...]:
+def _warnings(per_class: Sequence[ClassMetrics], scores: np.ndarray) -> tuple[str, ...]:
     out = []
     absent = [c.name for c in per_class if not c.support]
     if absent:
@@ -327,9 +327,6 @@ def _warnings(per_class: Sequence[ClassMetrics], scores: np.ndarray, n: int, hit
         out.append(f"{_names(never)}: never predicted, so precision and F1 count as 0")
     if len(per_class) - len(absent) == 1 and len(per_class) > 1:
         out.append("all rows have the same true class: ROC-AUC is undefined, accuracy says little")
-    if hits in (0, n):
-        what = "right" if hits else "wrong"
-        out.append(f"all {n} rows are {what}: the accuracy interval is the exact one (Clopper-Pearson)")
     if np.abs(scores.sum(1, dtype=np.float64) - 1).max() > SUM_TOLERANCE:
         out.append("scores do not sum to 1: log-loss, Brier score and ECE suppose probabilities")
     return tuple(out)

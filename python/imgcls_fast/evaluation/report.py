@@ -54,6 +54,7 @@ class ReportFacts:
         quarantine: (file name, reason) of every file put aside.
         baseline: {"name": str, "accuracy": share on the headline split, optionally "seconds": float}, or None.
         temperature: by which the scores were calibrated, or None.
+        calibration: how it was found, in words.
         env: versions, device, commit, ...
         reproduce: the command that makes this run again.
         commands: what to do next, one command line each.
@@ -74,6 +75,7 @@ class ReportFacts:
     quarantine: Sequence[tuple[str, str]] = ()
     baseline: Mapping[str, Any] | None = None
     temperature: float | None = None
+    calibration: str = ""
     env: Mapping[str, Any] = field(default_factory=dict)
     reproduce: str = ""
     commands: Sequence[str] = ()

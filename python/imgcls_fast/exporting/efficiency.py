@@ -243,7 +243,7 @@ def _timed(contender: Contender, task: _Task, sample: Sample, said: np.ndarray |
             "facts": engine.facts() if hasattr(engine, "facts") else {},
             "latency": one.to_dict(),
             **sweep,
-            "accuracy": accuracy_of(scores, sample, task.run),
+            "accuracy": accuracy_of(scores, sample),
             "agreement": None if said is None else agreement_of(scores, said, sample),
             "ratio": None,
         }, scores

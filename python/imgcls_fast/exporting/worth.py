@@ -50,13 +50,13 @@ def sample_of(run: Run, bundle: Bundle) -> Sample:
     return Sample(split, pixels, np.concatenate(truth).astype(np.int64), len(rows))
 
 
-def accuracy_of(scores: np.ndarray, sample: Sample, run: Run) -> dict[str, Any] | None:
+def accuracy_of(scores: np.ndarray, sample: Sample) -> dict[str, Any] | None:
     """Share of right answers, with the interval that `eval` gives."""
     if sample.truth is None:
         return None
-    config, n = run.config, len(sample.truth)
+    n = len(sample.truth)
     hits = int((scores.argmax(1) == sample.truth).sum())
-    low, high = accuracy_interval(hits, n, config.evaluate.bootstrap, config.train.seed, 0.95)
+    low, high = accuracy_interval(hits, n)
     return {"accuracy": hits / n, "low": low, "high": high, "hits": hits, "rows": n, "split": sample.split}
 
 

@@ -80,9 +80,12 @@ def make_bundle(
 ) -> Bundle:
     """Fit the temperature on the validation rows, and write the bundle: weights, labels, pixels, provenance."""
     config = run.config
-    temperature = 1.0
+    temperature, told = 1.0, "temperature 1: no calibration was asked for"
     if config.evaluate.calibrate and len(validation):
         temperature = fit_temperature(np.log(np.maximum(validation.scores, _TINY)), validation.truth)
+        told = f"temperature {temperature:.3g}, fitted on {len(validation):,} validation images"
+        if temperature == 1:
+            told = f"temperature 1: {len(validation):,} validation images show no better one, so confidences are the network's own"
 
     def weights(file: BinaryIO) -> None:
         file.write(save({name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}))
@@ -96,6 +99,7 @@ def make_bundle(
         "monitor": config.train.monitor,
         "monitored": progress.best,
         "start": facts["start"],
+        "calibration": told,
         "machine": env.machine_facts(),
     }
     return write_bundle(

@@ -78,6 +78,7 @@ def report_run(run: Run) -> Path:
         quarantine=[(file.path, file.reason) for file in bad],
         baseline=_baseline(run),
         temperature=bundle.get("temperature"),
+        calibration=bundle.get("provenance", {}).get("calibration", ""),
         env=_environment(environment),
         reproduce=f"imgcls-fast train {data.get('source') or ''} -c {run.config_path}".replace("  ", " "),
         commands=[command for _, command in next_commands(run)],

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core import env
-from ..core.bundle import read_bundle
+from ..core.bundle import Bundle, read_bundle
 from ..core.config import RunConfig, free_settings
 from ..core.errors import DataError, Interrupted, ModelError
 from ..core.manifest import Manifest
@@ -320,7 +320,7 @@ def _finish(stage: _Stage, baseline: dict[str, Any] | None) -> None:
     write_plots(run.plots, {"curves": training_curves(run.epochs)})
     _add_quarantined(run, manifest, bad)
     report = report_run(run)
-    stage.emit(_done_event(stage, judged, baseline, report))
+    stage.emit(_done_event(stage, judged, baseline, report, bundle))
 
 
 def _add_quarantined(run: Run, manifest: Manifest, bad: dict[int, str]) -> None:
@@ -338,10 +338,14 @@ def _add_quarantined(run: Run, manifest: Manifest, bad: dict[int, str]) -> None:
     write_quarantine(run.directory / "quarantine.csv", known.values())
 
 
-def _done_event(stage: _Stage, judged: dict[str, Metrics], baseline: dict[str, Any] | None, report: Path) -> Event:
+def _done_event(
+    stage: _Stage, judged: dict[str, Metrics], baseline: dict[str, Any] | None, report: Path, bundle: Bundle
+) -> Event:
     split = "test" if "test" in judged else "val"
     metrics = judged[split]
     notes = list(metrics.warnings)
+    if bundle.temperature == 1:
+        notes.append(str(bundle.provenance.get("calibration", "")))
     if split == "val":
         notes.append(
             "the data has no test split: this is the validation split, which also chose the epoch, so it is optimistic"
