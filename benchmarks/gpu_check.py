@@ -1,476 +1,285 @@
-"""Everything that only a GPU can show, in one command and under nine minutes: a table on stdout, a JSON beside it.
+"""Everything that only a GPU can show, in the order of its value: rows on stdout, and in a folder as they come.
 
-    python benchmarks/gpu_check.py                    # needs an NVIDIA GPU; uses IMGCLS_SHARED_DATA if it is there
-    python benchmarks/gpu_check.py --rehearse         # the same steps on the CPU, to see that the script itself works
+    python benchmarks/gpu_check.py                            # needs an NVIDIA GPU
+    python benchmarks/gpu_check.py --call 1 --budget 430      # right or wrong, kernels' speed, ResNet-50's step
+    python benchmarks/gpu_check.py --call 2 --budget 190      # Swin's step, CBAM, half precision, digits, host syncs
+    python benchmarks/gpu_check.py --rehearse                 # the same steps on the CPU, small, to see that the script works
 
-Each row is a promise of the documentation with what was measured. Exit code 1 when a promise does not hold, 4 without a
-GPU. Nothing here was run on a GPU yet unless `benchmarks/results/` holds its JSON.
+Each row is a promise of the documentation with what was measured, one JSON object a line of `rows.jsonl` in `--out`,
+written before the next begins. Every part is a process of its own with a time limit: one that hangs or crashes costs its
+own rows. What needs no quiet machine runs beside others: compute-sanitizer, and parts that only fill the cache of
+torch.compile. Needs neither DALI nor TensorRT; what it does need without network, `scripts/offline_gpu.py` packs.
+
+Exit code 1 when a promise does not hold or a part did not end, 3 when the kernels are wrong and the rest was left out
+(`--go-on` runs it), 4 without a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import importlib
 import json
 import os
-import shutil
-import statistics
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from PIL import Image
-
-from imgcls_fast.core import env
-from imgcls_fast.core.manifest import Manifest
-from imgcls_fast.core.pixels import Pixels
-from imgcls_fast.core.run import Run
-from imgcls_fast.core.settings import build_config
-from imgcls_fast.data.augment import Augment
-from imgcls_fast.data.loader import open_loader
-from imgcls_fast.data.prepare import prepare
-from imgcls_fast.data.sampler import Sampler
-from imgcls_fast.evaluation.benchreport import Area, read_area
-from imgcls_fast.training import fit as fitting
-from imgcls_fast.training.plan import look_at_machine, make_plan
-
-ROOT = Path(__file__).resolve().parents[1]
-BUDGET_S = 520
-_EPOCHS = 6  # of the digits: enough for 0.9, not for the 0.99 of a whole run
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+WRONG = 3  # exit code of a part whose failure makes the rest worthless
+LEAST_S = 8.0  # with less than this left no part is begun
 
 
-class Check:
-    """Collects rows (name, value, promise, holds) and runs parts until the time budget is spent."""
+@dataclass(frozen=True)
+class Part:
+    """One process.
 
-    def __init__(self, rehearse: bool) -> None:
-        self.device = "cpu" if rehearse else "cuda"
-        self.loader = "dali-cpu" if rehearse else "dali-gpu"
-        self.small = rehearse
-        self.rows: list[dict[str, Any]] = []
-        self.details: dict[str, Any] = {}
-        self.begin = time.monotonic()
-
-    def row(self, name: str, value: Any, promise: str, holds: bool | None) -> None:
-        self.rows.append({"name": name, "value": value, "promise": promise, "holds": holds})
-        mark = {True: "ok  ", False: "FAIL", None: "    "}[holds]
-        print(f"{mark} {name:<48} {value!s:<44} {promise}", flush=True)
-
-    def part(self, work: Callable[[Check], None]) -> None:
-        if time.monotonic() - self.begin > BUDGET_S:
-            self.row(work.__name__, "not run: the time budget was spent", "", None)
-            return
-        try:
-            work(self)
-        except (RuntimeError, ValueError, OSError, AssertionError, subprocess.TimeoutExpired) as error:
-            self.row(work.__name__, f"{type(error).__name__}: {str(error).splitlines()[0][:160]}", "runs", False)
-
-
-def photos() -> Path:
-    """Real JPEGs in class folders: the shared data, else pictures made here."""
-    shared = Path(os.environ.get("IMGCLS_SHARED_DATA", "../shared/data")) / "photos"
-    if shared.is_dir():
-        return shared
-    folder = Path(tempfile.mkdtemp(prefix="imgcls-gpu-check-"))
-    rng = np.random.default_rng(0)
-    for k in range(640):
-        small = rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)
-        small[..., k % 2] //= 3
-        picture = Image.fromarray(small).resize((500, 375), Image.Resampling.BICUBIC)
-        place = folder / ("red" if k % 2 else "green")
-        place.mkdir(exist_ok=True)
-        picture.save(place / f"{k:04}.jpg", quality=90, subsampling=k % 3)
-    return folder
-
-
-def manifest_of(folder: Path) -> Manifest:
-    config = build_config({"data.source": str(folder)})
-    return prepare(config.data, "apply", Path(tempfile.gettempdir()) / "imgcls-gpu-check").manifest
-
-
-def batches(
-    manifest: Manifest, loader: str, device: str, *, size: int = 224, augment: Augment | None = None, start: int = 0
-) -> Iterator[Any]:
-    pixels = Pixels(size, 0.875, "bilinear", "rgb", "apply", *IMAGENET)
-    sampler = Sampler(manifest, manifest.rows("train"), pixels, 64, seed=3, augment=augment)
-    source = open_loader(sampler, loader, workers=min(8, env.usable_cpus()), device=device, once=True)  # type: ignore[arg-type]
-    try:
-        yield from source.epoch(0, start)
-    finally:
-        source.close()
-
-
-def pixels_agree(check: Check) -> None:
-    """Evaluation pixels of the GPU decoder against Pillow's; training crops against the CPU decoder's."""
-    manifest = manifest_of(photos())
-    for name, augment, promise in (
-        ("evaluation", None, (2, 0.25)),
-        ("training crops", Augment((0.08, 1.0)), (None, 1.0)),
-    ):
-        worst, means, rows_equal = 0, [], True
-        pairs = zip(
-            batches(manifest, check.loader, check.device, augment=augment),
-            batches(manifest, "torch", "cpu", augment=augment),
-            strict=True,
-        )
-        for k, (ours, reference) in enumerate(pairs):
-            difference = (ours.pixels.cpu().int() - reference.pixels.int()).abs()
-            worst, rows_equal = max(worst, int(difference.max())), rows_equal and torch.equal(ours.rows, reference.rows)
-            means.append(float(difference.float().mean()))
-            if k == 4:
-                break
-        mean = statistics.mean(means)
-        holds = rows_equal and mean <= promise[1] and (promise[0] is None or worst <= promise[0])
-        check.row(
-            f"{check.loader} against Pillow, {name}",
-            f"max {worst}, mean {mean:.3f}, rows equal {rows_equal}",
-            f"max {promise[0]}, mean {promise[1]}",
-            holds,
-        )
-
-
-def restart_is_equal(check: Check) -> None:
-    """A loader opened in the middle of an epoch delivers the same pixels."""
-    manifest, augment = manifest_of(photos()), Augment((0.08, 1.0), brightness=0.2, contrast=0.2, saturation=0.2)
-    whole = [b.pixels.cpu() for b in batches(manifest, check.loader, check.device, augment=augment)]
-    rest = [b.pixels.cpu() for b in batches(manifest, check.loader, check.device, augment=augment, start=4)]
-    equal = len(rest) == len(whole) - 4 and all(torch.equal(a, b) for a, b in zip(whole[4:], rest, strict=True))
-    check.row("loader restarted at batch 4", f"pixels equal: {equal}", "bitwise", equal)
-
-
-def loader_speed(check: Check) -> None:
-    """Images per second of each loader, interleaved."""
-    manifest, augment = manifest_of(photos()), Augment((0.08, 1.0))
-    rates: dict[str, list[float]] = {}
-    for _ in range(2 if check.small else 5):
-        for name in (check.loader, "dali-cpu", "torch"):
-            begin = time.perf_counter()
-            count = sum(
-                len(b)
-                for b in batches(manifest, name, check.device if name == check.loader else "cpu", augment=augment)
-            )
-            if check.device == "cuda":
-                torch.cuda.synchronize()
-            rates.setdefault(name, []).append(count / (time.perf_counter() - begin))
-    for name, found in rates.items():
-        check.row(
-            f"loader {name}, 224 pixels, opening included",
-            f"{statistics.median(found):,.0f} img/s [{min(found):,.0f}, {max(found):,.0f}]",
-            "",
-            None,
-        )
-
-
-def make_fit(check: Check, folder: Path, **settings: Any) -> fitting.Fit:
-    overrides = {
-        "train.epochs": _EPOCHS, "train.device": check.device, "train.baseline": False, "model.arch": "small-cnn", "train.log_every": 1e9,
-        "optim.lr": 0.002, **settings,
-    }  # fmt: skip
-    config = build_config({**overrides})
-    prepared = prepare(config.data, config.pixels.exif, env.cache_dir())
-    plan = make_plan(config, prepared.manifest, look_at_machine())
-    run = Run(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    return fitting.Fit(plan, prepared.manifest, run, lambda event: None)
-
-
-def training_works(check: Check) -> None:
-    """Digits in every precision, with and without torch.compile."""
-    plans = (
-        [("fp32", False), ("bf16", False)]
-        if check.small
-        else [(p, c) for p in ("fp32", "bf16", "fp16") for c in (False, True)]
-    )
-    for precision, compiled in plans:
-        with tempfile.TemporaryDirectory() as folder:
-            fit = make_fit(
-                check,
-                Path(folder) / "run",
-                **{"train.precision": precision, "train.compile": compiled, "train.loader": check.loader},
-            )
-            begin = time.monotonic()
-            fit.run()
-            last = fit.progress.history[-1]
-            text = f"val accuracy {last['val_accuracy']:.3f}, {time.monotonic() - begin:.0f} s, {last['images_per_s']:,.0f} img/s"
-            check.row(
-                f"digits, {_EPOCHS} epochs, {precision}{', compiled' if compiled else ''}",
-                text,
-                "accuracy >= 0.9",
-                last["val_accuracy"] >= 0.9,
-            )
-
-
-def no_host_sync(check: Check) -> None:
-    """Optimizer steps between two looks at the loss never wait for the GPU."""
-    if check.device == "cpu":
-        check.row("host syncs between log points", "needs a GPU", "none", None)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        fit = make_fit(
-            check,
-            Path(folder) / "run",
-            **{"train.precision": "bf16", "train.compile": False, "train.loader": "dali-cpu"},
-        )
-        fit.model.train()
-        source = fit.train_loader.epoch(0)
-        for batch in (next(source) for _ in range(3)):
-            fit._step(batch)
-        ready = [next(source) for _ in range(4)]
-        pinned = [
-            replace(b, pixels=b.pixels.pin_memory(), targets=b.targets.pin_memory(), weight=b.weight.pin_memory())
-            for b in ready
-        ]
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            for batch in pinned:
-                fit._step(batch)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        check.row("host syncs between log points", "none in 4 steps", "none", True)
-
-
-def step_against_bare_loop(check: Check) -> None:
-    """Our optimizer step against the shortest hand-written loop with the same model, precision and optimizer."""
-    from torchvision.models import resnet18, resnet50
-
-    size, count, rounds = (64, 8, 3) if check.small else (224, 256, 12)
-    arch, build = ("torchvision/resnet18", resnet18) if check.small else ("torchvision/resnet50", resnet50)
-    with tempfile.TemporaryDirectory() as folder:
-        fit = make_fit(check, Path(folder) / "run", **{
-            "model.arch": arch, "model.init": "scratch", "pixels.size": size, "train.batch_size": count, "optim.ema": 0.0,
-            "optim.opt": "sgd", "optim.lr": 0.01, "train.precision": "bf16", "train.loader": "dali-cpu", "train.compile": not check.small,
-        })  # fmt: skip
-        pixels = torch.randint(0, 256, (count, size, size, 3), dtype=torch.uint8, device=check.device)
-        targets = torch.eye(10)[torch.arange(count) % 10].to(check.device)
-        batch = type(
-            "B",
-            (),
-            {
-                "pixels": pixels,
-                "targets": targets.cpu(),
-                "weight": torch.ones(count),
-                "rows": torch.arange(count),
-                "__len__": lambda s: count,
-            },
-        )()
-        bare = build(num_classes=10).to(check.device, memory_format=torch.channels_last).train()
-        optimizer = torch.optim.SGD(
-            bare.parameters(), lr=0.01, momentum=0.9, nesterov=True, fused=check.device == "cuda"
-        )
-        run = bare if check.small else torch.compile(bare)
-
-        def by_hand() -> None:
-            x = pixels.permute(0, 3, 1, 2).float().div_(255)
-            with torch.autocast(check.device, torch.bfloat16):
-                logits = run(x)
-            torch.nn.functional.cross_entropy(logits.float(), targets, label_smoothing=0.1).backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
-        contenders = {"ours": lambda: fit._step(batch), "by hand": by_hand}  # type: ignore[arg-type]
-        fit.model.train()
-        times: dict[str, list[float]] = {name: [] for name in contenders}
-        for k in range(rounds + 2):
-            for name in sorted(contenders, reverse=bool(k % 2)):
-                _sync(check)
-                begin = time.perf_counter()
-                for _ in range(1 if check.small else 10):
-                    contenders[name]()
-                _sync(check)
-                if k >= 2:  # the first rounds compile and warm up
-                    times[name].append((time.perf_counter() - begin) / (1 if check.small else 10))
-        ratios = [a / b for a, b in zip(times["ours"], times["by hand"], strict=True)]
-        rate = count / statistics.median(times["ours"])
-        text = f"ratio {statistics.median(ratios):.3f} [{min(ratios):.3f}, {max(ratios):.3f}], ours {rate:,.0f} img/s"
-        check.row(
-            f"{arch.split('/')[1]} step, batch {count}, bf16",
-            text,
-            "time <= 1.05x by hand",
-            None if check.small else statistics.median(ratios) <= 1.05,
-        )
-
-
-def kernels_are_right(check: Check) -> None:
-    """The tests of the kernels that need a GPU (or, rehearsing, a few on the CPU)."""
-    if importlib.util.find_spec("pytest") is None:
-        check.row("kernel tests", "pytest is not installed", "pass", None)
-        return
-    chosen = ["-m", "gpu"] if check.device == "cuda" else ["-k", "opcheck"]
-    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(ROOT / "tests" / "ops"), *chosen]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=240, cwd=ROOT)
-    last = (done.stdout.strip().splitlines() or [done.stderr.strip()[-160:]])[-1]
-    check.row("kernel tests", last.strip("= ")[:120], "pass", done.returncode == 0)
-    if done.returncode:
-        print(done.stdout[-3000:])
-
-
-def sanitizer(check: Check) -> None:
-    """compute-sanitizer over every kernel on small shapes."""
-    tool = shutil.which("compute-sanitizer")
-    if check.device == "cpu" or tool is None:
-        check.row("compute-sanitizer", "needs a GPU" if tool else "compute-sanitizer is not on PATH", "no errors", None)
-        return
-    script = str(Path(__file__).parent / "gpu_kernels.py")
-    for name in ("memcheck", "racecheck", "synccheck", "initcheck"):
-        words = [tool, "--tool", name, "--error-exitcode", "9", sys.executable, script]
-        done = subprocess.run(words, capture_output=True, text=True, timeout=120)
-        summary = [line for line in done.stdout.splitlines() if "SUMMARY" in line]
-        # initcheck also sees torch's own reads; only the others are promises
-        holds = None if name == "initcheck" else done.returncode == 0
-        check.row(
-            f"compute-sanitizer {name}", (summary or [done.stdout[-120:]])[-1].strip("= ")[:120], "no errors", holds
-        )
-
-
-def kernel_speed(check: Check) -> None:
-    """bench_ops.py: each kernel beside PyTorch's best, in two fresh processes; its results are kept whole."""
-    with tempfile.TemporaryDirectory(prefix="imgcls-gpu-check-") as folder:
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__).parent / "bench_ops.py"),
-                   "--device", check.device, "--processes", "2", "--results", folder, *(["--small"] if check.small else [])]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
-        found = list(Path(folder).glob("*/ops.json"))
-        if not found:
-            check.row("kernel speed", (done.stdout + done.stderr)[-200:], "bench_ops.py runs", False)
-            return
-        area = read_area(found[0])
-    check.details["ops"] = area.model_dump(mode="json")
-    for row in area.rows:
-        text = f"{row.ratio:.3f}x {row.rival} [{row.low:.3f}, {row.high:.3f}]"
-        check.row(row.case, text, f"at most {row.goal:.3f}" if row.goal else "", row.holds)
-    if check.device == "cuda":
-        window_goals(check, area)
-
-
-def window_goals(check: Check, area: Area) -> None:
-    """Geometric means over Swin-T's stages against the fastest rival of each, as the goals are stated."""
-    slowest: dict[str, float] = {}
-    for row in area.rows:
-        if row.case.startswith("Swin-T"):
-            slowest[row.case] = max(row.ratio, slowest.get(row.case, 0.0))
-    for shifted, what, goal in ((False, "forward", 1 / 1.5), (True, "forward", 0.5), (None, "backward", 0.5)):
-        chosen = [case for case in slowest if case.endswith(what) and shifted in (None, "shifted" in case)]
-        if not chosen:
-            continue
-        mean = statistics.geometric_mean(slowest[case] for case in chosen)
-        share = statistics.geometric_mean(area.contender(case, "kernel").limit_share or 1e-9 for case in chosen)
-        kind = {None: "", True: " shifted", False: " unshifted"}[shifted]
-        text = f"{mean:.3f}x the best rival, {share:.0%} of the floor"
-        check.row(
-            f"Swin-T stages{kind}, {what}", text, f"at most {goal:.3f}, at least 80%", mean <= goal and share >= 0.8
-        )
-
-
-def engines_in_half(check: Check) -> None:
-    """One bundle in FP16 through eager PyTorch, torch.compile with CUDA graphs and AOTInductor, at batch 1 and the best batch.
-
-    Rehearsing, it is ViT-T in FP32. TensorRT has its own rows where it is installed.
+    Args:
+        name: also of the function; `compile_X` runs X without measuring.
+        module: of this folder, that has it.
+        limit_s: it is killed then.
+        call: 1 and 2 are what fits a machine that one has for fifteen minutes; 3 is the rest.
+        background: runs beside the next parts.
+        after: background parts that must have ended, or are killed after a while, before this one begins.
     """
-    import bench_engines
 
-    from imgcls_fast.engines.runtimes import open_engine
-    from imgcls_fast.engines.timing import best_batch
-    from imgcls_fast.exporting.programs import write_aoti
-
-    precision, model = ("fp32", "vit-t") if check.small else ("fp16", "resnet50")
-    with tempfile.TemporaryDirectory(prefix="imgcls-gpu-check-") as folder:
-        bundle = bench_engines.write_model(Path(folder), model, 224)
-        exports = bundle.directory.parent / "exports"
-        x, _ = bench_engines.digits(0, 8 if check.small else 64, 224)
-        write_aoti(bundle, exports, [x[:8]], precision=precision, device=check.device)
-        truth = open_engine(bundle, "torch", device=check.device)
-        expected, rates = truth.scores(x), {}
-        found: dict[str, Any] = {}
-        for runtime in ("torch", "compile", "aoti"):
-            engine = open_engine(bundle, runtime, device=check.device, exports=exports, precision=precision)
-            worst = float(np.abs(engine.scores(x) - expected).max())
-            sweep = best_batch(
-                engine, (1, 8) if check.small else None, budget_s=12, duration_s=0.5 if check.small else 1.0
-            )
-            one, best = sweep.timings[0], sweep.best
-            rates[runtime], found[runtime] = one.end_to_end.p50_ms, [t.to_dict() for t in sweep.timings]
-            text = f"b1 p50 {one.end_to_end.p50_ms:.3f} ms, best b{best.batch} {best.images_per_s:,.0f} img/s, {engine.precision}"
-            check.row(f"{model} {precision}, {runtime}", text, "scores within 0.05", worst <= 0.05)
-            engine.close()
-        check.details["engines"] = found
-        for runtime in ("compile", "aoti"):
-            check.row(
-                f"{model} {precision}, {runtime} against eager", f"{rates[runtime] / rates['torch']:.3f}x", "", None
-            )
+    name: str
+    module: str
+    limit_s: float
+    call: int
+    background: bool = False
+    after: tuple[str, ...] = ()
 
 
-def tensorrt(check: Check) -> None:
-    """The tests that build and run real engines, where TensorRT is installed."""
-    from imgcls_fast.exporting.trt_engine import trt_missing
-
-    if missing := trt_missing():
-        check.row("TensorRT", missing, "tests pass", None)
-        return
-    words = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-m",
-        "gpu",
-        str(ROOT / "tests" / "exporting"),
-    ]
-    done = subprocess.run(
-        [*words, str(ROOT / "tests" / "engines")], capture_output=True, text=True, timeout=240, cwd=ROOT
-    )
-    last = (done.stdout.strip().splitlines() or [done.stderr.strip()[-160:]])[-1]
-    check.row("TensorRT", last.strip("= ")[:120], "tests pass", done.returncode == 0)
-
-
-def _sync(check: Check) -> None:
-    if check.device == "cuda":
-        torch.cuda.synchronize()
-
-
+COMPILED = ("compile_resnet50_step", "compile_attention_times", "compile_swin_step", "compile_half_inference")
 PARTS = (
-    kernels_are_right, sanitizer, kernel_speed, pixels_agree, restart_is_equal, training_works, no_host_sync, loader_speed,
-    step_against_bare_loop, engines_in_half, tensorrt,
+    Part("attention_is_right", "gpu_attention", 70, 1),
+    *(Part(name, "gpu_training" if "attention" not in name else "gpu_attention", 240, 1, background=True) for name in COMPILED),
+    Part("sanitizers", "gpu_tools", 110, 1, background=True),
+    Part("kernel_tests", "gpu_tools", 100, 1),
+    Part("attention_times", "gpu_attention", 110, 1, after=("sanitizers", *COMPILED)),
+    Part("kernel_counters", "gpu_tools", 60, 1),
+    Part("resnet50_step", "gpu_training", 130, 1),
+    Part("swin_step", "gpu_training", 90, 2),
+    Part("cbam_times", "gpu_cbam", 60, 2),
+    Part("host_syncs", "gpu_training", 45, 2),
+    Part("half_inference", "gpu_training", 90, 2),
+    Part("digits", "gpu_training", 110, 2),
+    Part("pixels_agree", "gpu_loading", 90, 3),
+    Part("restart_is_equal", "gpu_loading", 60, 3),
+    Part("loader_speed", "gpu_loading", 90, 3),
+    Part("tensorrt", "gpu_loading", 240, 3),
 )  # fmt: skip
+NAMES = [part.name for part in PARTS]
+
+
+class Driver:
+    """Runs parts one after the other until the budget is spent."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.out = options, options.out
+        self.began = time.monotonic()
+        self.running: dict[str, tuple[subprocess.Popen[bytes], Part, float]] = {}
+        self.unfinished: list[str] = []
+
+    def left(self) -> float:
+        return float(self.options.budget - (time.monotonic() - self.began))
+
+    def run(self, parts: list[Part]) -> int:
+        """The exit code."""
+        chosen = {part.name for part in parts}
+        for part in parts:
+            self.reap()
+            if part.background:
+                self.running[part.name] = (self.start(part), part, time.monotonic())
+                continue
+            self.wait_for([name for name in part.after if name in chosen])
+            limit = min(part.limit_s * (3 if self.options.rehearse else 1), self.left())
+            if limit < LEAST_S:
+                self.note(part.name, "not run: the time budget was spent")
+                continue
+            code = self.wait(self.start(part, limit), limit)
+            if code == WRONG and not self.options.go_on:
+                self.note(part.name, "wrong: the parts behind it are left out")
+                self.stop()
+                return WRONG
+            if code != 0:
+                self.note(part.name, f"killed after {limit:.0f} s" if code is None else f"ended with {code}")
+        self.stop()
+        return 0
+
+    def start(self, part: Part, limit: float | None = None) -> subprocess.Popen[bytes]:
+        limit = limit or min(part.limit_s, self.left())
+        words = [
+            sys.executable, str(Path(__file__).resolve()), "--part", part.name, "--out", str(self.out), "--limit", f"{limit:.0f}",
+            *(["--rehearse"] if self.options.rehearse else []),
+        ]  # fmt: skip
+        environment = {
+            "TORCHINDUCTOR_CACHE_DIR": str(Path(tempfile.gettempdir()) / "imgcls-gpu-check-inductor"),
+            "TORCHINDUCTOR_COMPILE_THREADS": "4",
+            "IMGCLS_CACHE": str(Path(tempfile.gettempdir()) / "imgcls-gpu-check-cache"),
+            "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "MPLBACKEND": "Agg", **os.environ,
+        }  # fmt: skip
+        words = ["nice", "-n", "5", *words] if part.background else words
+        with open(self.out / "log.txt", "a", encoding="utf-8") as log:
+            log.write(f"--- {part.name}, {self.options.budget - self.left():.0f} s\n")
+            log.flush()
+            return subprocess.Popen(words, stderr=log, cwd=ROOT, env=environment, start_new_session=True)
+
+    def wait(self, child: subprocess.Popen[bytes], limit: float) -> int | None:
+        """Its exit code; None when it had to be killed."""
+        try:
+            return child.wait(limit)
+        except subprocess.TimeoutExpired:
+            kill(child)
+            return None
+
+    def wait_for(self, names: list[str]) -> None:
+        """Until background parts have ended; what takes too long for the parts to come is killed."""
+        patience = time.monotonic() + max(0.0, self.left() - 190.0)
+        for name in names:
+            if name in self.running:
+                child, part, _ = self.running.pop(name)
+                if self.wait(child, max(0.0, patience - time.monotonic())) is None:
+                    self.note(part.name, "killed: others need the time")
+
+    def reap(self) -> None:
+        for name, (child, part, since) in list(self.running.items()):
+            if child.poll() is not None:
+                del self.running[name]
+                text = (
+                    f"over after {time.monotonic() - since:.0f} s"
+                    if child.returncode == 0
+                    else f"ended with {child.returncode}"
+                )
+                self.note(part.name, text, failed=child.returncode != 0)
+            elif time.monotonic() - since > part.limit_s:
+                kill(child)
+
+    def stop(self) -> None:
+        for child, _, _ in self.running.values():
+            kill(child)
+
+    def note(self, name: str, text: str, failed: bool = True) -> None:
+        """A row of the driver's own."""
+        if failed:
+            self.unfinished.append(name)
+        record = {"part": name, "name": name, "value": text, "promise": "runs", "holds": not failed, "data": {}}
+        write(self.out, record | {"at": round(time.monotonic() - self.began, 1)})
+        print(f"{'FAIL' if failed else '    '} {name}: {text}", flush=True)
+
+
+def kill(child: subprocess.Popen[bytes]) -> None:
+    """End a part and every process that it started."""
+    if child.poll() is None:
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+
+
+def write(folder: Path, record: dict[str, Any]) -> None:
+    with open(folder / "rows.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(record, default=str) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def run_part(options: argparse.Namespace) -> int:
+    """What a child does."""
+    sys.path.insert(0, str(HERE))
+    part = next(part for part in PARTS if part.name == options.part)
+    from gpu_rows import Journal, short
+
+    journal = Journal(
+        options.out, part.name, rehearse=options.rehearse, limit_s=options.limit, warm=part.name.startswith("compile_")
+    )
+    try:
+        work = getattr(importlib.import_module(part.module), part.name.removeprefix("compile_"))
+        return int(work(journal) or 0)
+    except (RuntimeError, ValueError, OSError, AssertionError, ImportError, AttributeError, TypeError, KeyError,
+            subprocess.SubprocessError) as error:  # fmt: skip
+        import traceback
+
+        traceback.print_exc()
+        journal.row(part.name, short(error, 200), "runs", False)
+        return 2
+
+
+def revision() -> str | None:
+    """The commit of the working tree, where there is a repository."""
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
+
+
+def facts(rehearse: bool) -> dict[str, Any]:
+    """Of machine, card and libraries: the first row of every results file."""
+    sys.path.insert(0, str(HERE))
+    import torch
+    from gpu_rows import card
+
+    from imgcls_fast.core import env
+
+    found: dict[str, Any] = {**env.machine_facts(), "build": env.build_info()}
+    found |= {"git": revision(), "torch": torch.__version__, "cuda": torch.version.cuda, "card": card()}
+    if torch.cuda.is_available() and not rehearse:
+        properties = torch.cuda.get_device_properties(0)
+        found |= {"gpu": properties.name, "multiprocessors": properties.multi_processor_count, "cudnn": torch.backends.cudnn.version(),
+                  "capability": torch.cuda.get_device_capability(), "memory": properties.total_memory}  # fmt: skip
+    return found
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rehearse", action="store_true", help="run the same steps on the CPU")
-    parser.add_argument("--out", type=Path, help="JSON file (default: benchmarks/results/<gpu>/gpu_check.json)")
-    parser.add_argument("--only", nargs="+", choices=[work.__name__ for work in PARTS], help="some of the parts")
+    parser.add_argument("--rehearse", action="store_true", help="run the same steps on the CPU, small")
+    parser.add_argument(
+        "--out", type=Path, help="folder (default: benchmarks/results/<gpu>/gpu_check; rehearsing: a temporary one)"
+    )
+    parser.add_argument(
+        "--call", type=int, nargs="+", choices=(1, 2, 3), default=[1, 2, 3], help="which parts (default: all)"
+    )
+    parser.add_argument(
+        "--only", nargs="+", choices=NAMES, metavar="PART", help=f"some of the parts: {', '.join(NAMES)}"
+    )
+    parser.add_argument("--budget", type=float, default=1200.0, help="seconds for everything (default 1200)")
+    parser.add_argument("--go-on", action="store_true", help="even when the kernels are wrong")
+    parser.add_argument("--part", choices=NAMES, help=argparse.SUPPRESS)
+    parser.add_argument("--limit", type=float, default=600.0, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if not options.rehearse and not torch.cuda.is_available():
+    if options.part:
+        return run_part(options)
+    known = facts(options.rehearse)
+    if not options.rehearse and "gpu" not in known:
         print("no usable GPU: nothing was checked (try --rehearse)", file=sys.stderr)
         return 4
-    check = Check(options.rehearse)
-    machine = "rehearsal" if options.rehearse else env.machine_slug(torch.cuda.get_device_name())
-    for work in PARTS:
-        if not options.only or work.__name__ in options.only:
-            check.part(work)
-    facts = {
-        "machine": machine,
-        **env.machine_facts(),
-        "seconds": round(time.monotonic() - check.begin, 1),
-        "rows": check.rows,
-        **check.details,
-    }
-    out = options.out or (None if options.rehearse else Path(__file__).parent / "results" / machine / "gpu_check.json")
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with open(out, "w", encoding="utf-8") as file:
-            json.dump(facts, file, indent=2)
-        print(f"written: {out}")
-    failed = [row["name"] for row in check.rows if row["holds"] is False]
-    print(f"{len(check.rows)} rows, {len(failed)} failed, {facts['seconds']} s")
-    return 1 if failed else 0
+    if options.out is None:
+        from imgcls_fast.core import env
+
+        name = env.machine_slug(known.get("gpu"))
+        options.out = (
+            Path(tempfile.mkdtemp(prefix="gpu-check-")) if options.rehearse else HERE / "results" / name / "gpu_check"
+        )
+    options.out = options.out.resolve()
+    options.out.mkdir(parents=True, exist_ok=True)
+    write(options.out, {"part": "facts", "name": "facts", "value": known, "promise": "", "holds": None, "data": {}})
+    print(
+        f"{known.get('gpu', 'CPU')}, torch {known['torch']}, {known['build'].get('cuda_archs')}, {known['card']}",
+        flush=True,
+    )
+    driver = Driver(options)
+    code = driver.run(
+        [part for part in PARTS if (part.name in options.only if options.only else part.call in options.call)]
+    )
+    rows = [json.loads(line) for line in (options.out / "rows.jsonl").read_text("utf-8").splitlines()]
+    failed = [row["name"] for row in rows if row["holds"] is False]
+    print(f"{len(rows)} rows, {len(failed)} failed, {time.monotonic() - driver.began:.0f} s: {options.out}")
+    return code or (1 if failed else 0)
 
 
 if __name__ == "__main__":
