@@ -33,6 +33,12 @@ COUNTERS = {
 STALL = re.compile(r"^smsp__average_warps?_(?:latency_)?issue_stalled_(\w+?)(?:_per_issue_active)?\.ratio$")
 
 
+def find_tool(name: str) -> str | None:
+    """On PATH, or where NVIDIA's installers put it."""
+    places = ("usr/local/cuda*/bin", "usr/local/cuda*/compute-sanitizer", "opt/nvidia/nsight-compute/*")
+    return shutil.which(name) or next((str(path) for p in places for path in Path("/").glob(f"{p}/{name}")), None)
+
+
 def kernel_tests(journal: Journal) -> None:
     """The tests of the kernels that need a GPU (rehearsing: two on the CPU); what pytest wrote is in tests.txt."""
     chosen = ["-k", "test_opcheck"] if journal.small else ["-m", "gpu", "-k", "not offsets"]
@@ -73,7 +79,7 @@ def kernel_tests(journal: Journal) -> None:
 
 def sanitizers(journal: Journal) -> None:
     """memcheck and racecheck side by side, our kernels only; torch's caching is off, so that every tensor has its own borders."""
-    tool, script = shutil.which("compute-sanitizer"), str(HERE / "gpu_kernels.py")
+    tool, script = find_tool("compute-sanitizer"), str(HERE / "gpu_kernels.py")
     if journal.small or tool is None:
         journal.row("compute-sanitizer", "needs a GPU" if tool else "not on PATH", "no errors", None)
         return
@@ -105,7 +111,7 @@ def sanitizers(journal: Journal) -> None:
 
 def kernel_counters(journal: Journal) -> None:
     """What Nsight Compute counts in both small kernels at Swin-T's first stage; clocks are left as they are."""
-    tool = shutil.which("ncu") or next(map(str, Path("/opt/nvidia").glob("nsight-compute/*/ncu")), None)
+    tool = find_tool("ncu")
     if journal.small or tool is None:
         journal.row("Nsight Compute", "needs a GPU" if tool else "ncu is not on PATH")
         return
