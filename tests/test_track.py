@@ -39,7 +39,8 @@ PLAN: Event = {
     "rows": [("model.arch", "resnet18", "the default for this size"), ("optim.lr", 0.0010000001, "because [of] :smile: " + "words " * 30),
              ("train.seed", 0, "")],
 }  # fmt: skip
-BASELINE: Event = {"event": "baseline", "features": "resnet18", "accuracy": 0.85312, "ci": [0.81, 0.89], "seconds": 4.2}
+BASELINE: Event = {"event": "baseline", "features": "resnet18", "accuracy": 0.85312, "ci": [0.81, 0.89], "seconds": 4.2,
+                   "train_rows": 5213, "train_of": 5213, "limit": ""}  # fmt: skip
 START: Event = {"event": "start", "epoch": 1, "epochs": 30, "steps_per_epoch": 92, "resumed": False}
 PROGRESS: Event = {"event": "progress", "epoch": 3, "epochs": 30, "step": 40, "steps": 92, "loss": 0.5, "images_per_s": 1204.0,
                    "data_share": 0.031, "eta_s": 250.0}  # fmt: skip
@@ -58,7 +59,7 @@ INTERRUPTED: Event = {
 }
 DONE: Event = {
     "event": "done", "split": "test", "n": 1367, "accuracy": 0.9123, "ci": [0.88, 0.94], "baseline": 0.85312, "macro_f1": 0.9011,
-    "ece": 0.0213,
+    "ece": 0.0213, "against": {"rows": 1367, "verdict": "better", "gain": 0.05918, "low": 0.041, "high": 0.078},
     "worst": [("roses", 0.8112, 64), ("daisy", 0.9, 1)], "seconds": 3725.0, "run": "runs/1", "report": "runs/1/report.html",
     "notes": ["a note"], "commands": [("predict", "imgcls-fast predict runs/1 IMAGES")],
 }  # fmt: skip
@@ -130,9 +131,16 @@ def test_one_of_a_kind_is_singular() -> None:
 
 
 def test_the_baseline_line_says_what_must_be_beaten() -> None:
-    assert plain_lines(BASELINE) == ["linear probe on resnet18: 0.853 [0.81, 0.89] in 4 s - your model must beat this"]
+    assert plain_lines(BASELINE) == [
+        "linear probe on resnet18: 0.853 [0.81, 0.89] in 4 s - your model must beat this",
+        "  fitted to 5,213 training images",
+    ]
     assert "in 0.2 s" in plain_lines(BASELINE | {"seconds": 0.2})[0]
-    assert plain_lines({k: v for k, v in BASELINE.items() if k not in ("ci", "seconds")})[0].startswith(
+    some = {"train_rows": 5213, "train_of": 50_000, "limit": "20 s of reading"}
+    assert plain_lines(BASELINE | some)[1] == (
+        "  fitted to 5,213 of 50,000 training images (no more in 20 s of reading)"
+    )
+    assert plain_lines({k: v for k, v in BASELINE.items() if k in ("event", "features", "accuracy")})[0].startswith(
         "linear probe on resnet18: 0.853 - "
     )
 
@@ -162,19 +170,19 @@ def test_numbers_that_are_missing_are_dashes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("baseline", "ci", "said"),
+    ("against", "said"),
     [
-        (0.85312, [0.88, 0.94], "0.853, so 0.059 better"),
-        (0.95, [0.88, 0.94], "0.950, so 0.038 worse"),
-        (0.9, [0.88, 0.94], "0.900, inside the interval: no clear difference (+0.012)"),
-        (0.94, [0.88, 0.94], "0.940, inside the interval: no clear difference (-0.028)"),
-        (0.9, None, "0.900, so 0.012 better"),
-        (0.9, [None, None], "0.900, so 0.012 better"),
-        (0.9, [float("nan"), float("nan")], "0.900, so 0.012 better"),
+        (("better", 0.059, 0.041, 0.078), "so 0.059 better: [+0.041, +0.078] on the same 1,367 images"),
+        (("worse", -0.038, -0.06, -0.02), "so 0.038 worse: [-0.060, -0.020] on the same 1,367 images"),
+        (("even", 0.012, -0.004, 0.03), "cannot be told apart: +0.012 [-0.004, +0.030] on the same 1,367 images"),
+        (("better", 0.059, None, None), "so 0.059 better: on the same 1,367 images"),
+        (None, "a difference of +0.059"),
     ],
 )
-def test_the_model_is_held_against_its_baseline_honestly(baseline: float, ci: Any, said: str) -> None:
-    assert dict(done_facts(DONE | {"baseline": baseline, "ci": ci}))["baseline"] == said
+def test_the_model_is_held_against_its_baseline_on_the_same_images(against: Any, said: str) -> None:
+    names = ("verdict", "gain", "low", "high")
+    event = DONE | {"against": {"rows": 1367, **dict(zip(names, against, strict=True))} if against else None}
+    assert dict(done_facts(event))["baseline"] == f"0.853, {said}"
 
 
 def test_no_baseline_is_not_mentioned() -> None:

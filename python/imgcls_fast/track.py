@@ -140,7 +140,7 @@ class ConsoleSink:
         self.console.print(table)
 
     def _baseline(self, event: Event) -> None:
-        self._say(plain_lines(event)[0], "cyan")
+        self._say("\n".join(plain_lines(event)), "cyan")
 
     def _progress(self, event: Event) -> None:
         parts = [
@@ -295,13 +295,17 @@ def done_facts(event: Event) -> list[tuple[str, str]]:
 
 
 def _against(event: Event, baseline: float) -> str:
-    """Better or worse than the baseline, or inside the interval and so neither."""
-    gain = event["accuracy"] - baseline
-    ci = event.get("ci")
-    low, high = ci if ci and not any(map(_missing, ci)) else (event["accuracy"], event["accuracy"])
-    if low <= baseline <= high:
-        return f"inside the interval: no clear difference ({gain:+.3f})"
-    return f"so {abs(gain):.3f} {'better' if gain > 0 else 'worse'}"
+    """Better or worse than the baseline on the same images, or neither."""
+    against = event.get("against")
+    if not against:
+        return f"a difference of {event['accuracy'] - baseline:+.3f}"
+    gain, low, high = against["gain"], against.get("low"), against.get("high")
+    found = f"on the same {counted(against['rows'], 'image')}"
+    if low is not None and high is not None:
+        found = f"[{low:+.3f}, {high:+.3f}] {found}"
+    if against["verdict"] == "even":
+        return f"cannot be told apart: {gain:+.3f} {found}"
+    return f"so {abs(gain):.3f} {against['verdict']}: {found}"
 
 
 def done_line(event: Event) -> str:
@@ -346,7 +350,13 @@ def _baseline_lines(event: Event) -> list[str]:
         else ""
     )
     found = f"{_fixed(event['accuracy'])}{_interval(event.get('ci'))}{took}"
-    return [f"linear probe on {event['features']}: {found} - your model must beat this"]
+    lines = [f"linear probe on {event['features']}: {found} - your model must beat this"]
+    if event.get("limit"):
+        rows = f"{event['train_rows']:,} of {event['train_of']:,} training images"
+        lines.append(f"  fitted to {rows} (no more in {event['limit']})")
+    elif event.get("train_rows"):
+        lines.append(f"  fitted to {counted(event['train_rows'], 'training image')}")
+    return lines
 
 
 def _start_lines(event: Event) -> list[str]:

@@ -13,7 +13,15 @@ from scipy import optimize, stats
 from imgcls_fast.core.errors import DataError
 from imgcls_fast.core.manifest import LabelSpace, Task
 from imgcls_fast.core.predictions import Predictions
-from imgcls_fast.evaluation.paired import judge, mcnemar_exact, rows_needed, tango_lower_bound, tango_upper_bound
+from imgcls_fast.evaluation.paired import (
+    compare,
+    judge,
+    mcnemar_exact,
+    mcnemar_mid,
+    rows_needed,
+    tango_lower_bound,
+    tango_upper_bound,
+)
 
 Z = 1.6448536269514722  # of 95 %, one-sided
 
@@ -311,3 +319,64 @@ def test_different_rows_and_rows_without_labels_are_refused():
     with pytest.raises(DataError) as refused:
         judge(unlabelled, unlabelled, 1, simulated=False)
     assert refused.value.code == "D014"
+
+
+# ---------------------------------------------------------------- which of two is better
+
+
+def answered(right: np.ndarray, rows: np.ndarray | None = None) -> Predictions:
+    """Two classes, all of the first; `right` says which rows are given to it."""
+    scores = np.where(np.asarray(right)[:, None], [[0.9, 0.1]], [[0.1, 0.9]]).astype(np.float32)
+    n = len(scores)
+    rows = np.arange(n) if rows is None else rows
+    targets = np.tile(np.float32([1, 0]), (n, 1))
+    return Predictions(rows, scores, targets, LabelSpace.single(["a", "b"]), tuple(str(r) for r in rows))
+
+
+@pytest.mark.parametrize(("lost", "gained"), [(0, 0), (0, 5), (1, 9), (12, 3), (7, 7), (300, 250)])
+def test_the_mid_p_value_is_the_binomial_tail_with_half_of_what_was_seen(lost, gained):
+    fewer, n = min(lost, gained), lost + gained
+    expected = 2 * stats.binom.cdf(fewer - 1, n, 0.5) + stats.binom.pmf(fewer, n, 0.5) if lost != gained else 1
+    assert mcnemar_mid(lost, gained) == pytest.approx(expected, rel=1e-9)
+    assert mcnemar_mid(lost, gained) == mcnemar_mid(gained, lost) <= mcnemar_exact(lost, gained)
+
+
+@pytest.mark.parametrize(
+    ("lost", "gained", "verdict"), [(2, 14, "better"), (14, 2, "worse"), (4, 9, "even"), (0, 0, "even")]
+)
+def test_two_models_are_compared_on_the_rows_that_both_have_answered(lost, gained, verdict):
+    was, now = np.ones(200, bool), np.ones(200, bool)
+    now[:lost], was[20 : 20 + gained] = False, False
+    reference = answered(np.append(was, False), np.append(np.arange(10, 210), 999))
+    candidate = answered(np.append(True, now), np.append(5, np.arange(10, 210)))
+    found = compare(reference, candidate)
+    assert (found.rows, found.lost, found.gained, found.verdict) == (200, lost, gained, verdict)
+    assert found.gain == (gained - lost) / 200 and found.low < found.gain < found.high
+    assert (found.low, found.high) == pytest.approx(
+        (-tango_upper_bound(lost, gained, 200, 0.975), -tango_lower_bound(lost, gained, 200, 0.975))
+    )
+    assert compare(answered(was), answered(now, np.arange(500, 700))) is None
+
+
+def test_an_overlap_of_intervals_hides_what_the_same_rows_show():
+    """0.80 and 0.86 of 200 rows: each inside the other's interval, yet 14 of 16 changed rows were gained."""
+    was = np.arange(200) < 160
+    now = was | (np.arange(200) >= 186)
+    now[:2] = False
+    assert compare(answered(was), answered(now)).verdict == "better"
+
+
+def test_rows_of_one_group_count_once():
+    draw = np.random.default_rng(0)
+    group = np.repeat(np.arange(12), 10)
+    alarms = {"rows": 0, "groups": 0}
+    for _ in range(40):  # equal models whose mistakes come in whole groups
+        was, now = (np.repeat(draw.random(12) < 0.7, 10) for _ in range(2))
+        alarms["rows"] += compare(answered(was), answered(now)).verdict != "even"
+        alarms["groups"] += compare(answered(was), answered(now), group).verdict != "even"
+    assert alarms["rows"] >= 15 and alarms["groups"] <= 5
+    alone = np.full(120, -1)
+    assert compare(answered(was), answered(now), alone) == compare(answered(was), answered(now))
+    assert compare(answered(was), answered(now), group).low is None
+    better = compare(answered(np.zeros(120, bool)), answered(np.ones(120, bool)), group)
+    assert better.verdict == "better" and better.p_value < 0.01

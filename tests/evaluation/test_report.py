@@ -16,6 +16,7 @@ from PIL import Image
 from imgcls_fast.core.errors import HardwareError
 from imgcls_fast.core.predictions import Predictions
 from imgcls_fast.evaluation.metrics import judge
+from imgcls_fast.evaluation.paired import compare
 from imgcls_fast.evaluation.report import ReportFacts, write_evaluation, write_report
 from imgcls_fast.evaluation.text import printable, shorten
 
@@ -149,7 +150,8 @@ def test_the_head_says_accuracy_interval_and_baseline_of_the_test_split(evil):
     low, high = (f"{100 * share:.1f}%" for share in metrics.accuracy_ci)
     assert facts.headline == "test" and "Accuracy on test, 200 images" in page.text
     assert f"{100 * metrics.accuracy:.1f}%" in page.text and f"95% interval {low} to {high}" in page.text
-    assert f"beats the baseline by {100 * metrics.accuracy - 25:.1f} points" in page.text
+    points = f"{100 * metrics.accuracy - 25:+.1f} points"
+    assert f"differs from the baseline by {points}, whose answers were not kept" in page.text
     assert "linear probe" in page.text and "fitted in 1.5 s" in page.text and "temperature 1.375" in page.text
     assert f"{metrics.macro_f1:.3f}" in page.text and f"{metrics.ece:.3f}" in page.text
 
@@ -203,18 +205,30 @@ def test_a_run_that_was_not_judged_still_has_a_report(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("accuracy", "bootstrap", "verdict"),
-    [(0.2, 500, "beats the baseline by 60.0"), (0.95, 500, "is 15.0 points below the baseline"),
-     (0.79, 500, "cannot be told from the baseline (+1.0 points")],
+    ("wrong", "words"),
+    [(60, "is better than the baseline by 10.0 points (95% interval"), (20, "is worse than the baseline by 10.0 points"),
+     (42, "cannot be told apart from the baseline (+1.0 points, 95% interval")],
 )  # fmt: skip
-def test_the_verdict_compares_the_baseline_with_the_interval(
-    accuracy, bootstrap, verdict, tmp_path, monkeypatch, predictions_of
-):
+def test_the_verdict_compares_model_and_baseline_on_the_same_rows(wrong, words, tmp_path, monkeypatch, predictions_of):
     monkeypatch.setattr("imgcls_fast.evaluation.plots.judgement_plots", lambda *_: {})
-    ours = predictions_of(np.tile(np.float32([0.8, 0.2]), (200, 1)), np.arange(200) >= 160)
-    splits = {"test": (ours, judge(ours, bootstrap=bootstrap))}
-    facts = ReportFacts("r", splits, tmp_path, baseline={"name": "probe", "accuracy": accuracy})
-    assert verdict in Page(write_report(tmp_path / "r.html", facts)).text
+    one_sided = np.tile(np.float32([0.8, 0.2]), (200, 1))
+    truth = np.arange(200) >= 160  # 40 wrong
+    ours = predictions_of(one_sided, truth)
+    scores = one_sided.copy()
+    if wrong < 40:
+        scores[160 : 160 + 40 - wrong] = scores[160 : 160 + 40 - wrong, ::-1]
+    else:
+        scores[: wrong - 40] = scores[: wrong - 40, ::-1]
+    theirs = predictions_of(scores, truth)
+    assert (theirs.predicted != theirs.truth).sum() == wrong
+    facts = ReportFacts(
+        "r", {"test": (ours, judge(ours))}, tmp_path,
+        baseline={"name": "probe", "accuracy": 1 - wrong / 200, "train_rows": 1500, "train_of": 9000, "limit": "20 s of reading"},
+        against=compare(theirs, ours),
+    )  # fmt: skip
+    page = Page(write_report(tmp_path / "r.html", facts)).text
+    assert words in page and "on the same 200 images" in page
+    assert "1,500 of 9,000 training images (no more in 20 s of reading)" in page
 
 
 def test_the_evaluation_folder_holds_what_was_found(tmp_path, monkeypatch, drawn, predictions_of):

@@ -220,7 +220,7 @@ class Run:
 
     def clear_leftovers(self) -> None:
         """Remove the half-written files of a process that was killed; only for the holder of the lock."""
-        for folder in (self.directory, self.plots, self.evaluation("val"), self.evaluation("test")):
+        for folder in (self.directory, self.plots, *map(self.evaluation, ("val", "test", "baseline"))):
             for left in folder.glob(".*.tmp"):
                 if left.is_dir():
                     shutil.rmtree(left, ignore_errors=True)

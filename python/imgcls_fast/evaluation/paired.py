@@ -78,6 +78,22 @@ def mcnemar_exact(lost: int, gained: int) -> float:
     return min(1.0, 2 * math.fsum(math.exp(value) for value in logs))
 
 
+def mcnemar_mid(lost: int, gained: int) -> float:
+    """Two-sided mid-p value of McNemar's test: the exact one, with half the weight of what was observed.
+
+    The exact test is timid: at a level of 0.05 it errs in 1 to 3 % of cases, this one in 2.5 to 4.6 % (100 and 225 rows).
+
+    Raises:
+        ValueError: negative counts.
+
+    Source: Fagerland, Lydersen, Laake, BMC Med. Res. Methodol. 13:91 (2013).
+    """
+    n, fewer = lost + gained, min(lost, gained)
+    exact = mcnemar_exact(lost, gained)
+    observed = math.exp(math.lgamma(n + 1) - math.lgamma(fewer + 1) - math.lgamma(n - fewer + 1) - n * math.log(2))
+    return 1.0 if lost == gained else min(1.0, exact - observed)
+
+
 def rows_needed(max_drop: float, lost: float, gained: float, n: float, confidence: float = 0.95) -> int | None:
     """How many rows, changing sides as often as these do, bring the upper bound down to `max_drop` (a fraction).
 
@@ -265,6 +281,92 @@ def judge(
         rows_needed=rows_needed(budget, lost, gained, n, confidence),
         confidence=confidence,
     )
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Which of two models is better on the rows that both have answered.
+
+    Args:
+        rows: how many those are.
+        lost, gained: rows that only the reference, or only the candidate, gets right.
+        gain: accuracy of the candidate minus that of the reference on these rows, a fraction.
+        low, high: two-sided interval of the gain; None where rows of one group belong together.
+        p_value: of "no difference".
+        verdict: better, worse, or even where the rows cannot tell.
+    """
+
+    rows: int
+    lost: int
+    gained: int
+    gain: float
+    low: float | None
+    high: float | None
+    p_value: float
+    verdict: Literal["better", "worse", "even"]
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+def compare(
+    reference: Predictions, candidate: Predictions, group: np.ndarray | None = None, confidence: float = CONFIDENCE
+) -> Difference | None:
+    """Compare two models on the labelled rows that both have answered; None where there are none.
+
+    Independent rows are judged by McNemar's mid-p value, and the interval is Tango's. Where rows share a group, whole
+    groups change sign instead: McNemar's test would call 10 to 19 % of equal models different.
+
+    Args:
+        group: (N,) int group of each row of the manifest, -1 for a row on its own.
+
+    Raises:
+        ValueError: the two were asked about other classes.
+        DataError: D004 when there are no labels.
+    """
+    if reference.labels != candidate.labels:
+        raise ValueError(f"the classes differ: {reference.labels.classes} and {candidate.labels.classes}")
+    rows, ours, theirs = np.intersect1d(reference.rows, candidate.rows, assume_unique=True, return_indices=True)
+    n = len(rows)
+    if not n:
+        return None
+    was = (reference.predicted == reference.truth)[ours]
+    now = (candidate.predicted == candidate.truth)[theirs]
+    change = now.astype(np.int64) - was
+    lost, gained = int((change < 0).sum()), int((change > 0).sum())
+    low: float | None = None
+    high: float | None = None
+    if group is not None and _shared(group[rows]):
+        p_value = _flipped_signs(change, group[rows])
+    else:
+        p_value, sure = mcnemar_mid(lost, gained), (1 + confidence) / 2
+        low, high = tango_lower_bound(gained, lost, n, sure), tango_upper_bound(gained, lost, n, sure)
+    told = p_value <= 1 - confidence
+    return Difference(
+        n, lost, gained, (gained - lost) / n, low, high, p_value,
+        "even" if not told or lost == gained else "better" if gained > lost else "worse",
+    )  # fmt: skip
+
+
+def _shared(group: np.ndarray) -> bool:
+    own = group[group >= 0]
+    return len(np.unique(own)) < len(own)
+
+
+def _flipped_signs(change: np.ndarray, group: np.ndarray, draws: int = 9999) -> float:
+    """p-value of "a group gains as easily as it loses": how often random signs of the groups' sums reach the observed sum.
+
+    Source: Phipson, Smyth, Stat. Appl. Genet. Mol. Biol. 9:39 (2010), for counting the observed one.
+    """
+    alone = group < 0
+    names = np.where(alone, group.max(initial=-1) + 1 + np.cumsum(alone), group)
+    sums = np.bincount(np.unique(names, return_inverse=True)[1], change).astype(np.int64)
+    sums = sums[sums != 0]
+    draw, reached, piece = np.random.default_rng(0), 1, max(1, 1_000_000 // max(1, len(sums)))
+    for first in range(0, draws, piece):
+        kept = draw.integers(0, 2, (min(piece, draws - first), len(sums)), np.int8) @ sums
+        reached += int((abs(2 * kept - sums.sum()) >= abs(sums.sum())).sum())  # the others are turned
+    return reached / (draws + 1)
 
 
 def _labelled(targets: np.ndarray, labels: LabelSpace) -> bool:

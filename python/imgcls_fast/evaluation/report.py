@@ -18,6 +18,7 @@ from ..core.files import explained_write, refuse_to_replace, write_json, write_t
 from ..core.predictions import Predictions
 from . import plots as draw
 from .metrics import Metrics
+from .paired import Difference
 from .text import printable, shorten
 from .thumbnails import thumbnail
 
@@ -52,7 +53,9 @@ class ReportFacts:
         epochs: one mapping per epoch (see `plots.training_curves`).
         config: (setting, value, reason) of every resolved setting.
         quarantine: (file name, reason) of every file put aside.
-        baseline: {"name": str, "accuracy": share on the headline split, optionally "seconds": float}, or None.
+        baseline: {"name": str, "accuracy": share on the headline split, optionally "seconds", "train_rows", "train_of" and
+            "limit"}, or None.
+        against: how the headline's predictions compare with the baseline's on the same rows; None: not known.
         temperature: by which the scores were calibrated, or None.
         calibration: how it was found, in words.
         env: versions, device, commit, ...
@@ -74,6 +77,7 @@ class ReportFacts:
     config: Sequence[tuple[str, Any, str]] = ()
     quarantine: Sequence[tuple[str, str]] = ()
     baseline: Mapping[str, Any] | None = None
+    against: Difference | None = None
     temperature: float | None = None
     calibration: str = ""
     env: Mapping[str, Any] = field(default_factory=dict)
@@ -199,7 +203,7 @@ def _context(facts: ReportFacts) -> dict[str, Any]:
             "pairs": _confused_pairs(metrics),
             "mistakes": _mistakes(predictions, facts.root),
             "wrong": int((predictions.truth != predictions.predicted).sum()),
-            "verdict": _verdict(metrics, facts.baseline),
+            "verdict": _verdict(metrics, facts.baseline, facts.against),
         }
         context["notes"] += [f"{name}: {text}" for name, (_, m) in facts.splits.items() for text in m.warnings]
     if facts.epochs:
@@ -217,20 +221,28 @@ def _classes(facts: ReportFacts) -> tuple[str, ...]:
     return facts.splits[facts.headline][0].labels.classes if facts.headline else ()
 
 
-def _verdict(metrics: Metrics, baseline: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Is the baseline outside the interval of the model's accuracy? Said in words, with a colour that is not alone."""
+def _verdict(metrics: Metrics, baseline: Mapping[str, Any] | None, against: Difference | None) -> dict[str, Any] | None:
+    """Which is better, the model or its baseline, on the same rows? In words, with a colour that is not alone."""
     if baseline is None:
         return None
-    low, high = metrics.accuracy_ci
-    accuracy, points = float(baseline["accuracy"]), 100 * (metrics.accuracy - float(baseline["accuracy"]))
-    if low != low:
-        kind, text = "even", f"differs from the baseline by {points:+.1f} points (no interval was computed)"
-    elif accuracy < low:
-        kind, text = "good", f"beats the baseline by {points:.1f} points"
-    elif accuracy > high:
-        kind, text = "bad", f"is {-points:.1f} points below the baseline: check settings and data before anything else"
+    accuracy = float(baseline["accuracy"])
+    if against is None:
+        points = 100 * (metrics.accuracy - accuracy)
+        text = f"differs from the baseline by {points:+.1f} points, whose answers were not kept to compare row by row"
+        return {"kind": "even", "text": text, "accuracy": accuracy}
+    found = f"on the same {against.rows:,} images"
+    if against.low is not None and against.high is not None:
+        found = f"95% interval {100 * against.low:+.1f} to {100 * against.high:+.1f}, {found}"
+    points = 100 * against.gain
+    if against.verdict == "better":
+        kind, text = "good", f"is better than the baseline by {points:.1f} points ({found})"
+    elif against.verdict == "worse":
+        kind, text = (
+            "bad",
+            f"is worse than the baseline by {-points:.1f} points ({found}): check settings and data first",
+        )
     else:
-        kind, text = "even", f"cannot be told from the baseline ({points:+.1f} points, inside the interval)"
+        kind, text = "even", f"cannot be told apart from the baseline ({points:+.1f} points, {found})"
     return {"kind": kind, "text": text, "accuracy": accuracy}
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Generator
+from contextlib import closing
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..core.batch import Batch
-from ..core.manifest import LabelSpace, Manifest
+from ..core.manifest import Manifest
 from ..core.predictions import Predictions
 from ..core.run import Run
 from ..data.loader import open_loader
@@ -17,38 +18,63 @@ from ..data.sampler import Sampler
 from ..evaluation.metrics import judge
 from .plan import Plan, starting_model
 
-MOST_ROWS = 2000  # training images that the probe sees at most
+if TYPE_CHECKING:
+    from sklearn.pipeline import Pipeline
+
+READ_S, FIT_S, JUDGE_S = 20.0, 20.0, 20.0  # seconds: features of training images, fitting, features of judged images
+LEAST_ROWS = 500  # images that are read however long it takes
+_MOST_BYTES = 512 << 20  # of features
+_FIRST_FIT = 2000  # rows of the fit that tells how long more rows would take
 _GRID = 8
 
 
-def fit_baseline(plan: Plan, manifest: Manifest, run: Run, emit: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """The linear probe of a run, on published weights if the model starts from them, else on simple image features.
+def fit_baseline(plan: Plan, manifest: Manifest, run: Run) -> dict[str, Any]:
+    """Fit and judge the linear probe of a run: on the starting weights where there are any, else on simple image features.
+
+    It sees as many images as a minute allows, whatever their number; a run keeps the probe that it once had.
 
     Returns:
-        What `linear_probe` returns; also written to baseline.json.
+        features (what they are), split, accuracy, ci, n and of (rows judged, rows of the split), train_rows and train_of,
+        limit (what kept it from using every training image, or ""), seconds. Written to baseline.json; the answers lie in
+        eval/baseline.
     """
+    begin = time.monotonic()
     split = "test" if len(manifest.rows("test")) else "val"
+    train, judged = (manifest.fair_order(manifest.rows(name)) for name in ("train", split))
     features, name = _probe_features(plan)
-    loaders = []
-    for part in (manifest.spread(manifest.rows("train"), MOST_ROWS), manifest.rows(split)):
-        sampler = Sampler(manifest, part, plan.pixels, min(64, int(plan.config.evaluate.batch_size)))
-        backend = plan.config.train.loader if plan.config.train.loader != "dali-gpu" else "dali-cpu"
-        loaders.append(open_loader(sampler, backend, workers=int(plan.config.train.workers), once=True))
-    try:
-        found = linear_probe(
-            features,
-            loaders[0].epoch(0),
-            loaders[1].epoch(0),
-            manifest.labels,
-            name=name,
-            split=split,
-            seed=plan.config.train.seed,
-        )
-    finally:
-        for loader in loaders:
-            loader.close()
+    x, y, _, limit = read_features(features, _batches(plan, manifest, train), READ_S)
+    probe, used = fit_probe(x, y, FIT_S, plan.config.train.seed)
+    if used < len(y):
+        limit = f"{FIT_S:.0f} s of fitting"
+    x, _, rows, _ = read_features(features, _batches(plan, manifest, judged), JUDGE_S)
+    predictions = answers(probe, x, rows, manifest)
+    predictions.save(run.evaluation("baseline"))
+    metrics = judge(predictions, bootstrap=0)
+    found = {
+        "features": name,
+        "split": split,
+        "accuracy": metrics.accuracy,
+        "ci": list(metrics.accuracy_ci),
+        "n": metrics.n,
+        "of": len(judged),
+        "train_rows": used,
+        "train_of": len(train),
+        "limit": limit,
+        "seconds": round(time.monotonic() - begin, 2),
+    }
     run.write_json("baseline.json", found)
     return found
+
+
+def _batches(plan: Plan, manifest: Manifest, rows: np.ndarray) -> Generator[Batch, None, None]:
+    """Evaluation batches of some rows, in their order."""
+    sampler = Sampler(manifest, rows, plan.pixels, min(64, int(plan.config.evaluate.batch_size)))
+    backend = plan.config.train.loader if plan.config.train.loader != "dali-gpu" else "dali-cpu"
+    loader = open_loader(sampler, backend, workers=int(plan.config.train.workers), once=True)
+    try:
+        yield from loader.epoch(0)
+    finally:
+        loader.close()
 
 
 def _probe_features(plan: Plan) -> tuple[Callable[[Any], np.ndarray], str]:
@@ -100,57 +126,60 @@ def image_features(pixels: np.ndarray) -> np.ndarray:
     return np.concatenate([thumbnail, 2 * histogram, 10 * orientation], 1).astype(np.float32)
 
 
-def linear_probe(
-    features: Any,
-    fit_on: Iterable[Batch],
-    judge_on: Iterable[Batch],
-    labels: LabelSpace,
-    *,
-    name: str,
-    split: str,
-    seed: int,
-) -> dict[str, Any]:
-    """Fit logistic regression on frozen features and judge it.
+def read_features(
+    features: Callable[[Any], np.ndarray], batches: Generator[Batch, None, None], seconds: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, str]:
+    """Features (n, F), classes and rows of the images that can be read in some seconds, at least `LEAST_ROWS`; and what ended it.
 
     Args:
         features: (N, S, S, C) uint8 -> (N, F) float.
-        fit_on, judge_on: evaluation batches of training rows, and of the rows to judge on.
-        name: what the features are, for the console.
-        split: name of the judged rows.
+        batches: of an order whose every beginning is a sample; closed at the end.
+    """
+    x, y, rows, limit = [], [], [], ""
+    end, read, held = time.monotonic() + seconds, 0, 0
+    with closing(batches):
+        for batch in batches:
+            if read >= LEAST_ROWS and time.monotonic() > end:
+                limit = f"{seconds:.0f} s of reading"
+            elif read >= LEAST_ROWS and held > _MOST_BYTES:
+                limit = f"{_MOST_BYTES >> 20} MB of features"
+            if limit:
+                break
+            keep = np.asarray(batch.weight) > 0
+            x.append(features(batch.pixels)[keep])
+            y.append(np.asarray(batch.targets).argmax(1)[keep])
+            rows.append(np.asarray(batch.rows)[keep])
+            read, held = read + int(keep.sum()), held + x[-1].nbytes
+    return np.concatenate(x), np.concatenate(y), np.concatenate(rows), limit
 
-    Returns:
-        features, split, accuracy, ci, n_train, n and seconds.
+
+def fit_probe(x: np.ndarray, y: np.ndarray, seconds: float, seed: int) -> tuple[Pipeline, int]:
+    """Logistic regression on features, on as many of the first rows as some seconds are likely to allow; and their number.
+
+    Args:
+        x, y: (n, F) features and (n,) classes in an order whose every beginning is a sample.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    begin = time.monotonic()
-    x, y, _ = _collect(features, fit_on)
-    probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=300, random_state=seed))
-    probe.fit(x, y)
-    x, y, rows = _collect(features, judge_on)
-    scores = np.zeros((len(y), labels.size), np.float32)
+    end, used = time.monotonic() + seconds, min(len(y), _FIRST_FIT)
+    while True:
+        begin = time.monotonic()
+        probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=300, random_state=seed))
+        probe.fit(x[:used], y[:used])
+        now = time.monotonic()
+        # the time grows with the rows, and a little faster where more of them take more steps
+        more = min(len(y), int(used * (end - now) / (1.5 * max(now - begin, 1e-3))))
+        if used == len(y) or more < min(2 * used, len(y)):
+            return probe, used
+        used = more
+
+
+def answers(probe: Pipeline, x: np.ndarray, rows: np.ndarray, manifest: Manifest) -> Predictions:
+    """What a fitted probe says about some rows of a manifest."""
+    scores = np.zeros((len(rows), manifest.labels.size), np.float32)
     scores[:, probe[-1].classes_] = probe.predict_proba(x)
-    order = np.argsort(rows)
-    targets = np.eye(labels.size, dtype=np.float32)[y[order]]
-    paths = tuple(str(r) for r in rows[order])
-    metrics = judge(Predictions(rows[order], scores[order], targets, labels, paths), bootstrap=1000, seed=seed)
-    return {
-        "features": name,
-        "split": split,
-        "accuracy": metrics.accuracy,
-        "ci": list(metrics.accuracy_ci),
-        "n": metrics.n,
-        "seconds": round(time.monotonic() - begin, 2),
-    }
-
-
-def _collect(features: Any, batches: Iterable[Batch]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    x, y, rows = [], [], []
-    for batch in batches:
-        keep = np.asarray(batch.weight) > 0
-        x.append(features(batch.pixels)[keep])
-        y.append(np.asarray(batch.targets).argmax(1)[keep])
-        rows.append(np.asarray(batch.rows)[keep])
-    return np.concatenate(x), np.concatenate(y), np.concatenate(rows)
+    return Predictions.gather(
+        [rows], [scores], [manifest.targets(rows)], manifest.labels, manifest.paths, manifest.fingerprint
+    )

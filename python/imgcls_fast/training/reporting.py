@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import UsageError
+from ..core.manifest import Manifest
 from ..core.predictions import Predictions
 from ..core.run import Run
 from ..data.quarantine import read_quarantine
 from ..evaluation.metrics import Metrics, judge
+from ..evaluation.paired import Difference, compare
 from ..evaluation.report import ReportFacts, write_report
 
 _JUDGED = ("test", "val")
@@ -32,6 +34,14 @@ def judged(run: Run) -> dict[str, tuple[Predictions, Metrics]]:
                 ),
             )
     return out
+
+
+def against_baseline(run: Run, manifest: Manifest, split: str, predictions: Predictions) -> Difference | None:
+    """Predictions of one split against the baseline's answers to the same rows; None where those were not kept."""
+    found, folder = run.read_json("baseline.json"), run.evaluation("baseline")
+    if not found or found["split"] != split or not (folder / "predictions.json").exists():
+        return None
+    return compare(Predictions.load(folder), predictions, manifest.group)
 
 
 def next_commands(run: Run) -> list[tuple[str, str]]:
@@ -64,6 +74,7 @@ def report_run(run: Run) -> Path:
     )
     bundle = run.read_json("bundle/bundle.json") or {}
     bad = read_quarantine(run.directory / "quarantine.csv") if (run.directory / "quarantine.csv").exists() else []
+    headline = next(iter(splits))
     facts = ReportFacts(
         name=run.name,
         splits=splits,
@@ -77,6 +88,7 @@ def report_run(run: Run) -> Path:
         config=[(name, value, reason) for name, value, reason in model.get("plan", [])],
         quarantine=[(file.path, file.reason) for file in bad],
         baseline=_baseline(run),
+        against=against_baseline(run, manifest, headline, splits[headline][0]),
         temperature=bundle.get("temperature"),
         calibration=bundle.get("provenance", {}).get("calibration", ""),
         env=_environment(environment),

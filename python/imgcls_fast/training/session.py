@@ -32,7 +32,7 @@ from .baseline import fit_baseline
 from .fit import Fit
 from .judging import best_model, calibrated, make_bundle, score_rows
 from .plan import Plan, look_at_machine, make_plan
-from .reporting import next_commands, report_run
+from .reporting import against_baseline, next_commands, report_run
 from .signals import signal_as_interrupt
 
 Event = dict[str, Any]
@@ -268,7 +268,7 @@ def _work(stage: _Stage, *, resumed: bool) -> Run:
     })  # fmt: skip
     baseline = run.read_json("baseline.json")
     if baseline is None and plan.config.train.baseline and not run.finished:
-        baseline = fit_baseline(plan, stage.manifest, run, stage.emit)
+        baseline = fit_baseline(plan, stage.manifest, run)
     if baseline is not None and not resumed:
         stage.emit({"event": "baseline", **baseline})
     if not run.finished:
@@ -310,6 +310,7 @@ def _finish(stage: _Stage, baseline: dict[str, Any] | None) -> None:
         read_bundle(run.bundle_path) if run.finished else make_bundle(run, manifest, model, facts, progress, validation)
     )
     judged: dict[str, Metrics] = {}
+    against = None
     for split in ("val", "test"):
         if len(manifest.rows(split)):
             predictions = calibrated(validation if split == "val" else score(split), bundle.temperature)
@@ -317,10 +318,12 @@ def _finish(stage: _Stage, baseline: dict[str, Any] | None) -> None:
                 predictions, top_k=config.evaluate.top_k, bootstrap=config.evaluate.bootstrap, seed=config.train.seed
             )
             write_evaluation(run.evaluation(split), predictions, judged[split], run.plots)
+            against = against_baseline(run, manifest, split, predictions)
     write_plots(run.plots, {"curves": training_curves(run.epochs)})
     _add_quarantined(run, manifest, bad)
     report = report_run(run)
-    stage.emit(_done_event(stage, judged, baseline, report, bundle))
+    done = _done_event(stage, judged, baseline, report, bundle)
+    stage.emit(done | {"against": against.to_dict() if against else None})
 
 
 def _add_quarantined(run: Run, manifest: Manifest, bad: dict[int, str]) -> None:
