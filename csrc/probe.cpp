@@ -47,13 +47,12 @@ Status read_header(Reader& file, Header& header) {
   return Status::kForeign;
 }
 
-}  // namespace
-
-Header probe_file(const std::string& path) noexcept {
+template <typename... Source>
+Header probe_source(const Source&... source) noexcept {
   Header header;
   try {
     Reader file;
-    header.status = file.open(path);
+    header.status = file.open(source...);
     header.size_bytes = static_cast<int64_t>(file.size());
     if (header.status != Status::kOk) return header;
     header.format = sniff(file);
@@ -64,6 +63,12 @@ Header probe_file(const std::string& path) noexcept {
   }
   return header;
 }
+
+}  // namespace
+
+Header probe_file(const std::string& path) noexcept { return probe_source(path); }
+
+Header probe_bytes(const uint8_t* bytes, size_t n) noexcept { return probe_source(bytes, n); }
 
 void probe_files(const std::vector<std::string>& paths, int threads, Header* out) {
   constexpr size_t kBatch = 16;  // files taken at once

@@ -44,6 +44,9 @@ struct Header {
 // Never throws; every kind of bad file has a Status.
 Header probe_file(const std::string& path) noexcept;
 
+// The same of a file's n bytes in memory.
+Header probe_bytes(const uint8_t* bytes, size_t n) noexcept;
+
 // out[i] describes paths[i]. Uses at most `threads` threads, the calling one among them.
 void probe_files(const std::vector<std::string>& paths, int threads, Header* out);
 

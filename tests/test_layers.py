@@ -41,7 +41,7 @@ MAY_IMPORT: dict[str, set[str]] = {  # room -> rooms it may import; bottom to to
     "cli": {"api", "core", "track"},  # track: the console sink
 }
 ONLY_FILE = {("engines", "data"): "engines/predictor.py", ("evaluation", "models"): "evaluation/explain.py"}
-MAY_LOAD_EXTENSION = {"data/scan.py", "core/env.py"}
+MAY_LOAD_EXTENSION = {"data/proof.py", "core/env.py"}
 MAY_CATCH_EVERYTHING = {"cli/app.py", "track.py", "data/quarantine.py"}
 PICKLE_MODULES = {"pickle", "cPickle", "joblib", "dill", "cloudpickle", "shelve", "marshal"}
 

@@ -1,5 +1,6 @@
 #include "inflate.h"
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 
@@ -144,14 +145,16 @@ void fixed_codes(Code& literal, Code& distance) {
 
 }  // namespace
 
-bool inflate_zlib(const std::string& in, size_t limit, std::string& out) {
-  out.clear();
+namespace {
+
+bool inflate(const std::string& in, size_t limit, size_t& blocks, std::string& out) {
   if (in.size() < 2 || (in[0] & 0x0F) != 8 || (in[1] & 0x20)) return false;
   Bits bits{in, 2};
   for (bool last = false; !last;) {
     last = bits.take(1) != 0;
     const uint32_t kind = bits.take(2);
-    if (bits.dry || kind == 3) return false;
+    if (bits.dry || kind == 3 || blocks == 0) return false;
+    --blocks;
     if (kind == 0) {
       if (!stored(bits, limit, out)) return false;
       continue;
@@ -165,6 +168,15 @@ bool inflate_zlib(const std::string& in, size_t limit, std::string& out) {
     if (!compressed(bits, literal, distance, limit, out)) return false;
   }
   return true;
+}
+
+}  // namespace
+
+bool inflate_zlib(const std::string& in, size_t limit, InflateBudget& budget, std::string& out) {
+  out.clear();
+  const bool good = inflate(in, std::min(limit, budget.bytes), budget.blocks, out);
+  budget.bytes -= out.size();
+  return good;
 }
 
 }  // namespace imgcls

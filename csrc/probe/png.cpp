@@ -10,6 +10,9 @@ namespace imgcls {
 namespace {
 
 constexpr size_t kMaxText = 1 << 20;                     // Pillow refuses longer text chunks
+constexpr size_t kMaxInflated = 4 << 20;                 // bytes, from all text chunks of a file
+constexpr size_t kMaxBlocks = 1 << 13;                   // of compressed data in them
+constexpr int kMaxTexts = 1 << 12;                       // text chunks that are looked at
 constexpr size_t kTextHead = 512;                        // keyword, language and translated keyword of a text chunk
 constexpr char kRawProfile[] = "Raw profile type exif";  // how ImageMagick kept EXIF before PNG had eXIf
 constexpr char kXmpKeyword[] = "XML:com.adobe.xmp";
@@ -66,6 +69,8 @@ struct Png {
   uint32_t frames = 0;      // as acTL tells
   bool controlled = false;  // met acTL
   bool first_is_frame = false;
+  InflateBudget budget{kMaxInflated, kMaxBlocks};
+  int texts = 0;
 
   Status read_header(uint64_t at, uint64_t length) {
     const uint8_t* p = length >= 13 ? file.view(at - 4, 21) : nullptr;  // name, 13 bytes, checksum
@@ -82,12 +87,13 @@ struct Png {
 
   Bytes expand(uint64_t at, uint64_t length) {
     std::string out;
-    const bool good = inflate_zlib(Bytes(file, at, length).text(0, kMaxText), kMaxText, out);
+    const bool good = inflate_zlib(Bytes(file, at, length).text(0, kMaxText), kMaxText, budget, out);
     return good ? Bytes(std::move(out)) : Bytes();
   }
 
   // tEXt, zTXt and iTXt, where their keyword is one that may hold an orientation.
   void read_text(const char* name, uint64_t at, uint64_t length) {
+    if (++texts > kMaxTexts) return;
     const std::string head = Bytes(file, at, length).text(0, kTextHead);
     const size_t key_end = head.find('\0');
     if (key_end == std::string::npos) return;

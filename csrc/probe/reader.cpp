@@ -31,6 +31,12 @@ Status Reader::open(const std::string& path) {
   return size_ == 0 ? Status::kEmpty : Status::kOk;
 }
 
+Status Reader::open(const uint8_t* bytes, size_t n) {
+  memory_ = bytes;
+  size_ = n;
+  return n == 0 ? Status::kEmpty : Status::kOk;
+}
+
 const uint8_t* Reader::load(uint64_t offset, size_t n) {
   size_t want = std::max(n, window_.empty() ? kFirstRead : kNextRead);
   want = static_cast<size_t>(std::min<uint64_t>(want, size_ - offset));

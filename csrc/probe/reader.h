@@ -31,12 +31,15 @@ class Reader {
 
   // kOk, kUnreadable or kEmpty.
   Status open(const std::string& path);
+  // Reads from memory instead, which must outlive this object.
+  Status open(const uint8_t* bytes, size_t n);
   uint64_t size() const { return size_; }
   bool failed() const { return failed_; }
 
   // The n <= kMaxView bytes at offset, or nullptr where the file does not have them. Valid until the next call.
   const uint8_t* view(uint64_t offset, size_t n) {
     if (n > kMaxView || offset > size_ || n > size_ - offset) return nullptr;
+    if (memory_) return memory_ + offset;
     if (offset >= start_ && offset - start_ <= filled_ && n <= filled_ - (offset - start_)) {
       return window_.data() + (offset - start_);
     }
@@ -47,6 +50,7 @@ class Reader {
   const uint8_t* load(uint64_t offset, size_t n);
 
   int fd_ = -1;
+  const uint8_t* memory_ = nullptr;
   bool failed_ = false;
   uint64_t size_ = 0;
   uint64_t start_ = 0;  // the window holds file bytes [start_, start_ + filled_)

@@ -54,6 +54,14 @@ def probe(paths: Sequence[bytes], threads: int = 1) -> Headers:
         TypeError: a path that is not bytes.
     """
 
+def prove(content: bytes) -> tuple[int, int, int, int, int, bool, bool, int]:
+    """Read the header of one image in memory and, of a JPEG, walk every byte, without the GIL.
+
+    Returns:
+        format, status, width, height, orientation as in `Headers`; of a JPEG whether it is well-formed to its end,
+        whether nothing follows that end, and the number of its scans (the last three are false and 0 for others).
+    """
+
 def build_info() -> BuildInfo:
     """Version, compiler and CUDA of this build."""
 

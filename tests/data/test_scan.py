@@ -17,7 +17,8 @@ from imgcls_fast.core.manifest import FLAG_PILLOW, FLAG_SUSPECT, NO_SPLIT, SPLIT
 from imgcls_fast.data import reach
 from imgcls_fast.data import scan as scan_module
 from imgcls_fast.data.decode import decode_pixels
-from imgcls_fast.data.scan import DataProblems, ScanOptions, jpeg_is_sound, probe, scan
+from imgcls_fast.data.proof import prove
+from imgcls_fast.data.scan import DataProblems, ScanOptions, probe, scan
 
 
 def picture(path: Path, seed: int, size: tuple[int, int] = (12, 9)) -> Path:
@@ -376,17 +377,17 @@ def test_damaged_structure_is_decoded_before_it_is_trusted(tmp_path):
     assert [b.path for b in result.quarantine] == ["a/0.png"]
     flags = dict(zip(result.manifest.paths, result.manifest.flags.tolist(), strict=True))
     assert flags.pop("b/j.jpg") == FLAG_PILLOW | FLAG_SUSPECT and not any(flags.values())
-    assert jpeg_is_sound(jpeg) and not jpeg_is_sound(jpeg[:20] + b"junk" + jpeg[20:])
+    assert prove(jpeg).sound and not prove(jpeg[:20] + b"junk" + jpeg[20:]).sound
 
 
-def test_full_verification_finds_what_headers_hide(tmp_path):
+@pytest.mark.parametrize("verify", ["suspect", "full"])
+def test_the_scan_finds_what_the_header_of_a_webp_hides(tmp_path, verify):
     folder(tmp_path, *[f"{c}/{i}.bmp" for c in "ab" for i in range(8)])
     big = tmp_path / "a" / "x.webp"
     Image.open(picture(tmp_path / "x.bmp", 5, (200, 200))).save(big, lossless=True)
     content = big.read_bytes()
     big.write_bytes(content[:50] + b"\xff" * (len(content) - 50))  # the right length, the wrong bytes
-    assert not scan(tmp_path).quarantine
-    assert [b.path for b in scan(tmp_path, ScanOptions(verify="full")).quarantine] == ["a/x.webp"]
+    assert [b.path for b in scan(tmp_path, ScanOptions(verify=verify)).quarantine] == ["a/x.webp"]
 
 
 def test_large_images_are_refused_from_the_header(tmp_path):

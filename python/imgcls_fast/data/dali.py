@@ -1,7 +1,9 @@
-"""Loaders on NVIDIA DALI: the sampler draws every crop, DALI only reads, decodes, resizes and flips.
+"""Loaders on NVIDIA DALI: the sampler draws every crop, DALI only decodes, resizes and flips.
 
-DALI cannot skip a bad image: one undecodable file makes the whole pipeline invalid (NVIDIA/DALI issue 3913). So files
-are checked before they come here, and a file that slips through is found, quarantined, and the pipeline rebuilt at the
+DALI cannot skip a bad image: one undecodable file makes the whole pipeline invalid (NVIDIA/DALI issue 3913), and some
+end the process. So each file is read here, by threads that are a batch ahead, and what DALI gets are bytes that were
+proven well-formed (`proof.py`) and of the size that the scan saw. All else is decoded by Pillow in the same threads,
+which also finds out what is bad. What DALI refuses nevertheless goes to Pillow as well: the pipeline is rebuilt at the
 next undelivered batch, which needs no saved state because the sampler is a pure function.
 
 Pixels are within 2 levels of Pillow's (mean 0.16), with two exceptions in less than 0.1 % of the values: at the very
@@ -11,12 +13,11 @@ column), and bicubic overshoot at hard edges is clipped after both passes, not b
 
 from __future__ import annotations
 
-import os
+import io
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from pathlib import Path
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,17 +26,46 @@ from nvidia.dali.pipeline import Pipeline
 from PIL import Image
 
 from ..core.batch import Batch
+from ..core.errors import DataError
 from ..core.pixels import Pixels
-from . import reach
 from .augment import NO_COLOR_CHANGE
+from .decode import Undecodable, read_file
 from .loader import OnBad, make_batch
-from .quarantine import examine
+from .proof import JPEG, PNG, prove
 from .sampler import Request, Sampler
-from .torch_loader import decode_batch, fill
+from .torch_loader import decode_row, fill
 
 _FILTERS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
 _AXES = [0, 1]
-_JPEG_START, _JPEG_END, _BMP_START = 0xFFD8, 0xFFD9, 0x424D
+
+
+@dataclass
+class _Work:
+    """One batch on its way: first its files are read (and some decoded) by threads, then DALI decodes the rest."""
+
+    request: Request
+    jobs: dict[int, Future[bytes | np.ndarray | str]]  # position -> for DALI, pixels by Pillow, or why it is bad
+    made: dict[int, np.ndarray] = field(default_factory=dict)  # position -> pixels by Pillow
+    failed: dict[int, str] = field(default_factory=dict)  # position -> why it is bad
+    error: DataError | None = None  # a file that cannot be reached
+
+    def encoded(self) -> dict[int, bytes]:
+        """Position -> what DALI decodes; waits for the threads and sorts what they made."""
+        found: dict[int, bytes] = {}
+        for position, job in self.jobs.items():
+            try:
+                answer = job.result()
+            except DataError as error:
+                self.error = self.error or error
+                continue
+            if isinstance(answer, bytes):
+                found[position] = answer
+            elif isinstance(answer, str):
+                self.failed[position] = answer
+            else:
+                self.made[position] = answer
+        self.jobs = {}
+        return found
 
 
 class DaliLoader:
@@ -55,14 +85,16 @@ class DaliLoader:
         self.sampler, self.bad, self._on_bad, self._once = sampler, bad, on_bad, once
         self._gpu = backend == "dali-gpu"
         self._device_id = _gpu_index(device) if self._gpu else None
-        self._blank = _Blank()
+        self._blank = _blank()
         self._threads = max(1, workers)
+        self._pool: ThreadPoolExecutor | None = None  # begun with the first batch, and ended by `close`
         color = sampler.augment is not None and sampler.augment.has_color
         self._factors = (2 if sampler.pixels.color == "gray" else 4) if color else 0  # gray has no hue, no saturation
-        self._pillow: set[int] = set()  # rows that DALI refuses and Pillow reads
+        self._pillow: set[int] = set()  # rows that DALI refuses
         self._flagged = sampler.needs_pillow(np.arange(len(sampler.manifest)))
-        self._ahead: deque[Request] = deque()  # asked of DALI, not yet delivered
-        self._next = (0, 0)
+        self._reading: deque[_Work] = deque()  # at the threads
+        self._ahead: deque[_Work] = deque()  # at DALI, not yet delivered
+        self._next = (0, 0)  # what the threads get next
         self._pipeline: Any = None
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
@@ -70,28 +102,78 @@ class DaliLoader:
             yield self._batch(epoch, index)
 
     def close(self) -> None:
+        self._stop()
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+            self._pool = None
+
+    def _stop(self) -> None:
+        """Forget the pipeline and everything that is on its way."""
         self._pipeline = None
+        for work in self._reading:
+            for job in work.jobs.values():
+                job.cancel()
+        self._reading.clear()
         self._ahead.clear()
-        self._blank.close()
 
     def _batch(self, epoch: int, index: int) -> Batch:
-        """One batch; rebuilds the pipeline when it stands elsewhere, and after each bad file."""
+        """One batch; rebuilds the pipeline when it stands elsewhere, and after each failure of DALI's."""
         place = (epoch if self.sampler.training else 0, index)
-        for _ in range(2 * self.sampler.batch_size + 2):  # each round but the last finds at least one bad row
-            if self._pipeline is None or not self._ahead or (self._ahead[0].epoch, self._ahead[0].index) != place:
+        for _ in range(self.sampler.batch_size + 2):  # each round but the last finds at least one row for Pillow
+            if self._pipeline is None or not self._ahead or self._place_of(self._ahead[0]) != place:
                 self._build(place)
             try:
                 outputs = self._pipeline.run()
             except RuntimeError as error:
-                self._pipeline = None
-                self._find_bad(list(self._ahead), str(error), epoch)
+                in_flight = [work.request for work in self._ahead]
+                self._stop()
+                self._find_refused(in_flight, str(error))
                 continue
             return self._deliver(self._ahead.popleft(), outputs, epoch)
         raise RuntimeError(f"DALI failed again and again at epoch {epoch}, batch {index}")
 
+    @staticmethod
+    def _place_of(work: _Work) -> tuple[int, int]:
+        return work.request.epoch, work.request.index
+
+    # reading, in threads
+    def _read_on(self) -> None:
+        """Hand the next batch to the threads."""
+        epoch, index = self._next
+        if index >= self.sampler.steps:
+            if self._once:
+                return
+            epoch, index = (epoch + 1 if self.sampler.training else 0), 0
+        self._next = (epoch, index + 1)
+        request = self.sampler.request(epoch, index, self.bad.keys())
+        self._pool = self._pool or ThreadPoolExecutor(self._threads, "images")
+        positions = np.flatnonzero(request.rows >= 0).tolist()
+        self._reading.append(_Work(request, {k: self._pool.submit(self._read, request, k) for k in positions}))
+
+    def _read(self, request: Request, position: int) -> bytes | np.ndarray | str:
+        """One file: its bytes when DALI may have them, else its pixels by Pillow, or why it is bad."""
+        row = int(request.rows[position])
+        try:
+            content = read_file(self.sampler.manifest.path(row), self.sampler.pixels.max_megapixels)
+            if self._for_dali(row, content):
+                return content
+            return decode_row(self.sampler, request, position, content)
+        except Undecodable as fault:
+            return fault.reason
+
+    def _for_dali(self, row: int, content: bytes) -> bool:
+        """Whether DALI decodes these bytes safely, and as Pillow would."""
+        if self._flagged[row] or row in self._pillow:
+            return False
+        found, manifest = prove(content), self.sampler.manifest
+        # a file exchanged for one of another size would be cropped by the old one's numbers
+        same = (found.width, found.height) == (manifest.width[row], manifest.height[row])
+        same &= found.orientation == manifest.orientation[row]
+        return found.kind in (JPEG, PNG) and found.sound and found.whole and same
+
     # the pipeline
     def _build(self, place: tuple[int, int]) -> None:
-        self._ahead.clear()
+        self._stop()
         self._next = place
         pipeline = Pipeline(
             batch_size=self.sampler.batch_size,
@@ -101,37 +183,34 @@ class DaliLoader:
             seed=0,
         )
         with pipeline:
-            pipeline.set_outputs(*self._graph())
+            pipeline.set_outputs(self._graph())
         pipeline.build()
         self._pipeline = pipeline
+        self._read_on()
 
     def _source(self) -> list[list[np.ndarray]]:
         """Called by DALI for each batch, ahead of delivery."""
-        epoch, index = self._next
-        if index >= self.sampler.steps:
-            if self._once:
-                raise StopIteration
-            epoch, index = (epoch + 1 if self.sampler.training else 0), 0
-        self._next = (epoch, index + 1)
-        request = self.sampler.request(epoch, index, self.bad.keys())
-        self._ahead.append(request)
-        return self._arguments(request)
+        if not self._reading:
+            raise StopIteration
+        work = self._reading.popleft()
+        self._read_on()  # the next one is read while this one is decoded
+        encoded = work.encoded()
+        self._ahead.append(work)
+        return self._arguments(work.request, encoded)
 
-    def _arguments(self, request: Request) -> list[list[np.ndarray]]:
+    def _arguments(self, request: Request, encoded: dict[int, bytes]) -> list[list[np.ndarray]]:
         """What the graph's inputs get: a list of one array a sample each.
 
         Positions that DALI shall not decode (padding, rows for Pillow) get the blank image, black in every setting.
         """
-        own = self._decodable(request)
-        root, paths = self.sampler.manifest.root, self.sampler.manifest.paths
-        names = [
-            np.frombuffer(os.fsencode(os.path.join(root, paths[row])), np.uint8) if reads else self._blank.name
-            for row, reads in zip(request.rows.tolist(), own.tolist(), strict=True)
-        ]
+        size = len(request.rows)
+        own = np.zeros(size, bool)
+        own[list(encoded)] = True
+        files = [np.frombuffer(encoded[k], np.uint8) if k in encoded else self._blank for k in range(size)]
         side = self.sampler.pixels.size
         wanted, whole = (request.resize, (side, side, 0, 0)) if request.crop is None else (request.crop, (0, 0, 1, 1))
         place = np.where(own[:, None], np.asarray(wanted), whole).astype(np.int32)
-        columns = [names, list(place[:, :2]), list(place[:, 2:])]
+        columns = [files, list(place[:, :2]), list(place[:, 2:])]
         if request.crop is not None:
             columns.append(list(request.flip.astype(np.int32)))
         if request.color is not None:
@@ -139,19 +218,14 @@ class DaliLoader:
             columns += [list(column) for column in factors.T]
         return columns
 
-    def _decodable(self, request: Request) -> np.ndarray:
-        """(B,) bool: positions that DALI decodes."""
-        own = (request.rows >= 0) & ~self._flagged[request.rows]
-        if self._pillow:
-            own &= np.fromiter((row not in self._pillow for row in request.rows.tolist()), bool, len(own))
-        return own
-
-    def _graph(self) -> tuple[Any, Any, Any]:
-        """Pixels (S, S, C) uint8, the shape (3,) int64 of the whole image, and the file's first and last two bytes."""
+    def _graph(self) -> Any:
+        """Pixels (S, S, C) uint8."""
         pixels, training = self.sampler.pixels, self.sampler.training
-        kinds = [types.UINT8, types.INT32, types.INT32] + [types.INT32] * training + [types.FLOAT] * self._factors
+        kinds: list[Any] = (
+            [types.UINT8, types.INT32, types.INT32] + [types.INT32] * training + [types.FLOAT] * self._factors
+        )
         inputs = fn.external_source(source=self._source, num_outputs=len(kinds), batch=True, dtype=kinds)
-        encoded = _read(inputs[0])
+        encoded = inputs[0]
         turn = pixels.exif == "apply"
         if training:
             images = self._decoder_slice(encoded, inputs[1], inputs[2], turn)
@@ -164,7 +238,7 @@ class DaliLoader:
             images = fn.slice(images, inputs[2], window, axes=_AXES, normalized_anchor=False, normalized_shape=False)
         if self._factors:
             images = _twist(images, inputs[4:])
-        return images, fn.peek_image_shape(encoded, adjust_orientation=turn), fn.cat(encoded[:2], encoded[-2:])
+        return images
 
     def _decoder(self, encoded: Any, turn: bool) -> Any:
         return fn.decoders.image(encoded, output_type=types.RGB, adjust_orientation=turn, **self._decoder_options())
@@ -195,110 +269,69 @@ class DaliLoader:
         }
 
     # delivery
-    def _deliver(self, request: Request, outputs: Any, epoch: int) -> Batch:
+    def _deliver(self, work: _Work, outputs: Any, epoch: int) -> Batch:
+        if work.error is not None:
+            self._stop()
+            raise work.error
         pixels: Any = _on_gpu(outputs[0]) if self._gpu else outputs[0].as_array()
-        own = self._decodable(request)
-        doubtful = own & self._doubtful(request.rows, outputs[1].as_array(), outputs[2].as_array())
-        self._pillow.update(request.rows[doubtful].tolist())
-        by_pillow = (request.rows >= 0) & (doubtful | ~own)
-        if by_pillow.any():
-            request = self._patch(request, pixels, by_pillow, epoch)
+        for position, made in work.made.items():
+            pixels[position] = _like(made, pixels)
+        rows = work.request.rows
+        for position, reason in work.failed.items():
+            self._report(int(rows[position]), reason, epoch)
+        # a row that was found bad meanwhile stays bad, also when its file was repaired before this batch read it
+        bad = np.fromiter((row in self.bad for row in rows.tolist()), bool, len(rows))
+        request = work.request.refilled(bad)
         return make_batch(self.sampler.manifest, request, fill(pixels, request))
 
-    def _doubtful(self, rows: np.ndarray, shapes: np.ndarray, ends: np.ndarray) -> np.ndarray:
-        """(B,) bool: files that DALI accepted and that may have been cut or exchanged since the scan.
-
-        An image of another size would pass, cropped by the old one's numbers. DALI stops reading a JPEG behind the
-        crop, so a cut one passes or not, depending on the crop; and it reads a cut BMP beyond its end.
-        """
-        resized = (shapes[:, :2] != np.stack(self._size(rows), 1)).any(1)
-        first, last = ends[:, :2].copy().view(">u2")[:, 0], ends[:, 2:].copy().view(">u2")[:, 0]
-        return resized | ((first == _JPEG_START) & (last != _JPEG_END)) | (first == _BMP_START)
-
-    def _patch(self, request: Request, pixels: Any, positions: np.ndarray, epoch: int) -> Request:
-        """Put Pillow's pixels at `positions`, in place; a file that Pillow refuses too becomes padding."""
-        wanted = replace(request, rows=np.where(positions, request.rows, -1))
-        made, _, failed = decode_batch(self.sampler, wanted, self._threads)
-        for k in np.flatnonzero(positions):
-            pixels[k] = _like(made[k], pixels)
-        for row, reason in failed.items():
-            self._report(row, reason, epoch)
-        return request.refilled(np.fromiter((row in failed for row in request.rows.tolist()), bool, len(request.rows)))
-
-    # bad files
     def _report(self, row: int, reason: str, epoch: int) -> None:
         if row not in self.bad:
             self.bad[row] = reason
             if self._on_bad:
                 self._on_bad(row, reason, epoch)
 
-    def _find_bad(self, requests: list[Request], message: str, epoch: int) -> None:
-        """Which rows of the batches in flight made DALI fail: bad ones go to quarantine, else odd ones to Pillow.
+    # what DALI refuses
+    def _find_refused(self, requests: list[Request], message: str) -> None:
+        """Which rows of the batches in flight made DALI fail: from now on they are Pillow's.
 
         Raises:
+            DataError: D015 when a file cannot be reached.
             RuntimeError: no row is to blame, so the failure is not about a file.
         """
-        in_flight = [request.rows[self._decodable(request)] for request in requests]
-        rows = np.unique(np.concatenate(in_flight)) if in_flight else np.zeros(0, np.int64)
-        paths = [self.sampler.manifest.path(row) for row in rows.tolist()]
-        with ThreadPoolExecutor(self._threads) as pool:
-            verdicts = list(pool.map(lambda path: examine(path, self.sampler.pixels.max_megapixels), paths))
-        for path, verdict in zip(paths, verdicts, strict=True):
-            if verdict.unreachable:
-                raise reach.unreachable(path, OSError(verdict.reason))
-        bad = {row: verdict.reason for row, verdict in zip(rows.tolist(), verdicts, strict=True) if not verdict.ok}
-        for row, reason in bad.items():
-            self._report(row, reason, epoch)
-        if not bad:
-            refused = rows[self._refused(paths, np.stack(self._size(rows), 1))]
-            if any(str(path) in message for path in paths):  # it could not be opened: the examination waited for it
-                return
-            if not len(refused):
-                raise RuntimeError(f"DALI failed, and every file of the batch is readable: {message}")
-            self._pillow.update(refused.tolist())
-
-    def _size(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(height, width), each (n,) int64 pixels, as the scan found them."""
-        return self.sampler.height[rows], self.sampler.width[rows]
-
-    def _refused(self, paths: list[Path], sizes: np.ndarray) -> np.ndarray:
-        """(n,) bool: files that DALI, asked one by one, does not decode to the expected (height, width)."""
-        refused = np.ones(len(paths), bool)
-        pipeline: Any = None
-        for k, path in enumerate(paths):
-            pipeline = pipeline or self._single()
-            pipeline.feed_input("path", [np.frombuffer(os.fsencode(path), np.uint8)])
+        rows = np.unique(np.concatenate([request.rows for request in requests] or [np.zeros(0, np.int64)]))
+        before, pipeline = len(self._pillow), None
+        for row in rows[rows >= 0].tolist():
             try:
-                refused[k] = tuple(pipeline.run()[0].shape()[0][:2]) != tuple(sizes[k])
+                content = read_file(self.sampler.manifest.path(row), self.sampler.pixels.max_megapixels)
+            except Undecodable:
+                continue  # found again when its batch is read again
+            if not self._for_dali(row, content):
+                continue
+            pipeline = pipeline or self._single()
+            pipeline.feed_input("file", [np.frombuffer(content, np.uint8)])
+            try:
+                pipeline.run()
             except RuntimeError:
                 pipeline = None  # DALI does not go on after an error
-        return refused
+                self._pillow.add(row)
+        if len(self._pillow) == before:
+            raise RuntimeError(f"DALI failed, and every file of the batch is readable: {message}")
 
     def _single(self) -> Any:
         """A pipeline that decodes one whole file a run."""
         pipeline = Pipeline(batch_size=1, num_threads=1, device_id=self._device_id, prefetch_queue_depth=1)
         with pipeline:
-            encoded = _read(fn.external_source(name="path", dtype=types.UINT8))
+            encoded = fn.external_source(name="file", dtype=types.UINT8)
             pipeline.set_outputs(self._decoder(encoded, self.sampler.pixels.exif == "apply"))
         pipeline.build()
         return pipeline
 
 
-class _Blank:
-    """A black image of one pixel in memory, with a name under which DALI can open it."""
-
-    def __init__(self) -> None:
-        self._file = open(os.memfd_create("blank"), "wb", buffering=0)  # noqa: SIM115 - held open: it is the file
-        Image.new("RGB", (1, 1)).save(self._file, "PNG")
-        self.name = np.frombuffer(f"/proc/{os.getpid()}/fd/{self._file.fileno()}".encode(), np.uint8)
-
-    def close(self) -> None:
-        self._file.close()
-
-
-def _read(name: Any) -> Any:
-    # without mmap: a file that is cut while it is mapped would end the process (SIGBUS)
-    return fn.io.file.read(name, dont_use_mmap=True)
+def _blank() -> np.ndarray:
+    """The file of a black image of one pixel, (n,) uint8."""
+    file = io.BytesIO()
+    Image.new("RGB", (1, 1)).save(file, "PNG")
+    return np.frombuffer(file.getvalue(), np.uint8)
 
 
 def _resize(images: Any, size: Any, pixels: Pixels) -> Any:

@@ -31,12 +31,12 @@ import numpy as np
 from PIL import BmpImagePlugin, GifImagePlugin, Image, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
 
 from . import reach
+from .bounds import MAX_EXTRA_BYTES, excess
 
 Color = Literal["gray", "rgb", "rgba"]
 ExifPolicy = Literal["apply", "ignore"]
 
 _PLUGINS = (BmpImagePlugin, GifImagePlugin, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin)
-MAX_EXTRA_BYTES = 256 << 20  # of a file, beyond its pixels
 READABLE = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 ORIENTATION = 0x0112
 
@@ -168,17 +168,18 @@ class _Opened:
 
     def __enter__(self) -> _Opened:
         content = self.source if isinstance(self.source, bytes) else read_file(self.source, self.max_megapixels)
+        self.size_bytes = len(content)
+        kind = sniff(content[:1024])
+        if kind not in READABLE:
+            raise Undecodable(self.name, why_not(kind))
+        if reason := excess(kind, content, self.max_megapixels):
+            raise Undecodable(self.name, reason)
         self.file = io.BytesIO(content)
-        self._open(self.file)
+        self._open(self.file, kind)
         return self
 
-    def _open(self, file: BinaryIO) -> None:
+    def _open(self, file: BinaryIO, kind: str) -> None:
         try:
-            self.size_bytes = file.seek(0, io.SEEK_END)
-            file.seek(0)
-            kind = sniff(file.read(1024))
-            if kind not in READABLE:
-                raise Undecodable(self.name, why_not(kind))
             self.image: Image.Image = Image.open(file, formats=[kind])
         except DECODER_FAULTS as fault:
             raise Undecodable(self.name, _reason(fault, self.size_bytes, self.max_megapixels)) from fault

@@ -5,9 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import struct
 import time
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -16,17 +14,17 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from imgcls_fast.core.errors import DataError, HardwareError
+from imgcls_fast.core.errors import DataError
 from imgcls_fast.core.manifest import FLAG_PILLOW, FLAG_SUSPECT
 
-from . import decode, duplicates, fetch, reach, sources
+from . import decode, duplicates, fetch, proof, reach, sources
 from .quarantine import Verdict, examine, examine_isolated
 from .rules import DataProblems, ScanOptions, ScanResult, Tabulation
 from .sources import IMAGE_ENDINGS, Columns, Listing, Problem
 
 __all__ = ["DataProblems", "Problem", "ScanOptions", "ScanResult", "inspect", "probe", "scan"]
 
-_JPEG, _PNG, _TIFF, _GIF = 1, 2, 5, 6  # the probe's `format`
+_JPEG, _PNG, _WEBP, _BMP, _TIFF, _GIF = 1, 2, 3, 4, 5, 6  # the probe's `format`
 _ODD_JPEG, _ODD_BMP = 1, 16  # bits of the probe's `detail`
 _UNREADABLE, _EMPTY, _FOREIGN, _DAMAGED = 1, 2, 3, 4  # the probe's `status`
 _CHUNK = 20_000  # rows in flight, so that ten million rows do not become ten million futures
@@ -91,15 +89,7 @@ def probe(paths: list[bytes], threads: int) -> dict[str, np.ndarray]:
     Raises:
         HardwareError: H004 when the package was installed without its compiled half.
     """
-    try:
-        from imgcls_fast import _C
-    except ImportError as error:
-        raise HardwareError(
-            "H004",
-            f"imgcls_fast._C, the compiled half that reads image headers, is missing: {error}",
-            try_="pip install --force-reinstall imgcls-fast",
-        ) from error
-    return dict(_C.probe(paths, threads))  # type: ignore[arg-type]  # a TypedDict, used by column name
+    return dict(proof.compiled().probe(paths, threads))  # a TypedDict, used by column name
 
 
 # ---------------------------------------------------------------- files
@@ -179,9 +169,11 @@ class Files:
         large = (status == 0) & (area > limit * 1e6)
         for row in np.flatnonzero(large).tolist():
             self.reasons[row] = decode.too_large(int(head["width"][row]), int(head["height"][row]), limit)
-        # Near the limit, or far more pixels than bytes: a possible bomb. TIFF and GIF have no end marker to check.
+        # Near the limit, or far more pixels than bytes: a possible bomb. What is inside a WebP, TIFF or GIF only a
+        # decoder can tell, and the containers allow what makes decoders crash.
         heavy = (area > limit * 0.5e6) | ((area > 4e6) & (area > 1000.0 * head["size_bytes"]))
         suspect = (status == _DAMAGED) | (head["truncated"] != 0) | heavy | (kind == _TIFF) | (kind == _GIF)
+        suspect |= (kind == _WEBP) | ((kind == _BMP) & ((head["detail"] & _ODD_BMP) != 0))
         suspect &= ((status == 0) | (status == _DAMAGED)) & ~large
         return set(np.flatnonzero(suspect).tolist())
 
@@ -334,46 +326,6 @@ def _digest(path: str, kind: int) -> tuple[bytes, bool]:
     content = reach.with_file(path, work)
     if content is None:
         whole = reach.with_file(path, lambda file: hashlib.file_digest(file, "sha256"))  # type: ignore[arg-type]
-        return whole.digest()[:16], True
-    sound = png_is_sound(content) if kind == _PNG else jpeg_is_sound(content) if kind == _JPEG else True
+        return whole.digest()[:16], kind not in (_JPEG, _PNG)  # not walked through, so it will be decoded
+    sound = proof.prove(content).sound if kind in (_JPEG, _PNG) else True
     return hashlib.sha256(content).digest()[:16], sound
-
-
-def png_is_sound(content: bytes) -> bool:
-    """Whether every chunk of a PNG is whole and has the right CRC, up to IEND, and no text could be a bomb."""
-    at, view = 8, memoryview(content)
-    while at + 12 <= len(content):
-        (length,) = struct.unpack_from(">I", content, at)
-        if at + 12 + length > len(content):
-            return False
-        if zlib.crc32(view[at + 4 : at + 8 + length]) != struct.unpack_from(">I", content, at + 8 + length)[0]:
-            return False
-        kind = content[at + 4 : at + 8]
-        if kind == b"IEND":
-            return True
-        if kind == b"zTXt" and length > 1000:  # can inflate beyond Pillow's limit of 1 MiB
-            return False
-        at += 12 + length
-    return False
-
-
-def jpeg_is_sound(content: bytes) -> bool:
-    """Whether the segments of a JPEG follow each other without junk up to the scan.
-
-    libjpeg forgives junk between segments; nvJPEG's and DALI's parsers do not, and end the whole pipeline.
-    """
-    at = 2
-    while at + 4 <= len(content):
-        if content[at] != 0xFF:
-            return False
-        marker = content[at + 1]
-        if marker == 0xFF:  # fill byte
-            at += 1
-            continue
-        if marker == 0xDA:
-            return True
-        (length,) = struct.unpack_from(">H", content, at + 2)
-        if length < 2 or marker in (0x00, 0xD8, 0xD9):
-            return False
-        at += 2 + length
-    return False

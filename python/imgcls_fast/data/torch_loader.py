@@ -80,20 +80,14 @@ def decode_batch(sampler: Sampler, request: Request, threads: int = 1) -> tuple[
     Raises:
         DataError: D015 when a file cannot be reached.
     """
-    pixels, manifest = sampler.pixels, sampler.manifest
-    size = len(request.rows)
+    pixels, size = sampler.pixels, len(request.rows)
     out = np.zeros((size, pixels.size, pixels.size, pixels.channels), np.uint8)
 
     def reason_against(k: int) -> str | None:
-        row = int(request.rows[k])
         try:
-            image = decode_pixels(
-                manifest.path(row), color=pixels.color, exif=pixels.exif, max_megapixels=pixels.max_megapixels
-            )
-            _check_size(sampler, row, image)
+            out[k] = decode_row(sampler, request, k)
         except Undecodable as error:
             return error.reason
-        out[k] = render(image, request, k, pixels)
         return None
 
     positions = np.flatnonzero(request.rows >= 0).tolist()
@@ -107,6 +101,30 @@ def decode_batch(sampler: Sampler, request: Request, threads: int = 1) -> tuple[
     wrong[[k for k, reason in zip(positions, reasons, strict=True) if reason is not None]] = True
     delivered = request.refilled(wrong)
     return fill(out, delivered), delivered, failed
+
+
+def decode_row(sampler: Sampler, request: Request, position: int, content: bytes | None = None) -> np.ndarray:
+    """One image as its batch wants it, by Pillow: (size, size, C) uint8.
+
+    Args:
+        position: in the request.
+        content: the file, when it has been read already.
+
+    Raises:
+        Undecodable: a bad image, or one of another size than at the scan.
+        DataError: D015 when the file cannot be reached.
+    """
+    pixels, row = sampler.pixels, int(request.rows[position])
+    path = sampler.manifest.path(row)
+    image = decode_pixels(
+        path if content is None else content,
+        color=pixels.color,
+        exif=pixels.exif,
+        max_megapixels=pixels.max_megapixels,
+        name=str(path),
+    )
+    _check_size(sampler, row, image)
+    return render(image, request, position, pixels)
 
 
 def fill(out: Any, delivered: Request) -> Any:
