@@ -110,24 +110,24 @@ def test_a_signal_after_the_last_step_is_not_lost(
     same_result(straight, broken)
 
 
+@pytest.mark.parametrize("victim", ["make_bundle", "report_run"])
 def test_a_run_killed_between_training_and_bundle_or_report_is_finished_by_resume(
-    configure: Callable[..., Any], monkeypatch: Any
+    victim: str, configure: Callable[..., Any], monkeypatch: Any
 ) -> None:
-    for victim in ("make_bundle", "report_run"):
-        config = configure({"train.epochs": 1})
+    config = configure({"train.epochs": 1})
 
-        def die(*arguments: Any, **more: Any) -> Any:
-            raise KeyboardInterrupt
+    def die(*arguments: Any, **more: Any) -> Any:
+        raise KeyboardInterrupt
 
-        with monkeypatch.context() as patch:
-            patch.setattr(session, victim, die)
-            run = interrupted(config)
-        assert not run.report_path.exists()
-        assert run.finished == (victim == "report_run")
-        session.resume(run, {})
-        assert run.finished
-        assert run.report_path.exists()
-        assert len(run.epochs) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(session, victim, die)
+        run = interrupted(config)
+    assert not run.report_path.exists()
+    assert run.finished == (victim == "report_run")
+    session.resume(run, {})
+    assert run.finished
+    assert run.report_path.exists()
+    assert len(run.epochs) == 1
 
 
 @pytest.mark.usefixtures("no_judging")
