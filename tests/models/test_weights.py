@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from imgcls_fast.core.errors import ModelError
 from imgcls_fast.models import Classifier, ModelSpec, build_model, load_weights, read_state
+from imgcls_fast.models.weights import matching_classes
 
 
 def _small(channels: int = 3, outputs: int = 3, **changes: Any) -> Classifier:
@@ -219,3 +220,44 @@ def test_absent_and_foreign_files_are_refused(name: str, tmp_path: Path) -> None
     with pytest.raises(ModelError) as caught:
         load_weights(_small(), tmp_path / name)
     assert caught.value.code == "M003"
+
+
+# ---------------------------------------------------------------- heads by class name
+
+
+@pytest.mark.parametrize("arch", ["small-cnn", "torchvision/squeezenet1_1", "timm/deit_tiny_distilled_patch16_224"])
+def test_a_head_goes_by_the_names_of_its_classes(arch: str) -> None:
+    theirs, ours = ["ant", "bee", "cat"], ["bee", "dog", "ant"]
+    donor, model = build_model(ModelSpec(arch, num_outputs=3)), build_model(ModelSpec(arch, num_outputs=3))
+    for parameter in donor.head_parameters():
+        nn.init.normal_(parameter)
+    before = {key: value.clone() for key, value in model.backbone.state_dict().items()}
+    report = load_weights(model, donor.state_dict(), head_rows=matching_classes(ours, theirs))
+    old, new = donor.backbone.state_dict(), model.backbone.state_dict()
+    assert not report.fresh
+    for key in old:
+        if key in model.head_keys:
+            assert torch.equal(new[key], torch.stack([old[key][1], before[key][1], old[key][0]]))
+        else:
+            assert torch.equal(new[key], old[key])
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "rows"),
+    [("abc", "abcde", [0, 1, 2, -1, -1]), ("abcde", "ca", [2, 0]), ("ab", "cd", [-1, -1]), ("ab", "ba", [1, 0])],
+)
+def test_classes_are_matched_whatever_their_number(theirs: str, ours: str, rows: list[int]) -> None:
+    assert matching_classes(ours, theirs) == rows
+    donor, model = _small(outputs=len(theirs)), _small(outputs=len(ours))
+    before = model.backbone.state_dict()["head.weight"].clone()
+    report = load_weights(model, donor.state_dict(), head_rows=rows)
+    assert set(report.fresh) == (set() if max(rows) >= 0 else model.head_keys)
+    for k, row in enumerate(rows):
+        expected = donor.backbone.state_dict()["head.weight"][row] if row >= 0 else before[k]
+        assert torch.equal(model.backbone.state_dict()["head.weight"][k], expected)
+
+
+def test_a_head_that_the_file_does_not_have_is_left_fresh_by_name_too() -> None:
+    donor, model = _small(), _small()
+    state = {k: v for k, v in donor.backbone.state_dict().items() if k not in donor.head_keys}
+    assert set(load_weights(model, state, head_rows=[0, 1, 2]).fresh) == model.head_keys

@@ -21,7 +21,7 @@ from imgcls_fast.core.settings import build_config, flatten, to_yaml
 from imgcls_fast.models.small_cnn import SmallCNN
 from imgcls_fast.training import session
 from imgcls_fast.training.optim import Schedule
-from imgcls_fast.training.plan import Machine, Plan, make_plan
+from imgcls_fast.training.plan import Machine, Plan, make_plan, starting_model
 
 LAPTOP = Machine(cpus=2, dali=True)
 SERVER = Machine(cpus=32, gpu="NVIDIA H200", bf16=True, dali=True)
@@ -234,3 +234,77 @@ def test_the_stored_configuration_can_be_used_again(configure: Callable[..., Any
         k: v for k, v in flatten(run.config).items() if k != "out"
     }
     assert isinstance(other, Run)
+
+
+# ---------------------------------------------------------------- beginning with another run
+
+
+def reason_of(plan: Plan, setting: str) -> str:
+    return next(reason for name, _, reason in plan.rows if name == setting)
+
+
+@pytest.mark.parametrize("color", ["gray", "rgba", "rgb"])
+def test_colour_and_statistics_come_from_the_starting_run(color: str, bundle_of: Callable[..., Any]) -> None:
+    bundle = bundle_of(color=color)
+    plan = plan_of({"model.init": str(bundle.directory)})
+    assert (plan.config.pixels.color, plan.pixels.color) == (color, color)
+    assert (plan.pixels.mean, plan.pixels.std) == (bundle.pixels.mean, bundle.pixels.std)
+    assert reason_of(plan, "pixels.color") == "of the starting weights"
+    assert plan.config.train.loader == ("torch" if color == "rgba" else "dali-cpu")
+    assert starting_model(plan.spec, plan.start, images().labels).report.adapted == ()
+
+
+@pytest.mark.parametrize(("theirs", "asked"), [("gray", "rgb"), ("gray", "rgba"), ("rgb", "gray"), ("rgba", "rgb")])
+def test_another_number_of_channels_is_asked_for_by_name_and_converted(
+    theirs: str, asked: str, bundle_of: Callable[..., Any]
+) -> None:
+    plan = plan_of({"model.init": str(bundle_of(color=theirs).directory), "pixels.color": asked})
+    assert plan.pixels.color == asked and plan.pixels.mean == (0.5,) * plan.pixels.channels
+    assert f"trained on {theirs}, so their first layer is converted" in reason_of(plan, "pixels.color")
+    report = starting_model(plan.spec, plan.start, images().labels).report
+    assert report.adapted == ("stem.0.weight",)
+
+
+def relabelled(bundle: Any, classes: tuple[str, ...]) -> Path:
+    """The same bundle, of other classes."""
+    facts = json.loads((bundle.directory / "bundle.json").read_text("utf-8"))
+    facts["labels"] = LabelSpace.single(classes).to_dict()
+    (bundle.directory / "bundle.json").write_text(json.dumps(facts), "utf-8")
+    return bundle.directory
+
+
+@pytest.mark.parametrize("by", ["folder", "file"])
+@pytest.mark.parametrize("stored", [False, True], ids=["planned", "resumed"])
+@pytest.mark.parametrize(
+    ("classes", "rows", "words"),
+    [
+        (("a", "b", "c"), [0, 1, 2], "as asked; the head with it"),
+        (("c", "a", "b"), [1, 2, 0], "the head by name, for all 3 classes"),
+        (("x", "c", "y"), [None, None, 1], "the head keeps 1 of 3 classes; begun anew: a, b"),
+        (("x", "y", "z"), [None, None, None], "its head has none of these classes; begun anew: a, b, c"),
+    ],
+)
+def test_the_head_of_a_starting_run_goes_by_class_names_and_the_plan_says_how(
+    classes: tuple[str, ...], rows: list[int | None], words: str, stored: bool, by: str, bundle_of: Callable[..., Any]
+) -> None:
+    from safetensors.torch import load_file
+
+    bundle = bundle_of()
+    folder = relabelled(bundle, classes)
+    plan = plan_of({"model.init": str(folder if by == "folder" else bundle.weights)})
+    assert words in reason_of(plan, "model.init")
+    if stored:  # a run that is resumed before its first checkpoint
+        plan = Plan.from_dict(json.loads(json.dumps(plan.to_dict())), plan.config)
+    theirs = load_file(bundle.weights)["backbone.head.weight"]
+    mine = starting_model(plan.spec, plan.start, images().labels).state_dict()["backbone.head.weight"]
+    for k, row in enumerate(rows):
+        assert [j for j in range(3) if (mine[k] == theirs[j]).all()] == ([] if row is None else [row])
+
+
+def test_a_file_that_names_no_classes_is_taken_by_position_and_the_plan_says_so(
+    bundle_of: Callable[..., Any], tmp_path: Path
+) -> None:
+    lone = tmp_path / "lone.safetensors"
+    lone.write_bytes(bundle_of().weights.read_bytes())
+    plan = plan_of({"model.init": str(lone), "model.arch": "small-cnn", "model.args": {"width": 8}})
+    assert "names no classes: a head of 3 outputs is taken as it is" in reason_of(plan, "model.init")

@@ -105,6 +105,12 @@ def write_bundle(
     return bundle
 
 
+def bundle_around(weights: Path) -> Path | None:
+    """The folder of the bundle that a weights file belongs to; None for a file on its own."""
+    folder = weights.parent
+    return folder if weights.name == WEIGHTS and (folder / "bundle.json").is_file() else None
+
+
 def read_bundle(directory: Path, *, verify: bool = True) -> Bundle:
     """Open a bundle; by default every digest is checked first.
 

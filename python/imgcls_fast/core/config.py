@@ -107,7 +107,9 @@ class PixelsConfig(Section):
         "auto", description="evaluation crop / resized short side"
     )
     interpolation: Literal["bilinear", "bicubic"] | Auto = Field("auto", description="resize filter, antialiased")
-    color: Literal["gray", "rgb", "rgba"] = Field("rgb", description="channels of the input: 1, 3 or 4")
+    color: Literal["auto", "gray", "rgb", "rgba"] = Field(
+        "auto", description="channels of the input: 1, 3 or 4; auto: those of the starting run, else rgb"
+    )
     exif: Literal["apply", "ignore"] = Field("apply", description="turn images as their EXIF orientation says")
     mean: Annotated[tuple[float, ...], BeforeValidator(_listed)] | Literal["auto", "data"] = Field(
         "auto", description="per channel, 0..1; auto: the weights' own, else ImageNet; data: measured"

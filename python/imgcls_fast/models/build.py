@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -20,7 +21,7 @@ from imgcls_fast.models.backbones import (
 from imgcls_fast.models.classifier import Classifier
 from imgcls_fast.models.names import SMALL_CNN, list_models, resolve_arch
 from imgcls_fast.models.placement import attention_to_train, insert_attention
-from imgcls_fast.models.weights import LoadReport, load_weights, read_state
+from imgcls_fast.models.weights import LoadReport, load_weights, matching_classes, read_state
 
 __all__ = [
     "Classifier",
@@ -30,6 +31,7 @@ __all__ = [
     "build_model",
     "list_models",
     "load_weights",
+    "matching_classes",
     "pretrained_available",
     "pretrained_pixels",
     "read_state",
@@ -45,7 +47,12 @@ _HASH = re.compile(r"-([a-f0-9]{8,})\.")  # in a published file's name: the star
 
 
 def build_model(
-    spec: ModelSpec, *, weights: Path | None = None, pretrained: bool = False, allow_download: bool = False
+    spec: ModelSpec,
+    *,
+    weights: Path | None = None,
+    pretrained: bool = False,
+    allow_download: bool = False,
+    head_rows: Sequence[int] | None = None,
 ) -> Classifier:
     """Build a model. Nothing is frozen; it is in training mode, on the CPU.
 
@@ -54,6 +61,7 @@ def build_model(
         weights: a local file (`load_weights`).
         pretrained: take the weights that the library publishes for `spec.arch`, from the local caches.
         allow_download: with `pretrained`, fetch them when they are not in a cache.
+        head_rows: see `load_weights`.
 
     Returns:
         The model; `model.report` says which tensors were loaded (None: all are fresh).
@@ -75,7 +83,7 @@ def build_model(
     insert_attention(backbone, spec)
     model = Classifier(spec, backbone, head)
     if path is not None:
-        model.report = load_weights(model, path, ignore_extra=pretrained)
+        model.report = load_weights(model, path, ignore_extra=pretrained, head_rows=head_rows)
     return model
 
 

@@ -6,7 +6,7 @@ import pickle
 import re
 import sys
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,7 +112,11 @@ def _tensors(content: Any, source: str) -> State:
 
 
 def load_weights(
-    model: Classifier, source: Path | str | Mapping[str, Tensor], *, ignore_extra: bool = False
+    model: Classifier,
+    source: Path | str | Mapping[str, Tensor],
+    *,
+    ignore_extra: bool = False,
+    head_rows: Sequence[int] | None = None,
 ) -> LoadReport:
     """Copy weights into a model, all or none.
 
@@ -126,6 +130,8 @@ def load_weights(
         model: receives the weights.
         source: a file (`read_state`) or tensors by name.
         ignore_extra: ignore tensors that the model does not have, instead of refusing.
+        head_rows: for each output of the model, the output of the file that means the same class, -1 for none (see
+            `matching_classes`); None: nothing is known of the classes, and a head of equal shape is taken as it is.
 
     Raises:
         ModelError: M002, the tensors do not fit the architecture; M003, see `read_state`.
@@ -136,6 +142,8 @@ def load_weights(
     state = _own_names(state, own)
     shapes = {key: value.shape for key, value in state.items()}
     state = _fitted(model, state, own)
+    if head_rows is not None:
+        state = _with_head(model, state, own, list(head_rows))
     fresh, ignored = _check(model, state, own, name, ignore_extra)
     with torch.no_grad():
         for key in own.keys() - set(fresh):
@@ -143,6 +151,26 @@ def load_weights(
     loaded = tuple(key for key in own if key not in fresh)
     adapted = tuple(key for key in loaded if key in shapes and shapes[key] != state[key].shape)
     return LoadReport(loaded=loaded, fresh=fresh, ignored=ignored, adapted=adapted)
+
+
+def matching_classes(own: Sequence[str], theirs: Sequence[str]) -> list[int]:
+    """For each of our classes its place among theirs, -1 where they do not have it."""
+    place = {name: k for k, name in enumerate(theirs)}
+    return [place.get(name, -1) for name in own]
+
+
+def _with_head(model: Classifier, state: State, own: State, rows: list[int]) -> State:
+    """The head's tensors in the order of our classes; where theirs do not fit or none is known, the model keeps its own."""
+    known = [k for k, row in enumerate(rows) if row >= 0]
+    taken = [rows[k] for k in known]
+    state = dict(state)
+    for key in model.head_keys & state.keys():
+        mine, value = own[key], state.pop(key)
+        fits = mine.dim() > 0 and mine.shape[0] == len(rows) and value.shape[1:] == mine.shape[1:]
+        if fits and known and max(taken) < value.shape[0]:
+            state[key] = mine.clone()
+            state[key][known] = value[taken].to(mine.dtype)
+    return state
 
 
 def _own_names(state: State, own: State) -> State:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..core.batch import Batch
-from ..core.manifest import Manifest
+from ..core.manifest import LabelSpace, Manifest
 from ..core.predictions import Predictions
 from ..core.run import Run
 from ..data.loader import open_loader
@@ -41,7 +41,7 @@ def fit_baseline(plan: Plan, manifest: Manifest, run: Run) -> dict[str, Any]:
     begin = time.monotonic()
     split = "test" if len(manifest.rows("test")) else "val"
     train, judged = (manifest.fair_order(manifest.rows(name)) for name in ("train", split))
-    features, name = _probe_features(plan)
+    features, name = _probe_features(plan, manifest.labels)
     x, y, _, limit = read_features(features, _batches(plan, manifest, train), READ_S)
     probe, used = fit_probe(x, y, FIT_S, plan.config.train.seed)
     if used < len(y):
@@ -77,13 +77,13 @@ def _batches(plan: Plan, manifest: Manifest, rows: np.ndarray) -> Generator[Batc
         loader.close()
 
 
-def _probe_features(plan: Plan) -> tuple[Callable[[Any], np.ndarray], str]:
+def _probe_features(plan: Plan, labels: LabelSpace) -> tuple[Callable[[Any], np.ndarray], str]:
     if plan.start.kind == "scratch":
         return lambda pixels: image_features(np.asarray(pixels)), "simple image features"
     import torch
 
     start_from = plan.start
-    model = starting_model(plan.spec, start_from)
+    model = starting_model(plan.spec, start_from, labels)
     device = torch.device(plan.config.train.device)
     model = model.to(device).eval()
 

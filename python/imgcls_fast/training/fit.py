@@ -92,7 +92,7 @@ class Fit:
     def _build_model(self) -> Classifier:
         # a checkpoint holds every weight: the file that the run began with need not exist any more
         start = Start("scratch") if checkpoint.has_checkpoint(self.run_directory.checkpoints) else self.plan.start
-        model = starting_model(self.plan.spec, start)
+        model = starting_model(self.plan.spec, start, self.manifest.labels)
         freeze = self.config.model.freeze
         if freeze != "none":
             model.freeze(freeze)

@@ -83,7 +83,7 @@ def make_plan(config: RunConfig, manifest: Manifest, machine: Machine) -> Plan:
     """
     notes = Notes(config)
     device = choose_device(notes, machine)
-    arch, start = choose_model(notes, device)
+    arch, start = choose_model(notes, device, manifest.labels)
     choose_attention(notes, arch, start)
     recipe = RECIPES["finetune" if start.kind != "scratch" else "small-cnn" if arch == "small-cnn" else "scratch"]
     pixels = choose_pixels(notes, manifest, arch, start, recipe)

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..core.bundle import bundle_around, read_bundle
 from ..core.errors import ConfigError, ModelError
-from ..core.manifest import Manifest
+from ..core.manifest import LabelSpace, Manifest
 from ..core.pixels import Pixels
 from .defaults import Notes, Recipe, text
 
@@ -24,6 +25,7 @@ _AT_HAND = {
     ),
     "cuda": ("torchvision/convnext_tiny", "torchvision/resnet50", "timm/convnext_tiny"),
 }
+_PUBLISHED_OUTPUTS = 1000  # ImageNet's classes
 _WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 
 
@@ -36,7 +38,7 @@ class Start:
         path: of the weights; None from scratch.
         download: the user asked for published weights, which may be fetched.
         spec: the architecture of a bundle that is the start, as its `arch` says.
-        pixels: of that bundle.
+        pixels, labels: of that bundle.
     """
 
     kind: str
@@ -44,29 +46,37 @@ class Start:
     download: bool = False
     spec: dict[str, Any] | None = None
     pixels: Pixels | None = None
+    labels: LabelSpace | None = None
 
 
-def starting_model(spec: dict[str, Any], start: Start) -> Classifier:
+def starting_model(spec: dict[str, Any], start: Start, labels: LabelSpace) -> Classifier:
     """The model of a plan as it is before the first step, on the CPU.
+
+    The head of a bundle goes by the names of its classes. They are read again from beside the weights, because a resumed
+    run knows their path alone.
 
     Args:
         spec: `Plan.spec`.
         start: `Plan.start`, or `Start("scratch")` when a checkpoint will fill the weights.
+        labels: of the model.
 
     Raises:
         ModelError: as `models.build.build_model`.
     """
-    from ..models.build import ModelSpec, build_model
+    from ..models.build import ModelSpec, build_model, matching_classes
 
+    folder = bundle_around(start.path) if start.kind == "file" and start.path else None
+    theirs = read_bundle(folder, verify=False).labels.classes if folder else None
     return build_model(
         ModelSpec.from_dict(spec),
         weights=start.path if start.kind == "file" else None,
         pretrained=start.kind == "pretrained",
         allow_download=start.download,
+        head_rows=None if theirs is None else matching_classes(labels.classes, theirs),
     )
 
 
-def choose_model(notes: Notes, device: str) -> tuple[str, Start]:
+def choose_model(notes: Notes, device: str, labels: LabelSpace) -> tuple[str, Start]:
     """Architecture and starting weights."""
     from ..models.build import resolve_arch
 
@@ -93,7 +103,11 @@ def choose_model(notes: Notes, device: str) -> tuple[str, Start]:
     if notes.config.model.init == "auto":
         notes.changes["model.init"] = start.kind
     notes.rows.append(
-        ("model.init", start.kind if start.path is None else f"{start.kind} {start.path.name}", _start_reason(start))
+        (
+            "model.init",
+            start.kind if start.path is None else f"{start.kind} {start.path.name}",
+            _start_reason(start, labels),
+        )
     )
     return arch, start
 
@@ -107,16 +121,15 @@ def _start(init: str) -> Start | None:
     if init == "pretrained":
         return Start("pretrained", download=True)
     path = Path(init)
-    if path.is_file():
+    if path.is_file() and bundle_around(path) is None:
         return Start("file", path)
-    if path.suffix in _WEIGHT_SUFFIXES:
+    if path.suffix in _WEIGHT_SUFFIXES and not path.is_file():
         raise ModelError("M003", f"no such weights file: {path}", try_="--init pretrained   (or scratch, or a run)")
-    from ..core.bundle import read_bundle
     from ..core.run import find_run
 
-    folder = path if (path / "bundle.json").is_file() else find_run(init).bundle_path
+    folder = bundle_around(path) or (path if (path / "bundle.json").is_file() else find_run(init).bundle_path)
     bundle = read_bundle(folder)
-    return Start("file", bundle.weights, spec=bundle.arch, pixels=bundle.pixels)
+    return Start("file", bundle.weights, spec=bundle.arch, pixels=bundle.pixels, labels=bundle.labels)
 
 
 def _arch_at_hand(notes: Notes, device: str, start: Start | None) -> str:
@@ -146,10 +159,27 @@ def _published(arch: str) -> Start:
     return Start("pretrained", pretrained_available(arch), download=True)
 
 
-def _start_reason(start: Start) -> str:
+def _start_reason(start: Start, labels: LabelSpace) -> str:
     if start.kind == "scratch":
         return "random weights (published ones: --init pretrained)"
-    return "as asked" if start.download or start.kind == "file" else "published weights found on this machine"
+    if start.kind == "file":
+        return f"as asked; {_head_reason(start, labels)}"
+    reason = "as asked" if start.download else "published weights found on this machine"
+    return reason + ("; a head of 1,000 outputs is taken in its order" if labels.size == _PUBLISHED_OUTPUTS else "")
+
+
+def _head_reason(start: Start, labels: LabelSpace) -> str:
+    """What becomes of the head of a weights file."""
+    if start.labels is None:
+        return f"the file names no classes: a head of {labels.size} outputs is taken as it is"
+    both = [name for name in labels.classes if name in start.labels.classes]
+    if len(both) == labels.size:
+        same = start.labels.classes == labels.classes
+        return "the head with it" if same else f"the head by name, for all {labels.size} classes"
+    new = [name for name in labels.classes if name not in both]
+    some = ", ".join(new[:3]) + (f", +{len(new) - 3} more" if len(new) > 3 else "")
+    kept = f"the head keeps {len(both)} of {labels.size} classes" if both else "its head has none of these classes"
+    return f"{kept}; begun anew: {some}"
 
 
 def describe_model(

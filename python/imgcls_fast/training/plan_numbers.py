@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,6 +13,9 @@ from ..core.pixels import CHANNELS, Pixels
 from ..data.augment import Augment
 from .defaults import POLICIES, Machine, Notes, Recipe, text
 from .plan_model import Start
+
+if TYPE_CHECKING:
+    from ..data.decode import Color
 
 _FEW_TO_JUDGE = (
     1000  # below it the best of many epochs by accuracy is mostly the luckiest: one standard error is 0.01 or more
@@ -46,7 +49,7 @@ def choose_pixels(notes: Notes, manifest: Manifest, arch: str, start: Start, rec
     interpolation = notes.decide(
         "pixels.interpolation", filter_ if start.kind != "scratch" else "bilinear", "antialiased"
     )
-    color = notes.config.pixels.color
+    color = _color(notes, start)
     mean, std = _normalisation(notes, manifest, own, CHANNELS[color])
     return Pixels(
         size, crop_pct, interpolation, color, notes.config.pixels.exif, mean, std, notes.config.data.max_megapixels
@@ -73,7 +76,7 @@ def _normalisation(
             from ..data.prepare import channel_statistics
 
             measured = measured or channel_statistics(
-                manifest, notes.config.pixels.color, notes.config.data.max_megapixels
+                manifest, notes.value("pixels.color"), notes.config.data.max_megapixels
             )
             values, reason = measured[index], "measured on training images"
         elif asked == "auto":
@@ -82,7 +85,7 @@ def _normalisation(
             values, reason = tuple(asked), "as asked"
         if len(values) != channels:
             raise ConfigError(
-                "C004", f"pixels.{name} has {len(values)} numbers, and pixels.color {notes.config.pixels.color} has {channels} channels",
+                "C004", f"pixels.{name} has {len(values)} numbers, and pixels.color {notes.value('pixels.color')} has {channels} channels",
                 try_=f"--{name} {','.join(['0.5'] * channels)}",
             )  # fmt: skip
         notes.changes[f"pixels.{name}"] = list(values)
@@ -91,12 +94,24 @@ def _normalisation(
     return out[0], out[1]
 
 
+def _color(notes: Notes, start: Start) -> Color:
+    """Gray, RGB or RGBA: as the starting run saw its images, unless asked otherwise."""
+    theirs = start.pixels.color if start.pixels else None
+    color: Color = notes.decide("pixels.color", theirs or "rgb", "of the starting weights" if theirs else "usual")
+    if theirs and theirs != color:
+        reason = f"as asked; the starting weights were trained on {theirs}, so their first layer is converted"
+        notes.rows[-1] = (*notes.rows[-1][:2], reason)
+    return color
+
+
 def _as_channels(values: Any, channels: int) -> tuple[float, ...]:
+    """Statistics of one, three or four channels for another number: colour from gray, gray and alpha from the mean colour."""
     values = tuple(float(v) for v in values)
     if len(values) == channels:
         return values
-    middle = sum(values[:3]) / len(values[:3])
-    return (middle,) * channels if channels == 1 else (*values, middle)
+    colors = values[:3] if len(values) >= 3 else values[:1] * 3
+    middle = sum(colors) / 3
+    return {1: (middle,), 3: colors, 4: (*colors, middle)}[channels]
 
 
 def choose_augment(notes: Notes, recipe: Recipe, pixels: Pixels) -> Augment:
@@ -212,7 +227,7 @@ def choose_speed(notes: Notes, manifest: Manifest, machine: Machine, device: str
     notes.decide("train.threads", machine.cpus, "all usable cores")
     kernels = ("off", "ours are not measured on a GPU yet") if device == "cuda" else ("proven", "where measured faster")
     notes.decide("model.kernels", *kernels)
-    loader = notes.decide("train.loader", *_loader(manifest, machine, device, notes.config.pixels.color))
+    loader = notes.decide("train.loader", *_loader(manifest, machine, device, notes.value("pixels.color")))
     if loader == "dali-gpu" and device != "cuda":
         raise ConfigError("C004", "train.loader dali-gpu needs train.device cuda", try_="--loader dali-cpu")
     workers = min(16, max(1, machine.cpus - 1)) if device == "cuda" else min(4, machine.cpus)
