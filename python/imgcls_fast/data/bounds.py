@@ -134,7 +134,7 @@ def _tiff(content: bytes, max_megapixels: float) -> str | None:
     try:
         big = struct.unpack_from(order + "H", content, 2)[0] == 43
         (at,) = struct.unpack_from(order + ("Q" if big else "I"), content, 8 if big else 4)
-        (count,) = struct.unpack_from(order + ("Q" if big else "H"), content, at)
+        (count,) = struct.unpack_from(order + ("Q" if big else "H"), content, min(at, len(content)))
     except struct.error:
         return None
     if count > MAX_TIFF_TAGS:

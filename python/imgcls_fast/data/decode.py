@@ -23,14 +23,14 @@ import re
 import struct
 import zlib
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import numpy as np
 
 # The plugins are named so that Pillow does not import all forty when a TIFF or WebP comes along.
 from PIL import BmpImagePlugin, GifImagePlugin, Image, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
 
-from . import reach
+from . import reach, shelter
 from .bounds import MAX_EXTRA_BYTES, excess
 
 Color = Literal["gray", "rgb", "rgba"]
@@ -109,8 +109,31 @@ def decode_pixels(
             return _decode(source, name, color, exif, max_megapixels)[0]
         except DECODER_FAULTS as fault:
             raise Undecodable(name, _reason(fault, size_bytes, max_megapixels)) from fault
-    with _Opened(source, max_megapixels, name) as opened:
-        return _decode(opened.image, opened.name, color, exif, max_megapixels)[0]
+    content = source if isinstance(source, bytes) else read_file(source, max_megapixels)
+    name = name or (f"{len(source):,} bytes" if isinstance(source, bytes) else str(source))
+    return decode_bytes(content, color=color, exif=exif, max_megapixels=max_megapixels, name=name)[0]
+
+
+def decode_bytes(
+    content: bytes, *, color: Color, exif: ExifPolicy, max_megapixels: float, name: str = ""
+) -> tuple[np.ndarray, int]:
+    """Decode a file in memory: pixels as `decode_pixels` gives them, and the orientation as tagged.
+
+    Raises:
+        Undecodable: as `decode_pixels`.
+    """
+    kind = sniff(content[:1024])
+    if kind not in READABLE:
+        raise Undecodable(name, why_not(kind))
+    if reason := excess(kind, content, max_megapixels):
+        raise Undecodable(name, reason)
+    if shelter.is_needed(kind, content):
+        try:
+            return shelter.decode(content, color, exif, max_megapixels)
+        except shelter.Fate as fate:
+            raise Undecodable(name, fate.reason) from fate
+    with _Opened(content, kind, max_megapixels, name) as image:
+        return _decode(image, name, color, exif, max_megapixels)
 
 
 def full_decode(path: Path | str, *, max_megapixels: float = 50.0) -> tuple[int, int, int]:
@@ -122,9 +145,11 @@ def full_decode(path: Path | str, *, max_megapixels: float = 50.0) -> tuple[int,
     Raises:
         Undecodable, DataError: as `decode_pixels`.
     """
-    with _Opened(path, max_megapixels) as opened:
-        pixels, orientation = _decode(opened.image, opened.name, "rgb", "ignore", max_megapixels)
-        return pixels.shape[1], pixels.shape[0], orientation
+    content = read_file(path, max_megapixels)
+    pixels, orientation = decode_bytes(
+        content, color="rgb", exif="ignore", max_megapixels=max_megapixels, name=str(path)
+    )
+    return pixels.shape[1], pixels.shape[0], orientation
 
 
 def full_decode_reason(path: Path | str, *, max_megapixels: float = 50.0) -> str | None:
@@ -156,37 +181,22 @@ def largest_file(max_megapixels: float) -> int:
 
 
 class _Opened:
-    """A file opened strictly as the kind that its first bytes say; every fault inside the block becomes Undecodable.
+    """A file in memory opened strictly as one kind; every fault inside the block becomes Undecodable.
 
-    Decoders only ever see bytes in memory, so a fault of the disk cannot pass for one of the image.
+    Decoders only ever see bytes, so a fault of the disk cannot pass for one of the image.
     """
 
-    def __init__(self, source: Path | str | bytes, max_megapixels: float, name: str = "") -> None:
-        self.source, self.max_megapixels, self.size_bytes = source, max_megapixels, 0
-        self.name = name or (f"{len(source):,} bytes" if isinstance(source, bytes) else str(source))
-        self.file: BinaryIO | None = None
+    def __init__(self, content: bytes, kind: str, max_megapixels: float, name: str) -> None:
+        self.kind, self.max_megapixels, self.name = kind, max_megapixels, name
+        self.size_bytes, self.file = len(content), io.BytesIO(content)
 
-    def __enter__(self) -> _Opened:
-        content = self.source if isinstance(self.source, bytes) else read_file(self.source, self.max_megapixels)
-        self.size_bytes = len(content)
-        kind = sniff(content[:1024])
-        if kind not in READABLE:
-            raise Undecodable(self.name, why_not(kind))
-        if reason := excess(kind, content, self.max_megapixels):
-            raise Undecodable(self.name, reason)
-        self.file = io.BytesIO(content)
-        self._open(self.file, kind)
-        return self
-
-    def _open(self, file: BinaryIO, kind: str) -> None:
+    def __enter__(self) -> Image.Image:
         try:
-            self.image: Image.Image = Image.open(file, formats=[kind])
+            return Image.open(self.file, formats=[self.kind])
         except DECODER_FAULTS as fault:
             raise Undecodable(self.name, _reason(fault, self.size_bytes, self.max_megapixels)) from fault
 
     def __exit__(self, kind: type[BaseException] | None, fault: BaseException | None, trace: Any) -> None:
-        if self.file is not None:
-            self.file.close()
         if isinstance(fault, DECODER_FAULTS):
             raise Undecodable(self.name, _reason(fault, self.size_bytes, self.max_megapixels)) from fault
 

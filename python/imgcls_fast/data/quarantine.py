@@ -11,7 +11,6 @@ import io
 import json
 import os
 import selectors
-import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -25,7 +24,7 @@ from imgcls_fast.core import child
 from imgcls_fast.core.errors import DataError
 from imgcls_fast.core.files import write_whole
 
-from . import reach
+from . import reach, shelter
 from .decode import Undecodable, full_decode
 
 
@@ -124,7 +123,7 @@ class _Child:
             return verdicts, ""
         if hung:
             return verdicts, f"decoder hung: no answer in {self.timeout_s:g} s"
-        return verdicts, f"decoder crashed ({_cause(process.returncode)})"
+        return verdicts, f"decoder crashed ({shelter.cause_of_death(process.returncode)})"
 
     def _collect(self, process: subprocess.Popen[bytes], expected: int) -> tuple[list[Verdict], bool]:
         assert process.stdout is not None
@@ -158,23 +157,11 @@ def _feed(process: subprocess.Popen[bytes], names: bytes) -> None:
         pass  # it died at once; the collector finds out how
 
 
-def _cause(code: int) -> str:
-    try:
-        return signal.Signals(-code).name if code < 0 else f"exit code {code}"
-    except ValueError:
-        return f"signal {-code}"
-
-
 def serve_child(arguments: Sequence[str]) -> None:
     """The child's side: NUL-separated paths on stdin, one JSON verdict a line on stdout."""
     max_megapixels, memory_mb = float(arguments[0]), int(arguments[1])
-    try:
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        resource.setrlimit(resource.RLIMIT_AS, (memory_mb << 20, memory_mb << 20))
-    except (ImportError, ValueError, OSError):
-        pass  # no such limits here: the time limit and the process border remain
+    shelter.limit_this_process(memory_mb)
+    shelter.enter()
     out = os.dup(1)
     os.dup2(2, 1)  # a decoder that writes to stdout must not be taken for a verdict
     reach.WAITS_S = ()  # the parent has the time limit, so it does the waiting

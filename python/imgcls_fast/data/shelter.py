@@ -1,0 +1,262 @@
+"""Decoding in a child process what might take this process with it: a crash, a hang or a bomb becomes a reason.
+
+Pillow's own code and libjpeg decode here, whatever the file. A WebP whose container is not well-formed and a TIFF that
+libtiff has to expand go to a child, which lives on for the next one. It takes the bytes, not a name, so a file that is
+exchanged in the meantime changes nothing. Each thread that decodes at the same time gets a child of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import selectors
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from subprocess import PIPE
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from ..core import child
+
+TIMEOUT_S = 30.0  # for one image
+START_S = 60.0  # more for the first one of a child: its imports, on a busy machine
+MEMORY_MB = 4096  # address space of a child
+_HEAD = struct.Struct(">IQ")  # bytes of the words, bytes of the file
+_inside = False  # this process is such a child, and decodes itself
+
+
+class Fate(Exception):
+    """What a child that did not answer died of, or the reason that it gave.
+
+    Args:
+        reason: a short plain sentence.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+def is_needed(kind: str, content: bytes) -> bool:
+    """Whether to decode this file in a child; False in a child."""
+    if _inside:
+        return False
+    return (kind == "WEBP" and not webp_is_sound(content)) or (kind == "TIFF" and not _is_raw_tiff(content))
+
+
+def enter() -> None:
+    """From now on this process decodes everything itself: it is a child that may die."""
+    global _inside
+    _inside = True
+
+
+def decode(content: bytes, color: str, exif: str, max_megapixels: float) -> tuple[np.ndarray, int]:
+    """`decode.decode_bytes` in a child: pixels (H, W, C) uint8, and the orientation as tagged.
+
+    Raises:
+        Fate: the reason why there are none.
+    """
+    return _shelter().decode(content, {"color": color, "exif": exif, "max_megapixels": max_megapixels})
+
+
+def webp_is_sound(content: bytes) -> bool:
+    """Whether the container of a WebP (RFC 9649) is well-formed: sizes, chunks, and one picture of a stated size."""
+    size = int.from_bytes(content[4:8], "little") + 8
+    if content[:4] != b"RIFF" or content[8:12] != b"WEBP" or size % 2 or size > len(content):
+        return False
+    at, names = 12, []
+    while at + 8 <= size:
+        name, length = content[at : at + 4], int.from_bytes(content[at + 4 : at + 8], "little")
+        if at + 8 + length > size or (name == b"VP8 " and content[at + 11 : at + 14] != b"\x9d\x01\x2a"):
+            return False
+        if name == b"VP8L" and content[at + 8 : at + 9] != b"\x2f":
+            return False
+        names.append(name)
+        at += 8 + length + length % 2
+    pictures = sum(name in (b"VP8 ", b"VP8L") for name in names)
+    known = {b"VP8X", b"VP8 ", b"VP8L", b"ALPH", b"ICCP", b"EXIF", b"XMP "}
+    simple = len(names) == 1 or (names[:1] == [b"VP8X"] and b"VP8X" not in names[1:])
+    return at == size and pictures == 1 and simple and set(names) <= known  # an animation is not
+
+
+def _is_raw_tiff(content: bytes) -> bool:
+    """Whether the first directory states no compression: then Pillow reads the pixels without libtiff."""
+    order = "<" if content[:2] == b"II" else ">"
+    try:
+        version, at = struct.unpack_from(order + "HI", content, 2)
+        (count,) = struct.unpack_from(order + "H", content, at)
+        if version != 42:
+            return False
+        for k in range(count):
+            tag, kind, number, value = struct.unpack_from(order + "HHIH", content, at + 2 + 12 * k)
+            if tag == 259:
+                return bool((kind, number, value) == (3, 1, 1))
+    except struct.error:
+        return False
+    return False
+
+
+# ---------------------------------------------------------------- this side
+
+
+class _Shelter:
+    """The children of one process, as many as ever decoded at the same time."""
+
+    def __init__(self) -> None:
+        self._idle: list[_Child] = []
+        self._lock = threading.Lock()
+
+    def decode(self, content: bytes, words: dict[str, Any]) -> tuple[np.ndarray, int]:
+        with self._lock:
+            one = self._idle.pop() if self._idle else None
+        one = one or _Child()
+        try:
+            answer = one.ask(content, words)
+        except BaseException:
+            one.end()
+            raise
+        with self._lock:
+            self._idle.append(one)
+        if "reason" in answer:
+            raise Fate(answer["reason"])
+        return answer["pixels"], answer["orientation"]
+
+
+class _Child:
+    def __init__(self) -> None:
+        self.process = child.start("data.shelter", str(MEMORY_MB), stdin=PIPE, stdout=PIPE, stderr=subprocess.DEVNULL)
+        self._end = weakref.finalize(self, _end, self.process, os.getpid())
+        self._allowance = TIMEOUT_S + START_S
+
+    def end(self) -> None:
+        self._end()
+
+    def ask(self, content: bytes, words: dict[str, Any]) -> dict[str, Any]:
+        """The answer to one file, as `_answer` makes it.
+
+        Raises:
+            Fate: the child died or was ended.
+        """
+        assert self.process.stdin is not None and self.process.stdout is not None
+        deadline, self._allowance = time.monotonic() + self._allowance, TIMEOUT_S
+        head = json.dumps(words).encode()
+        writer = threading.Thread(
+            target=_write, args=(self.process.stdin, _HEAD.pack(len(head), len(content)), head, content)
+        )
+        writer.start()
+        try:
+            words_bytes, pixel_bytes = _HEAD.unpack(self._read(_HEAD.size, deadline))
+            answer: dict[str, Any] = json.loads(self._read(words_bytes, deadline))
+            if pixel_bytes:
+                flat = np.frombuffer(self._read(pixel_bytes, deadline), np.uint8)
+                answer["pixels"] = flat.reshape(answer["shape"])
+        except BaseException:
+            self.process.kill()  # the writer may wait for a child that does not read
+            raise
+        finally:
+            writer.join()
+        return answer
+
+    def _read(self, size: int, deadline: float) -> bytearray:
+        out, place = bytearray(size), 0
+        view = memoryview(out)
+        descriptor = self.process.stdout.fileno()  # type: ignore[union-attr]
+        with selectors.DefaultSelector() as selector:
+            selector.register(descriptor, selectors.EVENT_READ)
+            while place < size:
+                if not selector.select(max(0.0, deadline - time.monotonic())):
+                    raise Fate(f"decoder hung: no answer in {TIMEOUT_S:g} s")
+                count = os.readv(descriptor, [view[place:]])
+                if count == 0:
+                    raise Fate(f"decoder crashed ({cause_of_death(self.process.wait())})")
+                place += count
+        return out
+
+
+def cause_of_death(code: int) -> str:
+    """The return code of a child that ended, in words."""
+    try:
+        return signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    except ValueError:
+        return f"signal {-code}"
+
+
+def _write(file: Any, *parts: bytes) -> None:
+    with contextlib.suppress(BrokenPipeError, ValueError):  # the reader finds out how it died
+        for part in parts:
+            file.write(part)
+        file.flush()
+
+
+def _end(process: subprocess.Popen[bytes], owner: int) -> None:
+    if os.getpid() != owner:  # a fork: the child is its parent's
+        return
+    process.kill()
+    process.wait()
+    for file in (process.stdin, process.stdout):
+        if file is not None:
+            with contextlib.suppress(OSError):
+                file.close()
+
+
+_shelters: dict[int, _Shelter] = {}  # by process: a fork must not talk to the children of its parent
+
+
+def _shelter() -> _Shelter:
+    return _shelters.setdefault(os.getpid(), _Shelter())
+
+
+# ---------------------------------------------------------------- the child's side
+
+
+def limit_this_process(memory_mb: int) -> None:
+    """Bound the address space, and write no core file."""
+    try:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_AS, (memory_mb << 20, memory_mb << 20))
+    except (ImportError, ValueError, OSError):
+        pass  # no such limits here: the time limit and the process border remain
+
+
+def serve() -> None:
+    """Answer until the pipe is closed."""
+    limit_this_process(int(sys.argv[1]))
+    enter()
+    out = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # a decoder that writes to stdout must not be taken for an answer
+    while head := sys.stdin.buffer.read(_HEAD.size):
+        words_bytes, content_bytes = _HEAD.unpack(head)
+        words = json.loads(sys.stdin.buffer.read(words_bytes))
+        _answer(out, sys.stdin.buffer.read(content_bytes), words)
+
+
+def _answer(out: BinaryIO, content: bytes, words: dict[str, Any]) -> None:
+    from .decode import Undecodable, decode_bytes
+
+    pixels: np.ndarray | None = None
+    try:
+        pixels, orientation = decode_bytes(content, **words)
+        answer: dict[str, Any] = {"shape": pixels.shape, "orientation": orientation}
+    except Undecodable as fault:
+        answer = {"reason": fault.reason}
+    text = json.dumps(answer).encode("ascii")
+    out.write(_HEAD.pack(len(text), pixels.nbytes if pixels is not None else 0))
+    out.write(text)
+    if pixels is not None:
+        out.write(pixels.tobytes())
+    out.flush()
+
+
+if __name__ == "__main__":
+    from .shelter import serve as serve_as_module  # `decode.py` asks that module, not this one, whether it is inside
+
+    serve_as_module()
