@@ -10,7 +10,6 @@ must be whole, the bundle must be the same; the next export must remove what was
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import signal
@@ -134,13 +133,13 @@ def faults_of(run: Path, process: subprocess.Popen[str], victim: str, bundle: di
 def half_made(exports: Path) -> list[str]:
     """Visible exports that are not whole, and names in index.json without one."""
     from imgcls_fast.core.exports import list_exports
-    from imgcls_fast.core.files import sha256_file
+    from imgcls_fast.core.files import read_sealed, sha256_file
 
     found = [f"{e.folder.name} is damaged" for e in list_exports(exports) if sha256_file(e.path) != e.meta["sha256"]]
     visible = {folder.name for folder in exports.glob("[!.]*/")} if exports.is_dir() else set[str]()
     found += [f"{name} has no meta.json" for name in visible - {export.folder.name for export in list_exports(exports)}]
     index = exports / "index.json"
-    named = set(json.loads(index.read_text("utf-8")).values()) if index.exists() else set()
+    named = set(read_sealed(index).values()) if index.exists() else set()
     return found + [f"index.json names {name}, which is not there" for name in named - visible]
 
 

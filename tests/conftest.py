@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import shutil
 import signal
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -167,3 +169,44 @@ def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setenv("IMGCLS_CACHE", str(folder / "cache"))
         patch.setenv("IMGCLS_RUNS", str(folder / "runs"))
         return imgcls_fast.train(out=str(folder / "runs" / "digits"), overrides=settings).directory
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a function in `in_bounds`: the error's code, its text, or how the process ended."""
+
+    code: str
+    text: str
+
+
+@pytest.fixture
+def in_bounds() -> Callable[..., Outcome]:
+    """Calls a function in a child that may use so much CPU time and so much more memory; work without bound dies there.
+
+    `in_bounds(read, path, cpu_s=20, memory_mib=512)`: code is that of an ImgclsError, "ok", the type of another exception, or "signal".
+    """
+    import resource
+
+    def run(function: Callable[..., Any], *args: Any, cpu_s: int = 20, memory_mib: int = 512) -> Outcome:
+        reading, writing = os.pipe()
+        child = os.fork()
+        if child == 0:
+            found = ("unknown", "")
+            try:
+                os.close(reading)
+                pages = int(Path("/proc/self/statm").read_text().split()[0])
+                resource.setrlimit(resource.RLIMIT_CPU, (cpu_s, cpu_s))
+                resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (memory_mib << 20),) * 2)
+                found = ("ok", str(function(*args)))
+            except BaseException as error:  # noqa: BLE001 - it is reported to the parent
+                found = (getattr(error, "code", type(error).__name__), str(error))
+            finally:
+                os.write(writing, json.dumps(found).encode()[:60_000])
+                os._exit(0)
+        os.close(writing)
+        with open(reading, "rb") as pipe:
+            answer = pipe.read()
+        os.waitpid(child, 0)
+        return Outcome(*json.loads(answer)) if answer else Outcome("signal", "")
+
+    return run

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import json
 import os
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from PIL import Image
 
 import imgcls_fast
 from imgcls_fast.core import child, env
+from imgcls_fast.core.files import read_sealed, write_sealed
 
 PACKAGE = Path(imgcls_fast.__file__).parent
 # `python -m` itself imports these, from the current folder, before it has read a line of ours
@@ -168,9 +168,9 @@ def plant_native_code(place: Path, here: Path) -> None:
     with zipfile.ZipFile(package, "w") as archive:
         for name, data in content.items():
             archive.writestr(name, (here / "evil.so").read_bytes() if name.endswith(".so") else data)
-    meta = json.loads((folder / "meta.json").read_text())
+    meta = read_sealed(folder / "meta.json")
     meta |= {"sha256": hashlib.sha256(package.read_bytes()).hexdigest(), "bytes": package.stat().st_size}
-    (folder / "meta.json").write_text(json.dumps(meta))
+    write_sealed(folder / "meta.json", meta)
 
 
 def test_one_file_starts_processes() -> None:

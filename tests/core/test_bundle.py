@@ -10,7 +10,7 @@ import pytest
 
 from imgcls_fast.core.bundle import read_bundle, write_bundle
 from imgcls_fast.core.errors import HardwareError, ModelError
-from imgcls_fast.core.files import sha256_file
+from imgcls_fast.core.files import read_sealed, sha256_file, write_sealed
 
 
 def rewrite(bundle: Any, write: Callable[[Any], None]) -> Any:
@@ -82,7 +82,7 @@ def test_a_damaged_description_is_refused(text: str, bundle_of: Callable[..., An
 def test_a_newer_schema_is_refused_with_the_upgrade_command(bundle_of: Callable[..., Any]) -> None:
     bundle = bundle_of()
     path = bundle.directory / "bundle.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "schema": 99}))
+    write_sealed(path, {**read_sealed(path), "schema": 99})
     with pytest.raises(ModelError, match="newer") as refused:
         read_bundle(bundle.directory)
     assert "--upgrade" in refused.value.try_

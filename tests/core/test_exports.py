@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import signal
 import stat
@@ -28,6 +27,7 @@ from imgcls_fast.core.exports import (
     new_export,
     remove_stale,
 )
+from imgcls_fast.core.files import read_sealed
 
 
 @pytest.fixture
@@ -152,7 +152,7 @@ def test_threads_that_choose_at_once_lose_no_entry(exports: Path, bundle: Any) -
         thread.start()
     for thread in threads:
         thread.join()
-    index = json.loads((exports / "index.json").read_text())
+    index = read_sealed(exports / "index.json")
     assert set(index) == {"onnx", "onnx-fp32", "onnx-fp16", "onnx-bf16", "onnx-int8"}
 
 

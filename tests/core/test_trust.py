@@ -25,6 +25,7 @@ from imgcls_fast.core.exports import (
     new_export,
     read_export,
 )
+from imgcls_fast.core.files import read_sealed, write_sealed
 from imgcls_fast.core.trust import KEY, is_own, signed
 from imgcls_fast.engines import runtimes
 from imgcls_fast.exporting.contenders import contenders_of
@@ -62,9 +63,9 @@ def export_of(bundle: Any, target: str = "aoti", content: bytes = b"native") -> 
 def exchange(export: Export) -> None:
     """What a stranger does: other code, and the digest of it in meta.json."""
     export.path.write_bytes(b"evil")
-    meta = json.loads((export.folder / META).read_text())
+    meta = read_sealed(export.folder / META)
     meta["sha256"] = hashlib.sha256(b"evil").hexdigest()
-    (export.folder / META).write_text(json.dumps(meta))
+    write_sealed(export.folder / META, meta)
 
 
 def test_the_key_is_made_by_the_first_export_and_nobody_else_can_read_it(home: Path, bundle_of: Any) -> None:

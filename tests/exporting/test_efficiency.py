@@ -21,7 +21,7 @@ from imgcls_fast.cli.app import main
 from imgcls_fast.core.bundle import read_bundle
 from imgcls_fast.core.errors import ConfigError, ExportError, HardwareError, ModelError
 from imgcls_fast.core.exports import list_exports
-from imgcls_fast.core.files import write_json
+from imgcls_fast.core.files import read_sealed, write_json, write_sealed
 from imgcls_fast.core.flags import RUNTIMES
 from imgcls_fast.core.run import Run
 from imgcls_fast.engines.base import Engine
@@ -212,7 +212,7 @@ def test_named_runtimes_only_and_those_that_are_not_there_are_told(copy: Run, qu
 def test_an_export_of_another_model_is_told_and_not_timed(copy: Run, quick: list[list[str]]) -> None:
     folder = list_exports(copy.exports)[0].folder
     old = Path(shutil.copytree(folder, folder.with_name("onnx-fp32-00000000")))
-    write_json(old / "meta.json", {**json.loads((old / "meta.json").read_text()), "bundle": "0" * 64})
+    write_sealed(old / "meta.json", {**read_sealed(old / "meta.json"), "bundle": "0" * 64})
     made = examined(copy, runtimes=("onnx",))
     assert names(made) == ["torch", "onnx fp32"]
     assert "another model" in made["absent"][0]["reason"] and old.name in made["absent"][0]["reason"]
@@ -226,7 +226,7 @@ def test_files_for_other_programs_and_equal_names_are_told_apart(copy: Run) -> N
     shutil.copytree(folder, folder.with_name("onnx-fp32-11111111"))
     for name, changes in {"pt2-fp32-2": {"target": "pt2"}, "onnx-bf16-3": {"precision": "bf16"}}.items():
         other = Path(shutil.copytree(folder, folder.with_name(name)))
-        write_json(other / "meta.json", {**json.loads((other / "meta.json").read_text()), **changes})
+        write_sealed(other / "meta.json", {**read_sealed(other / "meta.json"), **changes})
     ready, absent = contenders_of(bundle, copy.exports, run="RUN")
     listed = [contender.name for contender in ready if contender.runtime == "onnx"]
     assert len(listed) == len(set(listed)) == 2 and "onnx fp32 11111111" in listed
@@ -312,7 +312,7 @@ def test_a_file_of_one_batch_size_is_timed_at_one_image_and_at_its_own(
     copy: Run, quick: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = list_exports(copy.exports)[0].folder
-    write_json(folder / "meta.json", {**json.loads((folder / "meta.json").read_text()), "batch": 8})
+    write_sealed(folder / "meta.json", {**read_sealed(folder / "meta.json"), "batch": 8})
     original = Contender.open
     monkeypatch.setattr(efficiency, "_SWEEP", {"duration_s": 0.001, "warmup_s": 0, "min_iterations": 1})
     monkeypatch.setattr(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from imgcls_fast.core.config import ExportConfig
 from imgcls_fast.core.errors import ConfigError, ExportError, GateFailed
 from imgcls_fast.core.exports import find_export
+from imgcls_fast.core.files import read_sealed, write_sealed
 from imgcls_fast.engines.predictor import Predictor
 from imgcls_fast.engines.runtimes import open_engine
 from imgcls_fast.exporting import programs
@@ -108,9 +109,9 @@ def test_a_package_of_aotinductor_runs_with_any_number_of_threads_and_images(
     before = export.path.stat().st_mtime_ns
     assert WRITERS["aoti"](bundle, exports_of(bundle), parts).path.stat().st_mtime_ns == before  # nothing is made twice
 
-    meta = json.loads((export.folder / "meta.json").read_text())
+    meta = read_sealed(export.folder / "meta.json")
     meta["host"]["instructions"].append("avx9000")
-    (export.folder / "meta.json").write_text(json.dumps(meta))
+    write_sealed(export.folder / "meta.json", meta)
     with pytest.raises(ExportError) as foreign:
         open_engine(bundle, "aoti")
     assert (foreign.value.code, "avx9000" in foreign.value.message) == ("E005", True)

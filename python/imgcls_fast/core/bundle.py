@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from .errors import ModelError
-from .files import explained_write, sha256_file, sync_directory, write_json, write_whole
+from .files import explained_write, read_sealed, sha256_file, sync_directory, write_sealed, write_whole
 from .manifest import LabelSpace
 from .pixels import Pixels
 
@@ -30,7 +29,8 @@ class Bundle:
         pixels: how a file becomes input.
         temperature: scores are softmax(logits / temperature); fitted on validation rows.
         provenance: run, data fingerprint, versions, metrics.
-        digests: SHA-256 of each other file of the bundle.
+        digests: SHA-256 of each other file of the bundle. bundle.json holds one of itself (`files.write_sealed`);
+            those written before it did are read without that check.
     """
 
     directory: Path
@@ -95,7 +95,7 @@ def write_bundle(
             write_whole(temporary / WEIGHTS, write_weights)
             digests = {WEIGHTS: sha256_file(temporary / WEIGHTS)}
             bundle = Bundle(directory, arch, labels, pixels, temperature, provenance, digests)
-            write_json(temporary / "bundle.json", bundle.to_dict())
+            write_sealed(temporary / "bundle.json", bundle.to_dict())
             sync_directory(temporary)
             os.rename(temporary, directory)
             sync_directory(directory.parent)
@@ -118,7 +118,7 @@ def read_bundle(directory: Path, *, verify: bool = True) -> Bundle:
         ModelError: M004 when something is missing, damaged, or written by a newer version.
     """
     try:
-        meta = json.loads((directory / "bundle.json").read_text("utf-8"))
+        meta = read_sealed(directory / "bundle.json")
         if meta["schema"] > SCHEMA:
             raise ModelError("M004", f"{directory} was written by a newer imgcls-fast (schema {meta['schema']}, this one reads {SCHEMA})",
                              try_="pip install --upgrade imgcls-fast")  # fmt: skip

@@ -39,6 +39,7 @@ CODES: dict[str, str] = {
     "D013": "too many bad images",
     "D014": "predictions that cannot be judged",
     "D015": "images that cannot be reached",
+    "D016": "damaged or oversized file of a run",
     "M001": "unknown model",
     "M002": "weights that do not fit",
     "M003": "unknown or damaged weights file",
@@ -150,6 +151,11 @@ class Interrupted(ImgclsError):
     @property
     def exit_code(self) -> int:
         return 130
+
+
+def shortened(text: str, limit: int = 120) -> str:
+    """What a message shows of a text that may be as long as a file."""
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 def near(word: str, known: list[str] | tuple[str, ...]) -> str:

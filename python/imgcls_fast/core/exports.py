@@ -6,12 +6,14 @@
 
 A folder appears whole. While it is being made it is called `.<name>.<random>`, and its maker holds a lock on it, so that what a
 killed process left can be told from what another process is making.
+
+The three JSON files hold a digest of themselves (`files.write_sealed`), meta.json also that of the model's file. Exports of
+versions that did not seal are read as before: their model's file is covered, their JSON is not.
 """
 
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import secrets
 import shutil
@@ -23,7 +25,7 @@ from typing import Any
 
 from .bundle import Bundle
 from .errors import ExportError
-from .files import explained_write, sha256_file, sha256_json, sync_directory, write_json
+from .files import explained_write, read_sealed, sha256_file, sha256_json, sync_directory, write_sealed
 from .trust import NATIVE, PROGRAMS, demand_own_code, is_own, signed
 
 INDEX = "index.json"
@@ -55,12 +57,27 @@ class Export:
 
     @property
     def gate(self) -> dict[str, Any] | None:
-        """Content of gate.json; None where nothing was judged."""
+        """Content of gate.json; None where nothing was judged.
+
+        Raises:
+            ExportError: E001 when it is damaged.
+        """
         try:
-            found: dict[str, Any] = json.loads((self.folder / GATE).read_text("utf-8"))
-            return found
+            return read_sealed(self.folder / GATE)
         except FileNotFoundError:
             return None
+        except (OSError, ValueError) as error:
+            raise ExportError(
+                "E001", f"{self.folder / GATE} cannot be read: {error}", try_=f"rm -r {self.folder}   (and export again)"
+            ) from error
+
+    def write_gate(self, report: dict[str, Any]) -> None:
+        """Write gate.json.
+
+        Raises:
+            HardwareError: H003 when the disk refuses.
+        """
+        write_sealed(self.folder / GATE, report)
 
 
 def export_key(bundle: Bundle, **facts: Any) -> str:
@@ -130,7 +147,7 @@ def finish(temporary: Path, bundle: Bundle, target: str, precision: str, file: s
     }  # fmt: skip
     whole = signed(whole)
     with explained_write(exports):
-        write_json(temporary / META, whole)
+        write_sealed(temporary / META, whole)
         for inner in temporary.rglob("*"):
             if inner.is_file():
                 _sync_file(inner)
@@ -152,9 +169,9 @@ def choose(export: Export, *, default: bool = True) -> None:
     exports = export.folder.parent
     target, precision, name = export.meta["target"], export.meta["precision"], export.folder.name
     with explained_write(exports), _turn(exports):
-        write_json(
+        write_sealed(
             exports / INDEX,
-            {**_read_index(exports), f"{target}-{precision}": name, **({target: name} if default else {})},
+            {**_old_index(exports), f"{target}-{precision}": name, **({target: name} if default else {})},
         )
 
 
@@ -170,9 +187,11 @@ def find_export(exports: Path, bundle: Bundle, target: str, precision: str | Non
     again = f"imgcls-fast export {exports.parent} --{target}" + (f" --precision {precision}" if precision else "")
     name = f"{target}-{precision}" if precision else target
     try:
-        found = read_export(exports / _read_index(exports)[name])
-    except (OSError, ValueError, KeyError) as error:
+        found = read_export(exports / _plain_name(_read_index(exports)[name]))
+    except (FileNotFoundError, KeyError) as error:
         raise ExportError("E001", f"{exports.parent} has no {name} export", try_=again) from error
+    except (OSError, ValueError) as error:
+        raise ExportError("E001", f"the {name} export of {exports.parent} cannot be read: {error}", try_=again) from error
     demand_own(found, bundle, again)
     return found
 
@@ -214,19 +233,25 @@ def find_key(exports: Path, bundle: Bundle, target: str, precision: str, key: st
         return None
     if target in PROGRAMS and not is_own(found.meta):  # what holds code is made again, not handed over as if it were ours
         return None
-    return found if found.meta.get("bundle") == bundle.digest and _intact(found) else None
+    return found if found.meta.get("bundle") == bundle.digest and _intact(found) and _judged_whole(found) else None
 
 
 def read_export(folder: Path) -> Export:
-    """An export as it lies there, unchecked.
+    """Read an export's meta.json; the model's file is not checked.
 
     Raises:
-        OSError, ValueError: meta.json is missing or no JSON object.
+        OSError, ValueError: meta.json is missing, no JSON object, damaged, or names a file outside the folder.
     """
-    meta = json.loads((folder / META).read_text("utf-8"))
-    if not isinstance(meta, dict):
-        raise ValueError(f"{folder / META} is no object")
+    meta = read_sealed(folder / META)
+    _plain_name(meta.get("file", META))
     return Export(folder, meta)
+
+
+def _plain_name(name: Any) -> str:
+    """The name of a file or folder right here; a stranger's index or meta.json must not lead elsewhere."""
+    if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\0" in name:
+        raise ValueError(f"{name!r} is not the name of a file in this folder")
+    return name
 
 
 def list_exports(exports: Path) -> list[Export]:
@@ -268,16 +293,31 @@ def _intact(export: Export) -> bool:
     return path.is_file() and sha256_file(path) == export.meta.get("sha256")
 
 
+def _judged_whole(export: Export) -> bool:
+    try:
+        export.gate  # noqa: B018 - reading it checks it
+    except ExportError:
+        return False
+    return True
+
+
 def _digest_of_folder(folder: Path) -> str:
     return sha256_json({str(p.relative_to(folder)): sha256_file(p) for p in sorted(folder.rglob("*")) if p.is_file()})
 
 
-def _read_index(exports: Path) -> dict[str, str]:
+def _read_index(exports: Path) -> dict[str, Any]:
     try:
-        index = json.loads((exports / INDEX).read_text("utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
+        return read_sealed(exports / INDEX)
+    except FileNotFoundError:
         return {}
-    return index if isinstance(index, dict) else {}
+
+
+def _old_index(exports: Path) -> dict[str, Any]:
+    """What the index says before it is written again; a damaged one says nothing."""
+    try:
+        return _read_index(exports)
+    except (OSError, ValueError):
+        return {}
 
 
 def _new_folder(exports: Path, stem: str) -> Path:

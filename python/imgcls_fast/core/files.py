@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from .bounds import JSON_BYTES
 from .errors import HardwareError, UsageError
+
+SEAL = "seal"  # key of the digest that a sealed JSON file holds of itself
+_JSON_DEPTH = 64
 
 
 def sync_directory(path: Path) -> None:
@@ -116,6 +123,93 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, whole."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, sort_keys=False) + "\n")
+
+
+def read_bounded(path: Path, limit: int) -> bytes:
+    """Read a whole file that may be a stranger's: a regular file of at most `limit` bytes, never a pipe that blocks.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is larger, or no regular file.
+    """
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        status = os.fstat(file.fileno())
+        if stat.S_ISDIR(status.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError(f"{path} is a pipe or a device, not a file")
+        content = file.read(limit + 1) if status.st_size <= limit else b""
+        if status.st_size > limit or len(content) > limit:
+            raise ValueError(f"{path} has {max(status.st_size, len(content)):,} bytes; at most {limit:,} are read")
+        return content
+
+
+def parse_json(content: bytes | str) -> Any:
+    """Parse JSON that may be a stranger's. Bytes that are not UTF-8 become surrogate escapes, as `write_text` wrote them.
+
+    Raises:
+        ValueError: not JSON (with line and column), a key twice in one object, or nesting deeper than 64.
+    """
+    text = content.decode("utf-8", "surrogateescape") if isinstance(content, bytes) else content
+    if text.count("[") + text.count("{") > _JSON_DEPTH:
+        _check_depth(text)
+    return json.loads(text, object_pairs_hook=_unique)
+
+
+def read_json(path: Path, limit: int = JSON_BYTES) -> Any:
+    """Read a JSON file within its bounds (`read_bounded`, `parse_json`).
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is too large, or not JSON.
+    """
+    return parse_json(read_bounded(path, limit))
+
+
+def _check_depth(text: str) -> None:
+    depth = 0
+    for found in re.finditer(r'"(?:[^"\\]|\\.)*+"|[\[\]{}]', text):
+        if found[0] in "[{":
+            depth += 1
+            if depth > _JSON_DEPTH:
+                raise ValueError(f"nested more than {_JSON_DEPTH} levels deep: {_place(text, found.start())}")
+        elif found[0] in "]}":
+            depth -= 1
+
+
+def _place(text: str, at: int) -> str:
+    line = text.count("\n", 0, at) + 1
+    return f"line {line} column {at - text.rfind(chr(10), 0, at)}"
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {twice[:60]!r} stands twice in one object")
+    return made
+
+
+def write_sealed(path: Path, value: dict[str, Any]) -> None:
+    """Write a JSON object with a SHA-256 of its own content under the key "seal", whole."""
+    write_json(path, {**value, SEAL: sha256_json(json.loads(json.dumps(value)))})
+
+
+def read_sealed(path: Path, limit: int = JSON_BYTES) -> dict[str, Any]:
+    """Read what `write_sealed` wrote, without the seal. Files from before there were seals are read unchecked.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is too large, not a JSON object, or not what was written.
+    """
+    value = read_json(path, limit)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is not an object")
+    seal = value.pop(SEAL, None)
+    if seal is not None and seal != sha256_json(value):
+        raise ValueError(f"{path} is damaged: its content does not have the SHA-256 that it was sealed with")
+    return value
 
 
 def sha256_file(path: Path) -> str:

@@ -17,8 +17,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from . import bounds
 from .errors import DataError
-from .files import write_whole
+from .files import parse_json, read_bounded, write_whole
+from .zips import ZipBounds, check_zip
 
 SPLITS = ("train", "val", "test")  # codes 0, 1, 2 in Manifest.split
 NO_SPLIT = 255
@@ -200,20 +202,27 @@ class Manifest:
         }
         columns = {name: getattr(self, name) for name in _COLUMNS}
         columns |= {"path_blob": self.paths.blob, "path_offsets": self.paths.offsets}
+        head["sha256"] = _sealed(head, columns)
         columns["head"] = np.frombuffer(json.dumps(head).encode("utf-8"), np.uint8)
         write_whole(path, lambda file: np.savez_compressed(file, allow_pickle=False, **columns))
 
     @classmethod
     def load(cls, path: Path) -> Manifest:
-        """Read what `save` wrote.
+        """Read what `save` wrote. Manifests from before there were digests in them are read unchecked.
 
         Raises:
-            DataError: D009 when the file is missing or damaged.
+            DataError: D009 when the file is missing, damaged, beyond its bounds, or not a manifest.
         """
         try:
-            with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
+            content = io.BytesIO(read_bounded(path, bounds.MANIFEST_BYTES))
+            check_zip(content, _ZIP)
+            with np.load(content, allow_pickle=False) as file:
                 columns = {name: file[name] for name in file.files}
-            head = json.loads(columns.pop("head").tobytes())
+            head = parse_json(columns.pop("head").tobytes())
+            digest = head.pop("sha256", None)
+            if digest is not None and digest != _sealed(head, columns):
+                raise ValueError("its content does not have the SHA-256 that it was written with")
+            _demand_sound(columns, LabelSpace.from_dict(head["labels"]).size)
             paths = PathList(columns.pop("path_blob"), columns.pop("path_offsets"))
             return cls(
                 root=Path(head["root"]),
@@ -228,6 +237,53 @@ class Manifest:
             raise DataError("D009", text, try_="imgcls-fast data check DATA") from error
 
 
+def _sealed(head: dict[str, Any], columns: dict[str, np.ndarray]) -> str:
+    """SHA-256 of everything that is read back."""
+    h = hashlib.sha256(json.dumps(head, sort_keys=True).encode("utf-8"))
+    for name in sorted(columns):
+        column = np.ascontiguousarray(columns[name])
+        h.update(f"{name} {column.dtype.str} {column.shape} ".encode())
+        h.update(column.reshape(-1).view(np.uint8).data)
+    return h.hexdigest()
+
+
+def _demand_sound(columns: dict[str, np.ndarray], classes: int) -> None:
+    """Refuse columns that no scan writes: a label beyond the classes would size a table elsewhere.
+
+    Raises:
+        ValueError: with the column's name.
+    """
+    offsets, n = columns["path_offsets"], len(columns["path_offsets"]) - 1
+    if (
+        offsets.ndim != 1
+        or n < 0
+        or offsets[0] != 0
+        or offsets[-1] != len(columns["path_blob"])
+        or (np.diff(offsets) < 0).any()
+    ):
+        raise ValueError("path_offsets do not divide path_blob")
+    for name in ("path_blob", "path_offsets", *_COLUMNS):
+        column = columns[name]
+        if column.dtype.kind not in "iu" or column.ndim != (2 if name == "digest" else 1):
+            raise ValueError(f"column {name} is {column.dtype} with {column.ndim} dimensions")
+    for name, low, high in (
+        ("label", -1, classes - 1),
+        ("split", 0, NO_SPLIT),
+        ("width", 0, 1 << 20),
+        ("height", 0, 1 << 20),
+    ):
+        column = columns[name]
+        if n and len(column) and (int(column.min()) < low or int(column.max()) > high):
+            raise ValueError(f"column {name} holds values outside of {low:,} to {high:,}")
+
+
+_ZIP = ZipBounds(
+    entries=64,
+    directory_bytes=bounds.MIB,
+    unpacked_bytes=bounds.MANIFEST_UNPACKED_BYTES,
+    ratio=bounds.MANIFEST_RATIO,
+    ratio_from_bytes=bounds.MANIFEST_RATIO_FROM_BYTES,
+)
 # what zipfile, zlib and numpy raise at damaged bytes (found by damaging each byte)
 _DAMAGE = (
     OSError,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from .errors import DataError
-from .files import write_text, write_whole
+from .files import read_sealed, sha256_file, write_sealed, write_text, write_whole
 from .manifest import LabelSpace
 
 
@@ -112,7 +111,8 @@ class Predictions:
         write_text(directory / "predictions.csv", self.to_csv())
         meta: dict[str, Any] = {"labels": self.labels.to_dict(), "fingerprint": self.fingerprint}
         meta["has_targets"] = self.targets is not None
-        write_text(directory / "predictions.json", json.dumps(meta, indent=2, ensure_ascii=False))
+        meta["digests"] = {name: sha256_file(directory / name) for name in ("scores.npy", "predictions.csv")}
+        write_sealed(directory / "predictions.json", meta)
 
     def to_csv(self) -> str:
         """One line a row: row, path, label (if known), pred, confidence, then one probability a class."""
@@ -135,8 +135,12 @@ class Predictions:
             DataError: D001 when a file is missing or damaged.
         """
         try:
-            scores = np.load(directory / "scores.npy", allow_pickle=False)
-            meta = json.loads((directory / "predictions.json").read_text("utf-8"))
+            meta = read_sealed(directory / "predictions.json")
+            for name, digest in meta.get("digests", {}).items():  # of versions before, none
+                if sha256_file(directory / name) != digest:
+                    raise ValueError(f"{name} is damaged: its SHA-256 is not the one in predictions.json")
+            # mapped: a header that claims more than the file holds is refused before memory is asked for
+            scores = np.array(np.load(directory / "scores.npy", mmap_mode="r", allow_pickle=False))
             with open(directory / "predictions.csv", encoding="utf-8", errors="surrogateescape", newline="") as file:
                 table = list(csv.DictReader(file))
             labels = LabelSpace.from_dict(meta["labels"])
@@ -148,6 +152,6 @@ class Predictions:
                 targets[known, [column[table[k]["label"]] for k in known]] = 1
             rows = np.array([int(line["row"]) for line in table], np.int64)
             return cls(rows, scores, targets, labels, tuple(line["path"] for line in table), meta["fingerprint"])
-        except (OSError, ValueError, LookupError, TypeError, EOFError) as error:
+        except (OSError, ValueError, LookupError, TypeError, EOFError, AttributeError) as error:
             message = f"no readable predictions in {directory}: {error}"
             raise DataError("D001", message, try_="imgcls-fast eval RUN") from error

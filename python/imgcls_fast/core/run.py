@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from . import env
+from .bounds import TEXT_BYTES
 from .config import RunConfig
-from .errors import HardwareError, UsageError, near
-from .files import explained_write, write_json, write_text
+from .errors import DataError, HardwareError, UsageError, near
+from .files import explained_write, read_bounded, read_json, write_json, write_text
 from .manifest import Manifest
 from .predictions import Predictions
 from .settings import build_config, save_config
@@ -93,44 +94,67 @@ class Run:
         return Manifest.load(self.manifest_path)
 
     def read_json(self, name: str) -> Any:
-        """A JSON file of the run, or None where it is not there (yet)."""
+        """A JSON file of the run, or None where it is not there (yet), or half.
+
+        Raises:
+            DataError: D016 when it is larger than `bounds.JSON_BYTES`, nested too deeply, or cannot be read.
+        """
         try:
-            return json.loads((self.directory / name).read_text("utf-8"))
+            return read_json(self.directory / name)
         except (FileNotFoundError, json.JSONDecodeError):
             return None
+        except (OSError, ValueError) as error:
+            raise self._unreadable(name, error) from error
+
+    def _unreadable(self, name: str, error: Exception) -> DataError:
+        return DataError(
+            "D016", f"{name} of the run {self.directory} cannot be read: {error}", try_=f"rm {self.directory / name}"
+        )
 
     @property
     def epochs(self) -> list[dict[str, Any]]:
-        """One dict an epoch, from metrics.csv."""
+        """One dict per epoch, from metrics.csv.
+
+        Raises:
+            DataError: D016 when it is larger than `bounds.TEXT_BYTES`, or no table.
+        """
         try:
-            with open(self.directory / "metrics.csv", encoding="utf-8", newline="") as file:
-                return [{k: _number(v) for k, v in line.items()} for line in csv.DictReader(file)]
+            text = read_bounded(self.directory / "metrics.csv", TEXT_BYTES).decode("utf-8", "surrogateescape")
+            lines = csv.DictReader(io.StringIO(text, newline=""))
+            return [{k: _number(v) for k, v in line.items() if k is not None} for line in lines]
         except FileNotFoundError:
             return []
+        except (OSError, ValueError, csv.Error) as error:
+            raise self._unreadable("metrics.csv", error) from error
 
     def metrics(self, split: str) -> dict[str, Any] | None:
         """metrics.json of one judged split."""
-        return self.read_json(f"eval/{split}/metrics.json")
+        return _object(self.read_json(f"eval/{split}/metrics.json")) or None
 
     def predictions(self, split: str = "test") -> Predictions:
         """The stored scores of one judged split, aligned with file names."""
         return Predictions.load(self.evaluation(split))
 
     def brief(self) -> dict[str, Any]:
-        """One line of the list of runs: name, data, model, epochs, accuracy, split, created, finished."""
-        data, model = self.read_json("data.json") or {}, self.read_json("model.json") or {}
-        split = next((name for name in ("test", "val") if self.metrics(name)), None)
-        metrics = self.metrics(split) if split else None
-        return {
-            "name": self.name,
-            "data": data.get("source"),
-            "model": model.get("spec", {}).get("arch"),
-            "epochs": len(self.epochs),
-            "accuracy": metrics["accuracy"] if metrics else None,
-            "split": split,
-            "created": self.config_path.stat().st_mtime,
-            "finished": self.finished,
-        }
+        """One line of the list of runs: name, data, model, epochs, accuracy, split, created, finished.
+
+        A run with a damaged file is listed all the same, with the error's code in place of its data.
+        """
+        line: dict[str, Any] = dict.fromkeys(("name", "data", "model", "epochs", "accuracy", "split"))
+        try:
+            data, model = _object(self.read_json("data.json")), _object(self.read_json("model.json"))
+            split = next((name for name in ("test", "val") if self.metrics(name)), None)
+            metrics = self.metrics(split) if split else None
+            line |= {
+                "data": data.get("source"),
+                "model": _object(model.get("spec")).get("arch"),
+                "epochs": len(self.epochs),
+                "accuracy": metrics.get("accuracy") if metrics else None,
+                "split": split,
+            }
+        except DataError as error:
+            line["data"] = f"unreadable ({error.code})"
+        return {**line, "name": self.name, "created": self.config_path.stat().st_mtime, "finished": self.finished}
 
     def details(self) -> dict[str, Any]:
         """The brief, with settings, data, metrics of each split, epochs, efficiency and paths."""
@@ -389,6 +413,11 @@ def list_runs(folder: Path | None = None) -> list[Run]:
         return []
     found = [Run(path) for path in folder.iterdir() if not path.is_symlink() and is_run(path)]
     return sorted(found, key=lambda run: (run.config_path.stat().st_mtime, run.name))
+
+
+def _object(value: Any) -> dict[str, Any]:
+    """The value where it is a JSON object, else an empty one."""
+    return value if isinstance(value, dict) else {}
 
 
 def _number(text: str | None) -> Any:

@@ -10,8 +10,9 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from .bounds import YAML_BYTES, YAML_DEPTH
 from .config import RunConfig, setting_names
-from .errors import ConfigError, near
+from .errors import ConfigError, near, shortened
 from .files import write_text
 
 
@@ -118,7 +119,7 @@ def _merge(merged: dict[str, Any], origin: dict[str, str], tree: Any, lines: dic
             continue
         elif section in sections:
             raise ConfigError(
-                "C002", f"{section} must be a section with settings, got {value!r}", where=lines.get(section, source)
+                "C002", f"{section} must be a section with settings, got {shortened(repr(value))}", where=lines.get(section, source)
             )
         else:
             _put(merged, origin, str(section), value, lines.get(str(section), source))
@@ -128,14 +129,14 @@ def _unknown(name: str, where: str) -> ConfigError:
     known = setting_names()
     section = near(name, sorted({k.partition(".")[0] for k in known if "." in k}))
     if section and section != name and "." not in name:
-        return ConfigError("C001", f"unknown section {name}", where=where, try_=f"rename it to {section}")
+        return ConfigError("C001", f"unknown section {shortened(name)}", where=where, try_=f"rename it to {section}")
     last = name.split(".")[-1]
     same = [k for k in known if k.endswith(f".{last}")]  # the right field in the wrong section
     guess = same[0] if len(same) == 1 else near(name, known) or near(last, [k.split(".")[-1] for k in known])
     full = guess if guess in known else next((k for k in known if guess and k.endswith("." + guess)), "")
     return ConfigError(
         "C001",
-        f"unknown setting {name}",
+        f"unknown setting {shortened(name)}",
         where=where,
         try_=f"--set {full}=..." if full else "imgcls-fast train --dump-config   (lists every setting)",
     )
@@ -154,7 +155,7 @@ def _explain(error: ValidationError, origin: dict[str, str]) -> ConfigError:
     if item["type"] == "value_error":
         message = item["msg"].removeprefix("Value error, ")
     else:
-        message = f"{name} must be {wanted}, got {_got(item)!r}"
+        message = f"{name} must be {wanted}, got {shortened(repr(item['input']))}"
     others = sorted({n for n, _ in problems if n != name})
     if others:
         message += f" (also wrong: {', '.join(others)})"
@@ -181,14 +182,10 @@ def _wanted(item: Any) -> str:
     return text.split(", unable to parse")[0]
 
 
-def _got(item: Any) -> Any:
-    return item["input"]
-
-
 def _scalar(text: str) -> Any:
     try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: 2001-99-99 looks like a date and is none
+        return _parse(text)[0]
+    except (yaml.YAMLError, ValueError, RecursionError, _Refused):  # ValueError: 2001-99-99 looks like a date and is none
         return text
 
 
@@ -204,49 +201,93 @@ def _preset_text(name: str) -> str:
 
 
 def _file_text(path: Path) -> str:
+    """The text of a file or a pipe, of which no more is read than a configuration may have."""
     try:
-        return path.read_text("utf-8")
+        with open(path, "rb") as file:
+            content = file.read(YAML_BYTES + 1)
+        if len(content) > YAML_BYTES:
+            raise ConfigError("C005", f"{path} is larger than the {YAML_BYTES:,} bytes of a configuration", where=str(path))
+        return content.decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             "C005", f"cannot read the configuration {path}: {error}", try_="imgcls-fast train --dump-config > run.yaml"
         ) from error
 
 
+class _Refused(Exception):
+    """YAML that parses, but is not allowed here: (what the file does, mark)."""
+
+
 def _read_yaml(text: str, source: str) -> tuple[Any, dict[str, str], str]:
-    """The tree, and for each dotted name the file and line where it stands. Aliases, tags and repeated keys are refused."""
+    """The tree, and for each dotted name the file and line where it stands."""
     try:
-        for token in yaml.scan(text, Loader=yaml.SafeLoader):
-            if isinstance(token, yaml.AliasToken | yaml.AnchorToken):
-                raise ConfigError(
-                    "C005",
-                    f"{source} uses YAML anchors, which are not allowed",
-                    where=f"{source}, line {token.start_mark.line + 1}",
-                )
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        tree = yaml.safe_load(text)
-    except (
-        yaml.YAMLError,
-        ValueError,
-        RecursionError,
-    ) as error:  # ValueError: 2001-99-99 looks like a date and is none
+        tree, node = _parse(text)
+    except _Refused as error:
+        what, mark = error.args
+        raise ConfigError("C005", f"{source} {what}", where=_at(source, mark)) from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: 2001-99-99 looks like a date and is none
         mark = getattr(error, "problem_mark", None)
-        line = f"{source}, line {mark.line + 1}" if mark else source
-        raise ConfigError(
-            "C005", f"{source} is not valid YAML: {getattr(error, 'problem', error)}", where=line
-        ) from error
+        problem = getattr(error, "problem", None) or getattr(error, "reason", None) or error
+        raise ConfigError("C005", f"{source} is not valid YAML: {problem}", where=_at(source, mark)) from error
     lines: dict[str, str] = {}
-    _walk(node, "", source, lines)
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            lines[f"{key.value}"] = f"{source}, line {key.start_mark.line + 1}"
+            for inner, _ in value.value if isinstance(value, yaml.MappingNode) else ():
+                lines[f"{key.value}.{inner.value}"] = f"{source}, line {inner.start_mark.line + 1}"
     return tree, lines, source
 
 
-def _walk(node: Any, prefix: str, source: str, lines: dict[str, str]) -> None:
+def _at(source: str, mark: Any) -> str:
+    return f"{source}, line {mark.line + 1}, column {mark.column + 1}" if mark else source
+
+
+def _parse(text: str) -> tuple[Any, Any]:
+    """The tree and its node.
+
+    Anchors, tags, merges and repeated keys are refused, and so is nesting beyond `bounds.YAML_DEPTH`, while scanning:
+    the parser's time grows with the square of the depth, and an alias copies what it names.
+
+    Raises:
+        _Refused, yaml.YAMLError, ValueError, RecursionError
+    """
+    depth = 0
+    for token in yaml.scan(text, Loader=yaml.SafeLoader):
+        if isinstance(token, yaml.AliasToken | yaml.AnchorToken):
+            raise _Refused("uses YAML anchors, which are not allowed", token.start_mark)
+        if isinstance(token, yaml.TagToken | yaml.DirectiveToken):
+            raise _Refused("uses YAML tags or directives, which are not allowed", token.start_mark)
+        depth += isinstance(token, _OPENING) - isinstance(token, _CLOSING)
+        if depth > YAML_DEPTH:
+            raise _Refused(f"is nested more than {YAML_DEPTH} levels deep", token.start_mark)
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        _demand_unique(node)
+        return None if node is None else loader.construct_document(node), node
+    finally:
+        loader.dispose()
+
+
+_OPENING = (
+    yaml.BlockSequenceStartToken, yaml.BlockMappingStartToken, yaml.FlowSequenceStartToken, yaml.FlowMappingStartToken
+)  # fmt: skip
+_CLOSING = (yaml.BlockEndToken, yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken)
+
+
+def _demand_unique(node: Any, prefix: str = "") -> None:
+    """Refuse a key that stands twice in one mapping, at any depth, and the merge key."""
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _demand_unique(item, prefix)
     if not isinstance(node, yaml.MappingNode):
         return
+    lines: dict[str, int] = {}
     for key, value in node.value:
-        name = f"{prefix}{key.value}"
-        where = f"{source}, line {key.start_mark.line + 1}"
+        name = f"{prefix}{key.value if isinstance(key, yaml.ScalarNode) else '?'}"
+        if key.tag == "tag:yaml.org,2002:merge":
+            raise _Refused("merges mappings with <<, which is not allowed", key.start_mark)
         if name in lines:
-            raise ConfigError("C005", f"{name} is set twice in {source}", where=f"{where} and {lines[name]}")
-        lines[name] = where
-        if not prefix:
-            _walk(value, f"{name}.", source, lines)
+            raise _Refused(f"sets {shortened(name)} twice: it is set in line {lines[name]} already", key.start_mark)
+        lines[name] = key.start_mark.line + 1
+        _demand_unique(value, f"{name}.")

@@ -19,8 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from imgcls_fast.core import bounds
 from imgcls_fast.core.errors import DataError, HardwareError, near
 from imgcls_fast.core.files import explained_write, sha256_file
+from imgcls_fast.core.zips import HostileZip, ZipBounds, check_zip
+
+from .tar import HostileTar, TarMember, open_tar, read_members
 
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2", ".tbz2")
 SPLIT_FOLDERS = {
@@ -54,10 +58,10 @@ _DAMAGE = (
 class Limits:
     """What an archive may unpack to before it is taken for a bomb."""
 
-    total_bytes: int = 2 << 40  # 2 TiB: larger than any set of photos in one archive; the disk usually ends first
-    ratio: float = 200.0  # bytes out for each byte in; photos hardly compress at all
-    ratio_from_bytes: int = 1 << 30  # the ratio counts from 1 GiB on, so that flat test pictures pass
-    entries: int = 10_000_000
+    total_bytes: int = bounds.ARCHIVE_UNPACKED_BYTES
+    ratio: float = bounds.ARCHIVE_RATIO
+    ratio_from_bytes: int = bounds.ARCHIVE_RATIO_FROM_BYTES
+    entries: int = bounds.ARCHIVE_ENTRIES
 
 
 class _Refused(Exception):
@@ -158,7 +162,7 @@ def _unpack(path: Path, work: Path, limits: Limits) -> None:
             _unpack_zip(path, work, counter, member)
         else:
             _unpack_tar(path, work, counter, member)
-    except _Refused as error:
+    except (_Refused, HostileTar, HostileZip) as error:
         name, reason = error.args
         raise DataError("D007", f"unsafe archive {path.name}: {name!r} {reason}", where=str(path), try_=hint) from error
     except _DAMAGE as error:
@@ -197,6 +201,8 @@ def _place(name: str, work: Path) -> Path | None:
     Raises:
         _Refused: absolute names, `..`, NUL, or anything that would land outside.
     """
+    if len(name) > bounds.ARCHIVE_NAME_BYTES:
+        raise _Refused(name[:60] + "...", "has a name that is too long")
     if "\0" in name:
         raise _Refused(name, "has a NUL byte in its name")
     if name.startswith("/") or re.match(r"[A-Za-z]:", name):
@@ -206,13 +212,15 @@ def _place(name: str, work: Path) -> Path | None:
         raise _Refused(name, "climbs out of the folder with '..'")
     if not parts:
         return None
+    if len(parts) > bounds.ARCHIVE_FOLDERS:
+        raise _Refused(name[:60] + "...", f"lies more than {bounds.ARCHIVE_FOLDERS} folders deep")
     place = work.joinpath(*parts)
     if not place.resolve().is_relative_to(work.resolve()):  # cannot happen, as no link is ever made; checked anyway
         raise _Refused(name, "would land outside the folder")
     return place
 
 
-def _write(source: IO[bytes], place: Path, name: str, counter: _Counter) -> None:
+def _write(source: IO[bytes] | TarMember, place: Path, name: str, counter: _Counter) -> None:
     if place.is_dir():
         raise _Refused(name, "is a file and a folder at once")
     with _writing(place, name):
@@ -242,6 +250,12 @@ def _writing(place: Path, name: str) -> Iterator[None]:
 
 
 def _unpack_zip(path: Path, work: Path, counter: _Counter, member: list[str]) -> None:
+    limits = counter.limits
+    with open(path, "rb") as file:
+        check_zip(file, ZipBounds(
+            min(limits.entries, bounds.ZIP_ENTRIES), bounds.ZIP_DIRECTORY_BYTES, limits.total_bytes, limits.ratio,
+            limits.ratio_from_bytes, bounds.ARCHIVE_NAME_BYTES,
+        ))  # fmt: skip
     with zipfile.ZipFile(path) as archive:
         for info in archive.infolist():
             name = member[0] = _zip_name(info)
@@ -272,35 +286,19 @@ def _zip_name(info: zipfile.ZipInfo) -> str:
 
 
 def _unpack_tar(path: Path, work: Path, counter: _Counter, member: list[str]) -> None:
-    with tarfile.open(path, "r:*") as archive:
-        while (info := archive.next()) is not None:
-            archive.members = []  # type: ignore[attr-defined]  # or a million entries stay in memory
+    with open_tar(path) as source:
+        member[0] = "the first header"
+        for info in read_members(source, counter.add):
             name = member[0] = info.name
             counter.entry(name)
-            if not (info.isreg() or info.isdir()):
+            if info.kind == "other":
                 raise _Refused(name, "is a link or a device; only files and folders are unpacked")
             place = _place(name, work)
             if place is None:
                 continue
-            if info.isdir():
+            if info.kind == "folder":
                 with _writing(place, name):
                     place.mkdir(parents=True, exist_ok=True)
                 continue
-            source = archive.extractfile(info)
-            if source is None:
-                raise _Refused(name, "has no content")
-            with source:
-                _write(source, place, name, counter)
-        member[0] = "the end of the archive"
-        _check_end(archive, counter)
-
-
-def _check_end(archive: tarfile.TarFile, counter: _Counter) -> None:
-    """tarfile takes a cut or garbled header for the end; a real end is a block of zeros, and the checksum after it."""
-    file = archive.fileobj
-    assert file is not None
-    file.seek(archive.offset)
-    if file.read(512) != bytes(512):
-        raise tarfile.ReadError("the archive is cut off or garbled here")
-    while piece := file.read(1 << 20):  # to the checksum of gzip, xz or bzip2
-        counter.add("the end of the archive", len(piece))
+            _write(info, place, name, counter)
+            member[0] = "the end of the archive"  # or a header behind this member

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import os
 import re
 import unicodedata
@@ -12,10 +10,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from imgcls_fast.core.errors import DataError, near
+from imgcls_fast.core.bounds import TABLE_PATH_CHARACTERS, TABLE_PROBLEMS
+from imgcls_fast.core.errors import DataError, near, shortened
 from imgcls_fast.core.manifest import NO_SPLIT
 
 from .fetch import SPLIT_FOLDERS, is_ignored
+from .tables import COLUMNS, FAULT, read_table
 
 TABLES = (".csv", ".tsv", ".txt", ".jsonl", ".ndjson")
 # Names of images, supported or not: what is called so and is not one is reported; other files are passed over.
@@ -23,12 +23,6 @@ _READABLE = "jpg jpeg jpe jfif mpo png apng webp bmp dib tif tiff gif"
 _FOREIGN = "jp2 j2k jpf jpx jxl avif heic heif svg psd pcx ppm pgm pbm pnm tga ico icns dds qoi exr hdr sgi rgb fits"
 _RAW = "dcm raw cr2 nef arw dng"
 IMAGE_ENDINGS = frozenset("." + name for name in f"{_READABLE} {_FOREIGN} {_RAW}".split())
-_COLUMNS = {
-    "path": ("path", "file", "filename", "file_name", "filepath", "image", "image_path", "img"),
-    "label": ("label", "class", "target", "category"),
-    "split": ("split", "subset", "set"),
-    "group": ("group",),
-}
 
 
 @dataclass(frozen=True)
@@ -237,15 +231,14 @@ def list_table(path: Path, columns: Columns = Columns(), *, labelled: bool = Tru
     listing = Listing(root=os.path.abspath(path.parent), explicit=True)
     reader = _TableReader(listing, path.name, labelled)
     try:
-        rows = _json_rows(path) if path.suffix.lower() in (".jsonl", ".ndjson") else _csv_rows(path)
-        for line, record in rows:
-            if line == 0:
+        for line, record in read_table(path):
+            if isinstance(record, list):
                 reader.start(record, columns)
             else:
                 reader.add(line, record)
     except OSError as error:
         raise DataError("D004", f"{path} cannot be read: {error.strerror}", where=str(path)) from error
-    except (csv.Error, UnicodeError) as error:
+    except UnicodeError as error:
         raise DataError("D004", f"{path} is not a readable table: {error}", where=str(path)) from error
     listing.classes = list(reader.classes)
     if reader.has_groups:
@@ -267,9 +260,8 @@ class _TableReader:
     def has_groups(self) -> bool:
         return "group" in self.column
 
-    def start(self, record: dict[str, str], columns: Columns) -> None:
+    def start(self, names: list[str], columns: Columns) -> None:
         """Find the columns, from the header's names."""
-        names = list(record)
         for role in ("path", "label", "split", "group"):
             wanted = getattr(columns, role)
             if wanted:
@@ -278,34 +270,43 @@ class _TableReader:
                     raise self._no_column(role, wanted, names, f"--{role}-col {hint}" if hint else "")
                 self.column[role] = wanted
             elif wanted is None:
-                known = [n for n in names if n.strip().lower() in _COLUMNS[role]]
+                known = [n for n in names if n.strip().lower() in COLUMNS[role]]
                 if known:
-                    self.column[role] = min(known, key=lambda n: _COLUMNS[role].index(n.strip().lower()))
+                    self.column[role] = min(known, key=lambda n: COLUMNS[role].index(n.strip().lower()))
         needed = ("path", "label") if self.labelled else ("path",)
         for role in needed:
             if role not in self.column:
                 raise self._no_column(role, "", names, f"--{role}-col NAME")
+        for role, name in self.column.items():
+            if names.count(name) > 1:
+                where = os.path.join(self.listing.root, self.name)
+                raise DataError(
+                    "D004", f"{self.name} has {names.count(name)} columns that are called {name!r}", where=f"{where}, line 1",
+                    try_=f"rename all but one of them, or name another with --{role}-col",
+                )  # fmt: skip
 
     def _no_column(self, role: str, wanted: str, names: list[str], hint: str) -> DataError:
-        what = f"no column {wanted!r}" if wanted else f"no column for the {role} ({', '.join(_COLUMNS[role])})"
+        what = f"no column {wanted!r}" if wanted else f"no column for the {role} ({', '.join(COLUMNS[role])})"
         where = os.path.join(self.listing.root, self.name)
-        return DataError("D004", f"{self.name} has {what}; its columns are: {', '.join(names)}", where=where, try_=hint)
+        return DataError("D004", f"{self.name} has {what}; its columns are: {shortened(', '.join(names), 400)}", where=where, try_=hint)
 
     def add(self, line: int, record: dict[str, str]) -> None:
-        if "\0error" in record:
-            return self._problem("D004", "malformed row", line, record["\0error"])
+        if FAULT in record:
+            return self._problem("D004", "malformed row", line, record[FAULT])
         cell = {role: record.get(name) or "" for role, name in self.column.items()}
         path = self._path(line, cell["path"])
         label = class_name(cell.get("label", "").strip())
         split = cell.get("split", "").strip().lower()
         if path is None:
             return None
+        if len(label) > TABLE_PATH_CHARACTERS:
+            return self._problem("D004", "label too long", line, f"a label of {len(label):,} characters: {label[:60]}...")
         if not label and self.labelled:
             return self._problem("D004", "empty label", line, f"{path} has no label")
         if split and split not in SPLIT_FOLDERS:
             hint = near(split, tuple(SPLIT_FOLDERS))
             meant = f", did you mean {hint!r}?" if hint else f", expected one of {', '.join(SPLIT_FOLDERS)}"
-            return self._problem("D004", "unknown split", line, f"{path} has split {split!r}{meant}")
+            return self._problem("D004", "unknown split", line, f"{path} has split {shortened(repr(split))}{meant}")
         code = self.classes.setdefault(label, len(self.classes)) if label else -1
         return self._row(line, path, code, SPLIT_FOLDERS.get(split, NO_SPLIT), cell.get("group", "").strip())
 
@@ -325,6 +326,9 @@ class _TableReader:
         if not text.strip() or "\0" in text:
             self._problem("D004", "empty path", line, "the row has no path")
             return None
+        if len(text) > TABLE_PATH_CHARACTERS:
+            self._problem("D004", "path too long", line, f"a path of {len(text):,} characters: {text[:60]}...")
+            return None
         for candidate in (text, text.replace("\\", "/")):  # a table written on Windows
             path = os.path.normpath(candidate)
             if not os.path.isabs(path) and path.split("/", 1)[0] == "..":
@@ -343,71 +347,12 @@ class _TableReader:
         return None
 
     def _problem(self, code: str, kind: str, line: int, message: str) -> None:
-        self.listing.problems.append(Problem(code, kind, message, where=f"{self.name}, line {line}"))
-
-
-def _encoding(path: Path) -> str:
-    with open(path, "rb") as file:
-        head = file.read(4)
-    return "utf-16" if head[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-
-
-def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    """(0, header) and then (line, row); the delimiter is the one of , ; tab that splits the header into known names."""
-    with open(path, encoding=_encoding(path), errors="surrogateescape", newline="") as file:
-        first = file.readline()
-        file.seek(0)
-        delimiter = max(",;\t", key=lambda d: _known(next(csv.reader([first], delimiter=d), [])))
-        reader = csv.reader(file, delimiter=delimiter)
-        names = [n.strip() for n in next(reader, [])]
-        if not any(names):
-            raise DataError("D004", f"{path} is empty", where=str(path))
-        yield 0, dict.fromkeys(names, "")
-        for row in reader:
-            if not row:
-                continue
-            if len(row) != len(names):
-                yield reader.line_num, {"\0error": f"{len(row)} fields, expected {len(names)}"}
-            else:
-                yield reader.line_num, dict(zip(names, row, strict=True))
-
-
-def _known(names: list[str]) -> tuple[int, int]:
-    every = {n for known in _COLUMNS.values() for n in known}
-    return sum(n.strip().lower() in every for n in names), len(names)
-
-
-def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    """(0, the keys of the first objects) and then (line, object); numbers become text."""
-    with open(path, encoding=_encoding(path), errors="surrogateescape") as file:
-        started = False
-        for line, text in enumerate(file, start=1):
-            if not text.strip():
-                continue
-            record = _json_record(text)
-            if not started and "\0error" not in record:
-                started = True
-                yield 0, record
-            if not started:
-                raise DataError("D004", f"{path.name}, line {line}: {record[chr(0) + 'error']}", where=str(path))
-            yield line, record
-        if not started:
-            raise DataError("D004", f"{path} is empty", where=str(path))
-
-
-def _json_record(text: str) -> dict[str, str]:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        return {"\0error": f"not JSON: {error}"}
-    if not isinstance(value, dict):
-        return {"\0error": f"expected an object with the keys path and label, got {type(value).__name__}"}
-    nested = [
-        k for k, v in value.items() if isinstance(v, list | dict) and k.lower() in _COLUMNS["label"] + _COLUMNS["path"]
-    ]
-    if nested:
-        return {"\0error": f"{nested[0]!r} must be text or a number, got {type(value[nested[0]]).__name__}"}
-    return {k: v if isinstance(v, str) else "" if v is None else json.dumps(v) for k, v in value.items()}
+        where = f"{self.name}, line {line}"
+        if len(self.listing.problems) >= TABLE_PROBLEMS:
+            raise DataError(
+                "D004", f"{self.name} has more than {TABLE_PROBLEMS:,} faulty rows; the last that was read: {message}", where=where
+            )
+        self.listing.problems.append(Problem(code, kind, message, where=where))
 
 
 # ---------------------------------------------------------------- groups

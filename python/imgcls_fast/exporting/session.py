@@ -17,7 +17,7 @@ from ..core.bundle import Bundle, read_bundle
 from ..core.config import ExportConfig
 from ..core.errors import ConfigError, GateFailed
 from ..core.exports import GATE, Export, choose, common_meta, export_key, find_key, finish, new_export
-from ..core.files import explained_write, sha256_file, sync_directory, write_json
+from ..core.files import explained_write, sha256_file, sync_directory, write_sealed
 from ..core.manifest import Manifest
 from ..core.run import Run
 from ..core.settings import replace_settings
@@ -150,10 +150,7 @@ class Exporter:
         gate = self.new_gate(0)
         simulated = engine.runtime != exported_for
         judgement = gate.verdict(f"{exported_for}-{precision}", engine, simulated=simulated)
-        write_json(
-            export.folder / GATE,
-            self._report(judgement, gate, engine, exported_for, str(export.meta["sha256"])),
-        )
+        export.write_gate(self._report(judgement, gate, engine, exported_for, str(export.meta["sha256"])))
         engine.close()
         self._demand(judgement, exported_for, precision)
         return export
@@ -194,7 +191,7 @@ class Exporter:
             engine = self._open_onnx(temporary / MODEL, "int8")
             judgement = gate.verdict(f"{exported_for}-int8", engine, simulated=engine.runtime != exported_for)
             report = self._report(judgement, gate, engine, exported_for, sha256_file(temporary / MODEL))
-            write_json(temporary / GATE, report)
+            write_sealed(temporary / GATE, report)
             engine.close()
             meta = {**graph_facts(temporary / MODEL, self.bundle, self.settings.batch), **facts}
             export = finish(temporary, self.bundle, "onnx", "int8", MODEL, meta)
@@ -352,7 +349,7 @@ class Exporter:
             if precision == "fp32":
                 return None
             judgement = gate.verdict(f"trt-{precision}", engine, simulated=False)
-            write_json(folder / GATE, self._report(judgement, gate, engine, "trt", digest))
+            write_sealed(folder / GATE, self._report(judgement, gate, engine, "trt", digest))
             return judgement
         finally:
             engine.close()
