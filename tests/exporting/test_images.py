@@ -77,6 +77,7 @@ def test_an_fp16_export_finds_that_the_last_class_alone_leaves_its_range(
 def test_the_rows_of_a_comparison_hold_every_class_and_prefer_test_rows(stones: Manifest) -> None:
     rows = comparison_rows(stones, 12)
     assert set(stones.split[rows]) == {2} and np.bincount(stones.label[rows]).tolist() == [4, 4, 4]
+    assert set(stones.label[rows[:3]]) == {0, 1, 2}, "BF16 is compared on the first four"
     more = comparison_rows(stones, 123)
     assert np.bincount(stones.split[more]).tolist() == [3, 0, 120] and set(stones.label[more[120:]]) == {0, 1, 2}
     assert len(comparison_rows(stones, 0)) == 0 and len(comparison_rows(stones, 999)) == 240

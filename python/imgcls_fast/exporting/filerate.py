@@ -40,6 +40,7 @@ def data_rates(
     rows = next((rows for split in ("test", "val") if len(rows := manifest.rows(split))), None)
     if rows is None:
         return None
+    rows = manifest.fair_order(rows)  # the time may be up before the second class
     workers = min(4, env.usable_cpus())
 
     def rate(where: str, work: Callable[[Any], Any]) -> float | None:
