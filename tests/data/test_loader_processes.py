@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 import torch
 
+from imgcls_fast.core.errors import HardwareError
+from imgcls_fast.data import torch_loader
 from imgcls_fast.data.loader import dali_missing
 
 needs_dali = pytest.mark.skipif(dali_missing() is not None, reason=str(dali_missing()))
@@ -164,3 +166,71 @@ def test_a_signal_to_the_group_stops_the_parent_only(tmp_path, photo, number):
     finally:
         parent.kill()
         parent.communicate()
+
+
+class Murderer:
+    """Decodes as the loader does, but the worker that meets the file `bad` ends by a signal."""
+
+    def __init__(self, real, times: Path | None = None) -> None:
+        self.real, self.times = real, times
+
+    def __call__(self, sampler, request, threads=1):
+        rows = request.rows.tolist()
+        met = any("bad" in sampler.manifest.paths[row] for row in rows if row >= 0)
+        if met and (self.times is None or not self.times.exists()):
+            if self.times is not None:
+                self.times.touch()
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return self.real(sampler, request, threads)
+
+
+@pytest.fixture
+def photos_with_a_killer(tmp_path, photo):
+    names = [f"{k}.jpg" for k in range(11)] + ["bad.jpg"]
+    for k, name in enumerate(names):
+        photo(k).save(tmp_path / name)
+    return tmp_path, names
+
+
+@pytest.mark.slow
+def test_a_worker_killed_by_a_file_is_survived_and_the_file_named(kit, photos_with_a_killer, monkeypatch):
+    root, names = photos_with_a_killer
+    manifest = kit.manifest(root, names)
+    sampler = kit.sampler(manifest, 3, kit.strong)
+    expected = kit.run(sampler, "torch", 0, bad={11: "known"})
+    (root / "bad.jpg").write_bytes((root / "bad.jpg").read_bytes()[:300])  # a child's verdict: truncated
+    monkeypatch.setattr(torch_loader, "decode_batch", Murderer(torch_loader.decode_batch))
+    told: list[tuple[int, str, int]] = []
+    loader = kit.open(sampler, "torch", 2, on_bad=lambda *what: told.append(what))
+    batches = kit.epochs(loader, 0)
+    loader.close()
+    assert [(row, epoch) for row, _, epoch in told] == [(11, 0)] and told[0][1].startswith("truncated")
+    kit.assert_same(batches, expected)
+
+
+@pytest.mark.slow
+def test_a_worker_killed_by_something_else_is_replaced_and_no_bit_changes(
+    kit, photos_with_a_killer, monkeypatch, tmp_path, caplog
+):
+    root, names = photos_with_a_killer
+    sampler = kit.sampler(kit.manifest(root, names), 3, kit.strong)
+    expected = kit.run(sampler, "torch", 0, epochs=(0, 1))
+    monkeypatch.setattr(torch_loader, "decode_batch", Murderer(torch_loader.decode_batch, tmp_path / "once"))
+    loader = kit.open(sampler, "torch", 2)
+    batches = kit.epochs(loader, 0, 1)
+    loader.close()
+    assert loader.bad == {} and "a decoding process died" in caplog.text
+    kit.assert_same(batches, expected)
+
+
+@pytest.mark.slow
+def test_workers_that_always_die_end_the_epoch_with_h002(kit, photos_with_a_killer, monkeypatch):
+    root, names = photos_with_a_killer
+    sampler = kit.sampler(kit.manifest(root, names), 3, kit.strong)
+    monkeypatch.setattr(torch_loader, "decode_batch", Murderer(torch_loader.decode_batch))
+    monkeypatch.setattr(torch_loader, "_PATIENCE", 1)
+    loader = kit.open(sampler, "torch", 1)
+    with pytest.raises(HardwareError) as caught:
+        kit.epochs(loader, 0)
+    assert caught.value.code == "H002"
+    loader.close()

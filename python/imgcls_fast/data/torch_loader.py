@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import re
 import signal
+import threading
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,14 +18,20 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data import Sampler as KeySampler
 
 from ..core.batch import Batch
-from ..core.errors import DataError
+from ..core.errors import DataError, HardwareError
 from ..core.pixels import EXTREME_ASPECT, Pixels
+from . import reach
 from .augment import apply_color
 from .decode import Undecodable, decode_pixels
 from .loader import OnBad, make_batch
+from .quarantine import examine_isolated
 from .sampler import Request, Sampler
 
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+_AHEAD = 2  # batches that each worker prepares
+_PATIENCE = 3  # deaths of workers in a row that no file explains
+_DEATH = re.compile(r"DataLoader worker \(pid")
+_log = logging.getLogger("imgcls_fast")
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
@@ -176,40 +185,115 @@ class _Keys(KeySampler):
 
 
 class TorchLoader:
-    """Pillow decoding in `workers` processes that live as long as the loader. See `loader.Loader`."""
+    """Pillow decoding in `workers` processes that live as long as the loader. See `loader.Loader`.
+
+    A worker that dies, of an image or otherwise, is survived: the files of the batches in flight are examined one by
+    one in a child, what is bad is named, and new workers go on at the batch that was not delivered.
+    """
 
     def __init__(
         self, sampler: Sampler, workers: int, bad: dict[int, str], on_bad: OnBad | None, *, pin: bool = False
     ) -> None:
         self.sampler, self.bad, self._on_bad = sampler, bad, on_bad
+        self._workers, self._pin = workers, pin
         self._keys = _Keys(sampler, bad)
-        self._loader: Any = DataLoader(
-            _Batches(sampler),
-            batch_size=None,
-            sampler=self._keys,
-            num_workers=workers,
-            collate_fn=_as_it_is,
-            persistent_workers=workers > 0,
-            prefetch_factor=2 if workers else None,
-            pin_memory=pin,
-            worker_init_fn=_start_worker,
-            generator=torch.Generator().manual_seed(0),  # else the global generator would be drawn from each epoch
-        )
+        self._loader: Any = self._open()
         # also at the end of the process, before multiprocessing waits for its children
         self._stop = weakref.finalize(self, _stop_workers, self._loader)
 
+    def _open(self) -> Any:
+        return DataLoader(
+            _Batches(self.sampler),
+            batch_size=None,
+            sampler=self._keys,
+            num_workers=self._workers,
+            collate_fn=_as_it_is,
+            persistent_workers=self._workers > 0,
+            prefetch_factor=_AHEAD if self._workers else None,
+            pin_memory=self._pin,
+            worker_init_fn=_start_worker,
+            generator=torch.Generator().manual_seed(0),  # else the global generator would be drawn from each epoch
+        )
+
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        self._keys.epoch, self._keys.steps = epoch, range(start, self.sampler.steps)
-        for made in self._loader:
-            if isinstance(made, dict):
-                raise DataError(made["code"], made["message"], where=made["where"], why=made["why"], try_=made["try"])
-            batch, failed = made
-            for row, reason in failed.items():
-                if row not in self.bad:
-                    self.bad[row] = reason
-                    if self._on_bad:
-                        self._on_bad(row, reason, epoch)
-            yield batch
+        index, deaths = start, 0
+        while index < self.sampler.steps:
+            self._keys.epoch, self._keys.steps = epoch, range(index, self.sampler.steps)
+            made = self._made()
+            while True:
+                try:
+                    item = next(made, None)
+                except RuntimeError as error:
+                    if not _DEATH.search(str(error)):
+                        raise
+                    deaths = 0 if self._find_culprits(epoch, index) else deaths + 1
+                    self._restart(error, deaths)
+                    break
+                if item is None:
+                    return
+                yield self._received(item, epoch)
+                index, deaths = index + 1, 0
+
+    def _made(self) -> Iterator[Any]:
+        """The DataLoader's iterator, without its signal handler.
+
+        That would raise the death of a worker wherever the main thread stands; `next` finds it as well, in order.
+        """
+        main = threading.current_thread() is threading.main_thread()
+        before = signal.getsignal(signal.SIGCHLD) if main else None
+        made = iter(self._loader)
+        if main and before is not None:
+            signal.signal(signal.SIGCHLD, before)
+        return made
+
+    def _received(self, made: Any, epoch: int) -> Batch:
+        if isinstance(made, dict):
+            raise DataError(made["code"], made["message"], where=made["where"], why=made["why"], try_=made["try"])
+        batch, failed = made
+        self._report(failed, epoch)
+        return batch
+
+    def _report(self, failed: dict[int, str], epoch: int) -> None:
+        for row, reason in failed.items():
+            if row not in self.bad:
+                self.bad[row] = reason
+                if self._on_bad:
+                    self._on_bad(row, reason, epoch)
+
+    def _find_culprits(self, epoch: int, index: int) -> bool:
+        """Examine what the workers may have been at; whether a file was found bad.
+
+        Raises:
+            DataError: D015 when a file cannot be reached.
+        """
+        last = min(self.sampler.steps, index + self._workers * _AHEAD)
+        rows = {int(row) for at in range(index, last) for row in self.sampler.rows_of(epoch, at)} - self.bad.keys()
+        paths = [self.sampler.manifest.path(row) for row in sorted(rows)]
+        verdicts = examine_isolated(paths, max_megapixels=self.sampler.pixels.max_megapixels)
+        for path, verdict in zip(paths, verdicts, strict=True):
+            if verdict.unreachable:
+                raise reach.unreachable(path, OSError(verdict.reason))
+        found = {row: verdict.reason for row, verdict in zip(sorted(rows), verdicts, strict=True) if not verdict.ok}
+        self._report(found, epoch)
+        return bool(found)
+
+    def _restart(self, error: RuntimeError, deaths: int) -> None:
+        """New workers.
+
+        Raises:
+            HardwareError: H002 after the third death in a row that no file explains.
+        """
+        self._stop()
+        if deaths >= _PATIENCE:
+            raise HardwareError(
+                "H002",
+                f"decoding processes die again and again: {' '.join(str(error).split())}",
+                why="no image explains it; the system ends processes when memory or shared memory (/dev/shm) runs out",
+                try_="--workers 0",
+            ) from error
+        _log.warning("a decoding process died (%s): starting new ones", " ".join(str(error).split()))
+        self._loader = self._open()
+        self._stop = weakref.finalize(self, _stop_workers, self._loader)
 
     def close(self) -> None:
         self._stop()
