@@ -39,7 +39,7 @@ def png_chunk_limit(size_bytes: int) -> int:
 
 
 def _jpeg(content: bytes, max_megapixels: float) -> str | None:
-    head = _jpeg_head(content)
+    head = jpeg_head_excess(content)
     if head:
         return head
     if content.count(b"\xff\xda") <= MAX_JPEG_SCANS:  # also finds what is none, so this many is the most that it has
@@ -48,7 +48,7 @@ def _jpeg(content: bytes, max_megapixels: float) -> str | None:
     return f"{scans:,} scans, the limit is {MAX_JPEG_SCANS}" if scans > MAX_JPEG_SCANS else None
 
 
-def _jpeg_head(content: bytes) -> str | None:
+def jpeg_head_excess(content: bytes) -> str | None:
     """Walk over the segments as Pillow does, up to the first scan."""
     at, segments, junk = 2, 0, 0
     while at + 4 <= len(content):

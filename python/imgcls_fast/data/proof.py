@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..core.errors import HardwareError
-from .bounds import MAX_JPEG_SCANS, MAX_PNG_TEXT_BYTES, png_chunk_limit
+from .bounds import MAX_JPEG_SCANS, MAX_PNG_TEXT_BYTES, jpeg_head_excess, png_chunk_limit
 
 JPEG, PNG, TIFF, GIF = 1, 2, 5, 6  # the probe's `format`
 _INFLATED_PIECE = 1 << 20  # bytes: what a bomb may cost of memory
@@ -42,7 +42,7 @@ def prove(content: bytes) -> Proof:
     """
     kind, status, width, height, orientation, sound, whole, scans = compiled().prove(content)
     if kind == JPEG:
-        sound = sound and scans <= MAX_JPEG_SCANS
+        sound = sound and scans <= MAX_JPEG_SCANS and jpeg_head_excess(content) is None
     elif kind == PNG:
         sound = whole = status == 0 and png_is_sound(content)
     return Proof(kind, sound, whole, width, height, orientation, scans)
