@@ -1,7 +1,7 @@
 """Where the events of training go: one table of sinks. A sink shows or stores what happened; it decides nothing.
 
 An event is a plain dict that JSON can hold, with its kind under "event": data, plan, baseline, start, progress, epoch,
-validate, warning, quarantine, checkpoint, interrupted, done. A sink ignores kinds that it does not know.
+validate, warning, quarantine, checkpoint, interrupted, failed, done. A sink ignores kinds that it does not know.
 """
 
 from __future__ import annotations
@@ -99,12 +99,14 @@ class ConsoleSink:
         self._handlers: dict[str, Callable[[Event], None]] = {
             "data": self._data, "plan": self._plan, "baseline": self._baseline, "start": self._lines,
             "progress": self._progress, "validate": self._validate, "epoch": self._epoch, "warning": self._warning,
-            "quarantine": self._quarantine, "interrupted": self._interrupted, "done": self._done,
+            "quarantine": self._quarantine, "interrupted": self._interrupted, "failed": self._failed, "done": self._done,
         }  # fmt: skip
 
     def __call__(self, event: Event) -> None:
         kind = event["event"]
-        if kind in self._handlers and (not self.quiet or kind in ("warning", "quarantine", "interrupted", "done")):
+        if kind in self._handlers and (
+            not self.quiet or kind in ("warning", "quarantine", "interrupted", "failed", "done")
+        ):
             self._handlers[kind](event)
 
     def close(self) -> None:
@@ -194,6 +196,13 @@ class ConsoleSink:
     def _interrupted(self, event: Event) -> None:
         self.close()
         self._lines(event)
+
+    def _failed(self, event: Event) -> None:
+        """The error itself is printed by whoever called training."""
+        self.close()
+        for line in plain_lines(event):
+            if line.startswith(("saved in", "continue with")):
+                self._say(line)
 
     def _done(self, event: Event) -> None:
         self.close()
@@ -367,6 +376,12 @@ def _start_lines(event: Event) -> list[str]:
     return [f"training for {counted(event['epochs'], 'epoch')} of {counted(event['steps_per_epoch'], 'step')}"]
 
 
+def _failed_lines(event: Event) -> list[str]:
+    facts = [f"  {name}: {event[name]}" for name in ("where", "why") if event.get(name)]
+    saved = [f"saved in {event['path']}"] if event.get("path") else []
+    return [f"failed: error[{event['code']}]: {event['message']}", *facts, *saved, f"continue with: {event['command']}"]
+
+
 def _done_lines(event: Event) -> list[str]:
     lines = [done_line(event)]
     lines += [f"  {name}: {value.replace(chr(10), '; ')}" for name, value in done_facts(event)[1:]]
@@ -384,6 +399,7 @@ _PLAIN: dict[str, Callable[[Event], list[str]]] = {
     "quarantine": lambda event: [f"{event['path']} cannot be decoded and was taken out: {event['reason']}"],
     "checkpoint": lambda event: [f"checkpoint {event['path']}"],
     "interrupted": lambda event: [f"interrupted; saved in {event['path']}", f"continue with: {event['command']}"],
+    "failed": _failed_lines,
     "done": _done_lines,
 }
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -175,6 +177,72 @@ class TestWhatMayChange:
             session.resume(broken, {name: value})
         assert refused.value.code == "M006"
 
+    @pytest.mark.parametrize(
+        ("name", "line"),
+        [("optim.lr", "  lr: 0.5\n"), ("train.epochs", "  epochs: 9\n"), ("train.batch_size", "  batch_size: 4\n")],
+    )
+    def test_an_edited_config_yaml_is_refused_by_name(self, broken: Run, name: str, line: str) -> None:
+        text = broken.config_path.read_text()
+        edited = re.sub(rf"^{line.split(':')[0]}:.*\n", line, text, count=1, flags=re.MULTILINE)
+        assert edited != text
+        broken.config_path.write_text(edited)
+        for _ in range(2):  # recorded twice: in the plan, and in each checkpoint
+            with pytest.raises(ModelError, match=name) as refused:
+                session.resume(broken, {})
+            assert refused.value.code == "M006"
+            facts = broken.read_json("model.json")
+            facts.pop("trajectory", None)
+            broken.write_json("model.json", facts)
+        broken.config_path.write_text(text)
+        session.resume(broken, {})
+
+    def test_an_edited_plan_is_refused_by_name(self, broken: Run) -> None:
+        facts = broken.read_json("model.json")
+        facts["augment"]["flip"] = 0.25
+        broken.write_json("model.json", facts)
+        with pytest.raises(ModelError, match=r"augment\.flip") as refused:
+            session.resume(broken, {})
+        assert refused.value.code == "M006"
+
+    @pytest.mark.parametrize("what", ["sampler", "augmentation"])
+    def test_another_layout_of_random_numbers_is_refused_by_name(
+        self, broken: Run, what: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from imgcls_fast.training import identity
+
+        monkeypatch.setattr(identity, "SAMPLER_LAYOUT" if what == "sampler" else "AUGMENT_LAYOUT", 99)
+        with pytest.raises(ModelError, match=f"layout of the {what} was 1 and is now 99"):
+            session.resume(broken, {})
+
+    def test_a_checkpoint_of_an_earlier_version_resumes_with_a_warning(self, broken: Run) -> None:
+        facts = broken.read_json("model.json")
+        facts.pop("trajectory")
+        broken.write_json("model.json", facts)
+        folder = broken.checkpoints / "last"
+        state = json.loads((folder / checkpoint.STATE).read_text())
+        del state["environment"]["trajectory"], state["environment"]["versions"]["imgcls-fast"]
+        (folder / checkpoint.STATE).write_text(json.dumps(state))
+        digests = json.loads((folder / checkpoint.DIGESTS).read_text())
+        digests[checkpoint.STATE] = hashlib.sha256((folder / checkpoint.STATE).read_bytes()).hexdigest()
+        (folder / checkpoint.DIGESTS).write_text(json.dumps(digests))
+        heard: list[dict[str, Any]] = []
+        session.resume(broken, {}, [heard.append])
+        texts = [e["text"] for e in heard if e["event"] == "warning"]
+        assert len(texts) == 1
+        assert "earlier version" in texts[0]
+
+    def test_another_gpu_driver_or_own_version_is_reported_by_name(self) -> None:
+        from imgcls_fast.training.identity import environment_differences, environment_key
+
+        before = environment_key(1, "off") | {"GPU": "H100", "driver": "570", "CUDA": "13.0", "cuDNN": 90000}
+        now = {**before, "driver": "580", "cuDNN": 91000, "versions": {**before["versions"], "imgcls-fast": "9"}}
+        texts = "; ".join(environment_differences(before, now))
+        assert "driver was 570, is 580" in texts
+        assert "cuDNN was 90000, is 91000" in texts
+        assert "imgcls-fast was" in texts
+        assert "GPU" not in texts
+        assert environment_differences(before, before) == []
+
     def test_free_settings_may_change_and_are_kept(self, broken: Run, tmp_path: Path) -> None:
         where = broken.config.out
         session.resume(
@@ -196,9 +264,9 @@ class TestWhatMayChange:
         assert any("threads was 1, is 2" in text and "bitwise" in text for text in texts)
 
     def test_other_versions_warn_by_name(self, broken: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-        from imgcls_fast.training import fit
+        from imgcls_fast.training import identity
 
-        monkeypatch.setattr(fit.env, "versions", lambda names: {**dict.fromkeys(names, "1"), "torch": "9.9"})
+        monkeypatch.setattr(identity.env, "versions", lambda names: {**dict.fromkeys(names, "1"), "torch": "9.9"})
         heard: list[dict[str, Any]] = []
         session.resume(broken, {}, [heard.append])
         assert any("torch was" in e["text"] and "is 9.9" in e["text"] for e in heard if e["event"] == "warning")

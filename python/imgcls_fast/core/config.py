@@ -92,7 +92,9 @@ class DataConfig(Section):
     label_col: str | None = Field(None, description="column with the class; found by name if not given")
     split_col: str | None = Field(None, description="column with train, val or test; found by name if not given")
     bad_images: Literal["quarantine", "error"] = Field("quarantine", description="what to do with undecodable files")
-    max_bad: float = Field(0.2, ge=0, description="most bad images: a fraction below 1, else a count")
+    max_bad: float = Field(
+        0.2, ge=0, description="most bad images: a fraction below 1, else a count", json_schema_extra=FREE
+    )
     max_megapixels: PositiveFloat = Field(50.0, description="larger images are refused before they are decoded")
     verify: Literal["suspect", "full"] = Field("suspect", description="full: decode every image at the scan")
     duplicates: Literal["drop", "keep", "error"] = Field("drop", description="copies of an image in two splits")

@@ -16,6 +16,7 @@ LIBRARIES = (
     "pydantic", "onnx", "onnxscript", "onnxruntime", "openvino", "nvidia-modelopt", "tensorrt",
 )  # fmt: skip
 _COMMIT = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")
+_DRIVER = Path("/proc/driver/nvidia/version")
 # the libraries whose version can change the bits of a resumed run
 NUMERIC_LIBRARIES = ("torch", "torchvision", "timm", "nvidia-dali-cuda130", "numpy", "pillow")
 
@@ -151,6 +152,15 @@ def _revision(git: Path) -> str | None:
         lines = (common / "packed-refs").read_text("utf-8").splitlines()
         found = next((line.split()[0] for line in lines if line.split()[1:] == [name]), "")
     return found if _COMMIT.fullmatch(found) else None
+
+
+def gpu_driver() -> str | None:
+    """Version of NVIDIA's driver, None where there is none."""
+    try:
+        found = re.search(r"\d+\.\d+(\.\d+)?", _DRIVER.read_text("utf-8"))
+    except OSError:
+        return None
+    return found.group() if found else None
 
 
 def machine_facts() -> dict[str, Any]:

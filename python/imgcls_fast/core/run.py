@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import time
 import weakref
@@ -78,6 +79,11 @@ class Run:
     def evaluation(self, split: str) -> Path:
         """The folder of one judged split."""
         return self.directory / "eval" / split
+
+    @property
+    def resume_command(self) -> str:
+        """The command line that continues this run."""
+        return f"imgcls-fast train {shlex.quote(str(self.directory))} --resume"
 
     # readers
     @property
@@ -156,6 +162,12 @@ class Run:
             line["data"] = f"unreadable ({error.code})"
         return {**line, "name": self.name, "created": self.config_path.stat().st_mtime, "finished": self.finished}
 
+    def _ended(self) -> str:
+        """How work on this run ended last, in a few words; empty while it goes on, or where it ended without a word."""
+        end = self.last_end() or {}
+        message = end.get("message")
+        return f"failed: {message}" if end.get("event") == "failed" and message else str(end.get("event", ""))
+
     def details(self) -> dict[str, Any]:
         """The brief, with settings, data, metrics of each split, epochs, efficiency and paths."""
         from .settings import flatten
@@ -163,6 +175,7 @@ class Run:
         return {
             **self.brief(),
             "directory": str(self.directory),
+            "ended": self._ended(),
             "data_facts": self.read_json("data.json"),
             "settings": flatten(self.config),
             "baseline": self.read_json("baseline.json"),
@@ -181,6 +194,43 @@ class Run:
         """What `bench` found; None where it has not been asked, or by another version."""
         found = self.read_json("bench/efficiency.json")
         return found if isinstance(found, dict) and found.get("schema") == EFFICIENCY_SCHEMA else None
+
+    def last_end(self) -> dict[str, Any] | None:
+        """The event with which work on this run ended last: done, interrupted or failed. None: it never did, or goes on."""
+        ended = None
+        for event in self._events():
+            if event.get("event") in ("done", "interrupted", "failed"):
+                ended = event
+            elif event.get("event") in ("data", "plan", "start"):
+                ended = None
+        return ended
+
+    def unexplained_end(self) -> str:
+        """A sentence when this run ended by the death of its process, else an empty one; only for the holder of the lock."""
+        events = self._events()
+        if not any(event.get("event") == "plan" for event in events):
+            return ""
+        end = self.last_end()
+        if end is None:
+            return (
+                f"{self.name} ended without a word the last time: its process, or the machine, was stopped from outside"
+            )
+        died = str(end.get("message", ""))
+        return f"last time {died}" if end["event"] == "failed" and died.startswith("the training process died") else ""
+
+    def _events(self) -> list[dict[str, Any]]:
+        """events.jsonl; a line that a dying process left half is passed over."""
+        found = []
+        try:
+            with open(self.directory / "events.jsonl", encoding="utf-8", errors="surrogateescape") as file:
+                for line in file:
+                    try:
+                        found.append(json.loads(line))
+                    except json.JSONDecodeError:
+                        continue
+        except FileNotFoundError:
+            return []
+        return [event for event in found if isinstance(event, dict)]
 
     @property
     def finished(self) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 DRAWS = 28  # uniform numbers a sample: 20 crop attempts, 2 offsets, flip, 4 colour, 1 spare; a multiple of 4
+LAYOUT = 1  # another number when the same draws give other pixels
 _ATTEMPTS = 10
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from PIL import Image
 from ..core.config import DataConfig
 from ..core.manifest import SPLITS, LabelSpace, Manifest
 from ..core.pixels import CHANNELS, Pixels
+from . import reach
 from .decode import Color, Undecodable, decode_pixels
 from .digits import write_digits
 from .scan import ScanOptions, ScanResult, scan
@@ -86,23 +88,36 @@ def prepare(config: DataConfig, exif: str, cache: Path) -> Prepared:
     return Prepared(manifest, found)
 
 
-def changed_files(manifest: Manifest, threads: int) -> list[str]:
-    """Paths of the manifest whose file is gone or has other bytes than at the scan."""
+def changed_files(manifest: Manifest, threads: int, without: Collection[int] = ()) -> list[str]:
+    """Paths of the manifest whose file is gone or has other bytes than at the scan.
+
+    Args:
+        manifest: images with digests.
+        threads: files read at a time.
+        without: rows that are not looked at.
+
+    Raises:
+        DataError: D015 when a file is there and the disk does not hand it out.
+    """
 
     def differs(row: int) -> bool:
         try:
-            with open(manifest.path(row), "rb") as file:
-                return hashlib.file_digest(file, "sha256").digest()[:16] != manifest.digest[row].tobytes()
-        except OSError:
+            found = reach.with_file(manifest.path(row), _sha256, seen=False)
+        except (FileNotFoundError, NotADirectoryError, reach.NotAFile):
             return True
+        return found[:16] != manifest.digest[row].tobytes()
 
     def changed_in(rows: range) -> list[str]:
-        return [manifest.paths[row] for row in rows if differs(row)]
+        return [manifest.paths[row] for row in rows if row not in without and differs(row)]
 
     n = len(manifest)
     pieces = [range(first, min(first + _CHANGED_PIECE, n)) for first in range(0, n, _CHANGED_PIECE)]
     with ThreadPoolExecutor(max(1, threads)) as pool:
         return [path for piece in pool.map(changed_in, pieces) for path in piece]
+
+
+def _sha256(file: Any) -> bytes:
+    return hashlib.file_digest(file, "sha256").digest()
 
 
 def channel_statistics(

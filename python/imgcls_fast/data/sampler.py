@@ -17,6 +17,7 @@ from ..core.manifest import FLAG_PILLOW, Manifest
 from ..core.pixels import EXTREME_ASPECT, Pixels, evaluation_geometry
 from .augment import DRAWS, Augment, color_factors, random_resized_crops
 
+LAYOUT = 1  # of order and draws: another number when the same seed gives other batches
 _ORDER, _DRAWS = 0, 1  # streams of random numbers
 
 

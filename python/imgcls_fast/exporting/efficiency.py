@@ -42,6 +42,7 @@ from ..core.bundle import Bundle, read_bundle
 from ..core.errors import ConfigError, ExportError, HardwareError, ImgclsError, ModelError, near
 from ..core.files import explained_write, write_json
 from ..core.run import EFFICIENCY_SCHEMA, Run
+from ..engines.as_found import as_found
 from ..engines.base import Engine
 from ..engines.timing import (
     UNSTEADY,
@@ -77,6 +78,7 @@ class _Task:
     duration_s: float
 
 
+@as_found()
 def examine(
     run: Run,
     export: Path | None,

@@ -22,6 +22,7 @@ from ..core.manifest import Manifest
 from ..core.run import Run
 from ..core.settings import replace_settings
 from ..data.prepare import scan_to_judge
+from ..engines.as_found import as_found
 from ..engines.base import Engine
 from ..engines.onnx_runtimes import OnnxEngine
 from ..engines.runtimes import FunctionEngine, open_engine
@@ -456,6 +457,7 @@ def export_bundle(exporter: Exporter, target: str, precision: str | None = None)
     return exporter.trt(precision) if target == "trt" else exporter.triton(precision)
 
 
+@as_found()
 def export_run(
     run: Run,
     target: str,

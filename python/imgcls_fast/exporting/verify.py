@@ -24,6 +24,7 @@ from ..core.manifest import Manifest
 from ..core.pixels import Pixels
 from ..data.loader import dali_missing, make_batch, open_loader
 from ..data.sampler import Sampler
+from ..engines.as_found import as_found
 from ..engines.base import Engine
 from ..engines.predictor import Predictor
 from ..engines.runtimes import open_engine
@@ -194,9 +195,8 @@ def verify_table(result: Mapping[str, Any]) -> list[tuple[str, str, str, str, st
     return table
 
 
-def engines_of(
-    bundle: Bundle, exports: Path, device: str, *, trust: bool = False
-) -> tuple[Engine, dict[str, Opened]]:
+@as_found()
+def engines_of(bundle: Bundle, exports: Path, device: str, *, trust: bool = False) -> tuple[Engine, dict[str, Opened]]:
     """The model in torch, and how to open each runtime on each of its exports; what is usual is asked for even if it is not there."""
 
     def opener(runtime: str, precision: str) -> Callable[[], Engine]:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..core import env
 from ..core.batch import Batch
-from ..core.errors import Interrupted, ModelError
-from ..core.manifest import Manifest
+from ..core.errors import DataError, ImgclsError, Interrupted, ModelError
+from ..core.manifest import SPLITS, Manifest
 from ..core.run import Run
 from ..data.loader import Loader, open_loader
 from ..data.sampler import Sampler
@@ -26,22 +27,15 @@ from ..models.build import Classifier
 from ..models.kernels import use_kernels
 from . import checkpoint
 from .checkpoint import Progress
+from .identity import environment_differences, environment_key, require_same_trajectory, trajectory
 from .objectives import CrossEntropy, class_weights
 from .optim import Averaged, Schedule, build_optimizer, set_rates
 from .plan import Plan, Start, starting_model
+from .progress import Pace, is_better, memory_mb, monitored
+from .quarantined import Quarantined
 from .signals import StopRequest
 
 Emit = Callable[[dict[str, Any]], None]
-
-
-def environment_key(threads: int, kernels: str) -> dict[str, Any]:
-    """What must be equal for a resumed run to be bitwise equal."""
-    return {
-        "cpu": env.cpu_name(),
-        "threads": threads,
-        "kernels": kernels,
-        "versions": env.versions(env.NUMERIC_LIBRARIES),
-    }
 
 
 class Fit:
@@ -66,6 +60,7 @@ class Fit:
         self.model = self._build_model()
         torch.manual_seed(train.seed + 1)  # dropout does not depend on how many numbers initialisation took
         self.progress = Progress(micro_batch=int(train.micro_batch))
+        self.quarantined = Quarantined(run, manifest, self.config.data.max_bad)
         self.train_loader = self._loader("train")
         self.steps = self.train_loader.sampler.steps
         self.val_loader = self._loader("val")
@@ -85,9 +80,10 @@ class Fit:
         self.names = {parameter: name for name, parameter in self.model.named_parameters()}
         self.loss_sum = torch.zeros((), dtype=torch.float32, device=self.device)
         self.loss_weight = 0.0
-        self._saved_at = self._shown_at = self._began = time.monotonic()
-        self._waited = self._busy = 0.0
-        self._seen = 0
+        self._saved_at = self._shown_at = time.monotonic()
+        self.pace = Pace()
+        self._saved_step = 0  # of the newest checkpoint
+        self._whole = True  # between two steps, where a checkpoint can be written
 
     def _build_model(self) -> Classifier:
         # a checkpoint holds every weight: the file that the run began with need not exist any more
@@ -121,28 +117,42 @@ class Fit:
         )
 
     def _on_bad(self, row: int, reason: str, epoch: int) -> None:
+        path = self.manifest.paths[row]
+        if SPLITS[self.manifest.split[row]] == "val" and self.progress.history:
+            raise DataError(
+                "D010",
+                f"the validation image {path} cannot be decoded any more: {reason}",
+                where=str(self.manifest.path(row)),
+                why="the best epoch so far was chosen with it, and leaving it out now would compare different images",
+                try_=f"restore the file, then {self.run_directory.resume_command}",
+            )
         self.progress.quarantined[str(row)] = reason
-        self.emit(
-            {"event": "quarantine", "path": self.manifest.paths[row], "reason": reason, "epoch": epoch + 1, "row": row}
-        )
+        self.emit({"event": "quarantine", "path": path, "reason": reason, "epoch": epoch + 1, "row": row})
+        self.quarantined.add(row, reason, f"epoch {epoch + 1}")
 
     # state
     def restore(self) -> list[str]:
-        """Continue from the newest intact checkpoint, if there is one; returns what the user should know."""
+        """Continue from the newest intact checkpoint, if there is one; returns what the user should know.
+
+        Raises:
+            ModelError: M005 when no checkpoint is intact, M006 when the run would not be the same run.
+            DataError: D013 when too many images are quarantined.
+        """
+        self.quarantined.require_few()
         found = checkpoint.find_checkpoint(self.run_directory.checkpoints)
+        late = {str(row): reason for row, reason in self.quarantined.rows().items()}
         if found is None:
+            self.progress.quarantined = late
+            self._reopen()
             return ["no checkpoint was written yet: starting at the beginning"]
         path, (tensors, progress, environment), wrong = found
         notes = [f"{text}; using {path.name}" for text in wrong]
-        now = environment_key(int(self.config.train.threads), self.config.model.kernels)
-        differences = _differences(environment, now)
-        if differences:
-            notes.append("; ".join(differences) + ": the result will not be bitwise equal to an uninterrupted run")
+        notes += self._require_same_run(environment, path)
         self.progress = progress
+        progress.quarantined = late | progress.quarantined  # those found between the checkpoint and the end stay out
+        self._saved_step = progress.step
         self.run_directory.write_epochs(progress.history)  # a process killed after its last checkpoint has not done so
-        for loader in (self.train_loader, self.val_loader):
-            loader.close()
-        self.train_loader, self.val_loader = self._loader("train"), self._loader("val")
+        self._reopen()
         _copy_into(self.model, tensors, "model.")
         if self.averaged:
             _copy_into(self.averaged.model, tensors, "ema.")
@@ -154,11 +164,33 @@ class Fit:
         checkpoint.restore_random_states(tensors)
         return notes
 
+    def _reopen(self) -> None:
+        """Loaders that know which rows are bad."""
+        for loader in (self.train_loader, self.val_loader):
+            loader.close()
+        self.train_loader, self.val_loader = self._loader("train"), self._loader("val")
+
+    def _environment(self) -> dict[str, Any]:
+        train = self.config.train
+        return environment_key(int(train.threads), self.config.model.kernels, str(self.device))
+
+    def _require_same_run(self, environment: dict[str, Any], path: Path) -> list[str]:
+        """What differs from the process that wrote a checkpoint, as notes; what must not differ is an error."""
+        before = environment.pop("trajectory", None)
+        different = "the result will not be bitwise equal to an uninterrupted run"
+        if before is None:
+            return [f"{path.name} is of an earlier version, which did not record what shapes the weights: {different}"]
+        require_same_trajectory(
+            before, trajectory(self.plan, self.manifest), self.run_directory, path / checkpoint.STATE
+        )
+        differences = environment_differences(environment, self._environment())
+        return [f"{'; '.join(differences)}: {different}"] if differences else []
+
     def save(self, *, best: bool = False) -> None:
         """Write a checkpoint of this step boundary."""
         if not math.isfinite(float(self.loss_sum)) or not _finite(self.model):
             self._diverged()
-        self.progress.spent = time.monotonic() - self._began
+        self.progress.spent = self.pace.seconds
         self.progress.schedule = dict(self.schedule.state)
         self.progress.scaler = self.scaler.state_dict()
         tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
@@ -166,9 +198,9 @@ class Fit:
             tensors |= {f"ema.{name}": value for name, value in self.averaged.model.state_dict().items()}
         tensors |= checkpoint.optimizer_tensors(self.optimizer, self.names) | checkpoint.random_states()
         tensors |= {"sum.loss": self.loss_sum, "sum.weight": torch.tensor(self.loss_weight, dtype=torch.float64)}
-        key = environment_key(int(self.config.train.threads), self.config.model.kernels)
+        key = self._environment() | {"trajectory": trajectory(self.plan, self.manifest)}
         path = checkpoint.save_checkpoint(self.run_directory.checkpoints, tensors, self.progress, key, best=best)
-        self._saved_at = time.monotonic()
+        self._saved_at, self._saved_step = time.monotonic(), self.progress.step
         self.emit({"event": "checkpoint", "path": str(path), "epoch": self.progress.epoch, "step": self.progress.step})
 
     # the loop
@@ -178,6 +210,7 @@ class Fit:
         Raises:
             Interrupted: X130, after a checkpoint was written.
             ModelError: M008 when the loss is not finite.
+            DataError: D015 when images cannot be reached, D013 when too many are bad, D010 when a validation image went bad.
         """
         epochs = int(self.config.train.epochs)
         progress = self.progress
@@ -186,7 +219,7 @@ class Fit:
             "resumed": progress.step > 0, "step": progress.step,
         })  # fmt: skip
         try:
-            with StopRequest() as stop:
+            with StopRequest() as stop, self._saved_when_it_fails():
                 while progress.epoch < epochs and not self._patience_is_over():
                     self._epoch(stop)
                 if stop.requested:  # it came after the last step
@@ -195,48 +228,49 @@ class Fit:
             self.train_loader.close()
             self.val_loader.close()
 
+    @contextmanager
+    def _saved_when_it_fails(self) -> Iterator[None]:
+        """After an error between two steps, write a checkpoint; in the middle of one the weights cannot be trusted."""
+        try:
+            yield
+        except BaseException as error:
+            hopeless = isinstance(error, ModelError) and error.code == "M008"  # or somebody who wants an end at once
+            if self._whole and self.progress.step > self._saved_step and isinstance(error, Exception) and not hopeless:
+                with suppress(ImgclsError, RuntimeError, MemoryError):  # a full disk, a GPU that answers no more
+                    self.save()
+            raise
+
     def _patience_is_over(self) -> bool:
         patience = self.config.train.patience
         return patience is not None and self.progress.wait >= patience and self.progress.index == 0
 
     def _epoch(self, stop: StopRequest) -> None:
         progress = self.progress
-        self._began = time.monotonic() - progress.spent
-        self._waited = self._busy = 0.0
-        self._seen = 0
+        self.pace.begin(progress.spent)
         self.model.train()
-        for batch in self._waiting(self.train_loader.epoch(progress.epoch, progress.index)):
+        for batch in self.pace.waiting(self.train_loader.epoch(progress.epoch, progress.index)):
+            self._whole = False
             lr = self._step(batch)
             progress.index += 1
             progress.step += 1
+            self._whole = True
             if stop.requested:
                 self._interrupt()
             if time.monotonic() - self._saved_at > self.config.train.save_every:
                 self.save()
             self._show(lr)
         metrics = self._validate(stop)
-        seconds = time.monotonic() - self._began
+        seconds = self.pace.seconds
+        self._whole = False  # until all that an epoch's end changes has been saved
         progress.seconds += seconds
         self._finish_epoch(metrics, seconds)
-
-    def _waiting(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The same batches; the time spent waiting for them is counted."""
-        while True:
-            begin = time.monotonic()
-            batch = next(batches, None)
-            now = time.monotonic()
-            self._waited += now - begin
-            if batch is None:
-                return
-            yield batch
-            self._busy += time.monotonic() - now
 
     def _step(self, batch: Batch) -> float:
         """One optimizer step on one batch; returns the learning rate. No host sync."""
         lr = set_rates(self.optimizer, self.schedule, self.progress.step)
         total = self.objective.total(batch.targets, batch.weight)
         good = int((batch.weight > 0).sum())
-        self._seen += good
+        self.pace.images += good
         self.progress.images += good
         if total == 0:  # every image of the batch is bad: nothing to learn from
             return lr
@@ -316,8 +350,8 @@ class Fit:
 
     def _finish_epoch(self, metrics: Metrics, seconds: float) -> None:
         progress = self.progress
-        value = _monitored(self.config.train.monitor, metrics)
-        best = _is_better(value, metrics.log_loss, progress)
+        value = monitored(self.config.train.monitor, metrics)
+        best = is_better(value, metrics.log_loss, progress)
         record = {
             "epoch": progress.epoch + 1,
             "train_loss": float(self.loss_sum) / max(self.loss_weight, 1e-12),
@@ -327,9 +361,9 @@ class Fit:
             "val_balanced_accuracy": metrics.balanced_accuracy,
             "lr": self.schedule.lr(max(0, progress.step - 1)),
             "images": progress.images,
-            "images_per_s": round(self._seen / max(self._waited + self._busy, 1e-9), 1),
-            "data_share": round(self._waited / max(self._waited + self._busy, 1e-9), 4),
-            "memory_mb": _memory_mb(self.device),
+            "images_per_s": round(self.pace.images_per_s, 1),
+            "data_share": round(self.pace.data_share, 4),
+            "memory_mb": memory_mb(self.device),
             "seconds": round(seconds, 3),
             "best": int(best),
         }
@@ -348,8 +382,9 @@ class Fit:
         progress.epoch, progress.index, progress.images = progress.epoch + 1, 0, 0
         self.loss_sum.zero_()
         self.loss_weight = 0.0
-        self._began = time.monotonic()
+        self.pace.begin(0.0)
         self.save(best=best)
+        self._whole = True
         self.run_directory.write_epochs(progress.history)
         left = int(self.config.train.epochs) - progress.epoch
         self.emit({
@@ -366,18 +401,17 @@ class Fit:
         loss = float(self.loss_sum) / max(self.loss_weight, 1e-12)
         if not math.isfinite(loss):
             self._diverged()
-        progress, busy = self.progress, max(self._waited + self._busy, 1e-9)
-        rate = self._seen / busy
+        progress, rate = self.progress, self.pace.images_per_s
         left = self.steps - progress.index + self.steps * (int(self.config.train.epochs) - progress.epoch - 1)
         self.emit({
             "event": "progress", "epoch": progress.epoch + 1, "epochs": int(self.config.train.epochs), "step": progress.index,
-            "steps": self.steps, "loss": loss, "lr": lr, "images_per_s": rate, "data_share": self._waited / busy,
+            "steps": self.steps, "loss": loss, "lr": lr, "images_per_s": rate, "data_share": self.pace.data_share,
             "eta_s": left * int(self.config.train.batch_size) / max(rate, 1e-9),
         })  # fmt: skip
 
     def _interrupt(self) -> None:
         self.save()
-        command = f"imgcls-fast train {self.run_directory.directory} --resume"
+        command = self.run_directory.resume_command
         self.emit({"event": "interrupted", "command": command, "path": str(self.run_directory.checkpoints / "last")})
         progress = self.progress
         ended = progress.epoch == self.config.train.epochs
@@ -404,14 +438,6 @@ class Fit:
         )
 
 
-def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What two environment keys disagree on, one text each."""
-    flat = [{**{k: v for k, v in key.items() if k != "versions"}, **key.get("versions", {})} for key in (before, now)]
-    return [
-        f"{name} was {flat[0].get(name)}, is {value}" for name, value in flat[1].items() if flat[0].get(name) != value
-    ]
-
-
 def _finite(model: nn.Module) -> bool:
     """Whether every weight is a number: a finite loss can hide a gradient that was not."""
     norms = torch._foreach_norm([p.detach() for p in model.parameters()])
@@ -424,31 +450,6 @@ def _copy_into(module: nn.Module, tensors: dict[str, Tensor], prefix: str) -> No
     with torch.no_grad():
         for name, value in state.items():
             value.copy_(tensors[prefix + name])
-
-
-def _monitored(name: str, metrics: Metrics) -> float:
-    """The value that picks the best checkpoint; higher is better."""
-    return {
-        "val/accuracy": metrics.accuracy,
-        "val/macro_f1": metrics.macro_f1,
-        "val/balanced_accuracy": metrics.balanced_accuracy,
-        "val/loss": -metrics.log_loss,
-    }[name]
-
-
-def _is_better(value: float, loss: float, progress: Progress) -> bool:
-    """Higher value; between equal values (common with few validation rows) the lower loss."""
-    if progress.best is None or value > progress.best:
-        return True
-    return value == progress.best and progress.best_loss is not None and loss < progress.best_loss
-
-
-def _memory_mb(device: torch.device) -> float:
-    if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated(device) / 1e6, 1)
-    import resource
-
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3, 1)
 
 
 def final_state(run: Run) -> tuple[dict[str, Tensor], Progress]:

@@ -21,6 +21,7 @@ from ..core.settings import flatten
 from ..data.loader import open_loader
 from ..data.prepare import scan_to_judge
 from ..data.sampler import Sampler
+from ..engines.as_found import as_found
 from ..engines.base import Engine, predict
 from ..engines.runtimes import TorchEngine, open_engine
 from ..evaluation.metrics import apply_temperature, fit_temperature
@@ -121,6 +122,7 @@ def calibrated(predictions: Predictions, temperature: float) -> Predictions:
     )
 
 
+@as_found()  # building a network draws random numbers
 def run_engine(
     run: Run, runtime: str = "torch", device: str = "cpu", precision: str | None = None, trust: bool = False
 ) -> tuple[Engine, str]:
@@ -153,6 +155,7 @@ def bundle_folder(path: Path) -> Path | None:
     return next((folder for folder in (path, path / "bundle") if (folder / "bundle.json").is_file()), None)
 
 
+@as_found()
 def open_model(
     run: Run | str | Path | None, runtime: str, device: str, precision: str | None, trust: bool = False
 ) -> tuple[Engine, str]:

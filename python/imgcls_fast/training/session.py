@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,9 @@ from ..core.predictions import Predictions
 from ..core.run import Run, new_run_path
 from ..core.settings import flatten, replace_settings
 from ..data.prepare import Prepared, changed_files, prepare
-from ..data.quarantine import BadFile, read_quarantine, write_quarantine
+from ..data.quarantine import write_quarantine
 from ..data.split import write_split_csv
+from ..engines.as_found import as_found
 from ..engines.runtimes import TorchEngine
 from ..evaluation.metrics import Metrics, judge
 from ..evaluation.plots import training_curves
@@ -29,16 +30,17 @@ from ..models.build import ModelSpec, build_model, resolve_arch
 from ..models.kernels import use_kernels
 from ..track import LogSink, Sinks
 from .baseline import fit_baseline
+from .failures import Recorded
 from .fit import Fit
+from .identity import WARN_ONLY, require_same_trajectory, trajectory
 from .judging import best_model, calibrated, make_bundle, score_rows
-from .plan import Plan, look_at_machine, make_plan
+from .last_words import watched
+from .plan import Plan, look_at_machine, make_plan, starting_model
+from .quarantined import Quarantined
 from .reporting import against_baseline, next_commands, report_run
 from .signals import signal_as_interrupt
 
 Event = dict[str, Any]
-
-# settings whose change only makes a resumed run differ in its last bits: said, not refused
-_WARN_ONLY = {"train.threads", "model.kernels"}
 
 
 @dataclass
@@ -51,6 +53,7 @@ class _Stage:
     emit: Callable[[Event], None]
 
 
+@as_found()
 def start(config: RunConfig, sinks: Sequence[Callable[[Event], Any]] = (), command: Sequence[str] | None = None) -> Run:
     """Train a new run from the beginning to its report.
 
@@ -78,6 +81,7 @@ def start(config: RunConfig, sinks: Sequence[Callable[[Event], Any]] = (), comma
     tell({"event": "data", **prepared.facts()})
     _require_splits(prepared)
     plan = make_plan(config, prepared.manifest, look_at_machine())
+    parameters = _parameters(plan, prepared.manifest)  # a network that is refused leaves no folder
     run = Run.create(Path(config.out) if config.out else new_run_path(config.data.source, plan.spec["arch"]))
     try:
         log = LogSink(run)
@@ -85,12 +89,15 @@ def start(config: RunConfig, sinks: Sequence[Callable[[Event], Any]] = (), comma
             log(event)
         listeners.sinks.append(log)
         stage = _Stage(plan, prepared.manifest, run, listeners)
-        _write_beginning(stage, prepared, command)
-        return _conduct(stage, resumed=False)
+        with Recorded(run, listeners):
+            _write_beginning(stage, prepared, parameters, command)
+            return _conduct(stage, resumed=False)
     finally:
+        listeners.close()
         run.unlock()
 
 
+@as_found()
 def resume(run: Run, changes: dict[str, Any], sinks: Sequence[Callable[[Event], Any]] = ()) -> Run:
     """Continue a run where it stopped, mid-epoch if need be.
 
@@ -102,6 +109,7 @@ def resume(run: Run, changes: dict[str, Any], sinks: Sequence[Callable[[Event], 
         ModelError: M006 when a change would make it another run, M005 when no checkpoint is intact.
         DataError: D010 when files have changed since the run began, naming them.
     """
+    listeners = Sinks(sinks)
     run.lock()
     try:
         run.clear_leftovers()
@@ -115,21 +123,29 @@ def resume(run: Run, changes: dict[str, Any], sinks: Sequence[Callable[[Event], 
                 try_=f"imgcls-fast train {manifest.source}",
             )
         plan = Plan.from_dict(facts, config)
-        stage = _Stage(plan, manifest, run, Sinks([*sinks, LogSink(run)]))
+        if "trajectory" in facts:
+            require_same_trajectory(facts["trajectory"], trajectory(plan, manifest), run, run.directory / "model.json")
+        stage = _Stage(plan, manifest, run, listeners)
+        listeners.sinks.append(LogSink(run))
+        if death := run.unexplained_end():
+            stage.emit({"event": "warning", "text": death})
         if run.finished and run.report_path.exists():
             more = f"imgcls-fast train {manifest.source} --init {run.directory}"
             stage.emit(
                 {"event": "warning", "text": f"{run.name} is finished; to go on training, begin a new run: {more}"}
             )
             return run
-        _require_same_files(run, manifest)
-        if config != run.config:
-            run.save_config(config)
-        return _conduct(stage, resumed=True)
+        with Recorded(run, listeners):
+            _require_same_files(run, manifest)
+            if config != run.config:
+                run.save_config(config)
+            return _conduct(stage, resumed=True)
     finally:
+        listeners.close()
         run.unlock()
 
 
+@as_found()
 def dry_run(config: RunConfig) -> dict[str, Any]:
     """What `start` would do, with measured estimates, without writing anything but the data cache.
 
@@ -159,7 +175,7 @@ def _measure_step(plan: Plan, model: Any) -> tuple[float, float]:
     """(seconds, MB) of one optimizer step's forward and backward pass on random pixels, without compiling."""
     import torch
 
-    from .fit import _memory_mb
+    from .progress import memory_mb
 
     train, size = plan.config.train, plan.pixels.size
     device = torch.device(train.device)
@@ -174,7 +190,7 @@ def _measure_step(plan: Plan, model: Any) -> tuple[float, float]:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - begin)
-    return min(times) * int(train.batch_size) / micro, _memory_mb(device)
+    return min(times) * int(train.batch_size) / micro, memory_mb(device)
 
 
 def _require_splits(prepared: Prepared) -> None:
@@ -190,7 +206,7 @@ def _changed_config(run: Run, changes: dict[str, Any]) -> RunConfig:
     stored = run.config
     before, after = flatten(stored), flatten(replace_settings(stored, changes))
     differing = [name for name in after if after[name] != before[name]]
-    refused = [name for name in differing if name not in free_settings() | _WARN_ONLY]
+    refused = [name for name in differing if name not in free_settings() | WARN_ONLY]
     if refused:
         name = refused[0]
         raise ModelError(
@@ -205,7 +221,9 @@ def _changed_config(run: Run, changes: dict[str, Any]) -> RunConfig:
 
 
 def _require_same_files(run: Run, manifest: Manifest) -> None:
-    changed = changed_files(manifest, env.usable_cpus())
+    """Quarantined files are not compared: they are left out, whatever has become of them."""
+    late = Quarantined(run, manifest, run.config.data.max_bad).rows()
+    changed = changed_files(manifest, env.usable_cpus(), without=late)
     if changed:
         raise DataError(
             "D010",
@@ -215,17 +233,19 @@ def _require_same_files(run: Run, manifest: Manifest) -> None:
         )
 
 
-def _write_beginning(stage: _Stage, prepared: Prepared, command: Sequence[str] | None) -> None:
+def _write_beginning(stage: _Stage, prepared: Prepared, parameters: int, command: Sequence[str] | None) -> None:
     run, plan, manifest = stage.run, stage.plan, stage.manifest
     facts = run_facts(plan, command)
     run.write_json("env.json", facts)
     run.write_json("data.json", prepared.facts())
     write_split_csv(run.directory / "split.csv", manifest)
     write_quarantine(run.directory / "quarantine.csv", prepared.found.quarantine)
-    run.write_json("model.json", {**plan.to_dict(), "parameters": _count_parameters(ModelSpec.from_dict(plan.spec))})
+    shape = trajectory(plan, manifest)
+    run.write_json("model.json", {**plan.to_dict(), "parameters": parameters, "trajectory": shape})
     run.save_config(replace_settings(plan.config, {"out": None}))  # so that -c makes a new run of it
     manifest.save(run.manifest_path)
-    run.mark_last()
+    if note := run.mark_last():
+        stage.emit({"event": "warning", "text": note})
 
 
 def run_facts(plan: Plan, command: Sequence[str] | None) -> dict[str, Any]:
@@ -236,20 +256,30 @@ def run_facts(plan: Plan, command: Sequence[str] | None) -> dict[str, Any]:
     return facts
 
 
-def _count_parameters(spec: ModelSpec) -> int:
+def _parameters(plan: Plan, manifest: Manifest) -> int:
+    """Number of parameters of the network that training will build.
+
+    Raises:
+        ImgclsError: everything that is wrong with the network or the weights that it begins with.
+    """
     import torch
 
-    with torch.device("meta"):
-        return sum(p.numel() for p in build_model(spec).parameters())
+    scratch = plan.start.kind == "scratch"
+    with torch.device("meta") if scratch else nullcontext():  # published weights are read, and checked
+        model = starting_model(plan.spec, plan.start, manifest.labels)
+        if plan.config.model.freeze != "none":
+            model.freeze(plan.config.model.freeze)
+        use_kernels(model, plan.config.model.kernels)
+    return sum(p.numel() for p in model.parameters())
 
 
 def _conduct(stage: _Stage, *, resumed: bool) -> Run:
     """Baseline, training, judgement. A signal outside of training stops at once: nothing there takes long to do again."""
+    command = stage.run.resume_command
     try:
-        with signal_as_interrupt():
+        with signal_as_interrupt(), watched(stage.run.directory, command):
             return _work(stage, resumed=resumed)
     except KeyboardInterrupt:
-        command = f"imgcls-fast train {stage.run.directory} --resume"
         stage.emit({"event": "interrupted", "command": command, "path": str(stage.run.checkpoints / "last")})
         raise Interrupted(
             "X130",
@@ -291,13 +321,15 @@ def _finish(stage: _Stage, baseline: dict[str, Any] | None) -> None:
     model, facts, progress = best_model(run)
     device = config.train.device
     raw = TorchEngine(model.to(device), manifest.labels, Pixels.from_dict(facts["pixels"]), device=device)
-    bad = {int(row): reason for row, reason in progress.quarantined.items()}
+    quarantined = Quarantined(run, manifest, config.data.max_bad)
+    bad = quarantined.rows()
 
     def on_bad(row: int, reason: str, epoch: int) -> None:
         bad[row] = reason
         stage.emit(
             {"event": "quarantine", "path": manifest.paths[row], "reason": reason, "epoch": progress.epoch, "row": row}
         )
+        quarantined.add(row, reason, "judging")
 
     def score(split: str) -> Predictions:
         return score_rows(
@@ -320,25 +352,9 @@ def _finish(stage: _Stage, baseline: dict[str, Any] | None) -> None:
             write_evaluation(run.evaluation(split), predictions, judged[split], run.plots)
             against = against_baseline(run, manifest, split, predictions)
     write_plots(run.plots, {"curves": training_curves(run.epochs)})
-    _add_quarantined(run, manifest, bad)
     report = report_run(run)
     done = _done_event(stage, judged, baseline, report, bundle)
     stage.emit(done | {"against": against.to_dict() if against else None})
-
-
-def _add_quarantined(run: Run, manifest: Manifest, bad: dict[int, str]) -> None:
-    """quarantine.csv with the files that the scan let through and a loader found."""
-    known = {file.path: file for file in read_quarantine(run.directory / "quarantine.csv")}
-    for row, reason in bad.items():
-        path = manifest.paths[row]
-        if path not in known:
-            with suppress(OSError):
-                size = manifest.path(row).stat().st_size
-                split = ("train", "val", "test")[manifest.split[row]]
-                known[path] = BadFile(
-                    path, reason, split, manifest.labels.classes[manifest.label[row]], size, found="training"
-                )
-    write_quarantine(run.directory / "quarantine.csv", known.values())
 
 
 def _done_event(

@@ -1,0 +1,81 @@
+"""The bad rows of a run: in quarantine.csv from the moment they are found, and never more than data.max_bad allows."""
+
+from __future__ import annotations
+
+from collections import Counter
+from contextlib import suppress
+
+from ..core.errors import DataError
+from ..core.manifest import SPLITS, Manifest
+from ..core.run import Run
+from ..data.quarantine import BadFile, read_quarantine, write_quarantine
+
+
+class Quarantined:
+    """Rows of the manifest that turned out to be undecodable after the scan, with reasons.
+
+    Args:
+        run: holds quarantine.csv.
+        manifest: images and splits.
+        max_bad: most bad images, those of the scan included: a fraction below 1, else a count.
+    """
+
+    def __init__(self, run: Run, manifest: Manifest, max_bad: float) -> None:
+        self._run, self._manifest, self._max_bad = run, manifest, max_bad
+        self._path = run.directory / "quarantine.csv"
+
+    def files(self) -> list[BadFile]:
+        """Every file ever quarantined in this run, those that the scan found first."""
+        return read_quarantine(self._path)
+
+    def rows(self) -> dict[int, str]:
+        """Row and reason of the files that were found after the scan."""
+        found = {file.path: file.reason for file in self.files() if file.found != "scan"}
+        if not found:
+            return {}
+        return {row: found[path] for row, path in enumerate(self._manifest.paths) if path in found}
+
+    def add(self, row: int, reason: str, found: str) -> None:
+        """Record one row at once: whatever happens next, resume must not take it for a changed file.
+
+        Args:
+            found: when, e.g. "epoch 3".
+
+        Raises:
+            DataError: D013 when there are too many bad images now.
+        """
+        manifest, files = self._manifest, self.files()
+        path = manifest.paths[row]
+        if all(file.path != path for file in files):
+            size = 0
+            with suppress(OSError):
+                size = manifest.path(row).stat().st_size
+            label = manifest.labels.classes[manifest.label[row]] if manifest.label[row] >= 0 else ""
+            files.append(BadFile(path, reason, SPLITS[manifest.split[row]], label, size, found))
+            write_quarantine(self._path, files)
+        self._require_few(files)
+
+    def require_few(self) -> None:
+        """Raise when there are too many bad images.
+
+        Raises:
+            DataError: D013, as the scan does.
+        """
+        self._require_few(self.files())
+
+    def _require_few(self, files: list[BadFile]) -> None:
+        late = [file for file in files if file.found != "scan"]
+        total = len(self._manifest) + len(files) - len(late)
+        allowed = self._max_bad * total if self._max_bad < 1 else self._max_bad
+        if not late or len(files) <= allowed:
+            return
+        reasons = Counter(file.reason.split(":")[0] for file in late).most_common(4)
+        share = " of all" if self._max_bad < 1 else ""
+        raise DataError(
+            "D013",
+            f"{len(files):,} of {total:,} images cannot be decoded, {len(late):,} of them found since the scan: "
+            + ", ".join(f"{count:,} x {reason}" for reason, count in reasons),
+            where=late[-1].path,
+            why=f"at most {self._max_bad:g}{share} may be bad (--max-bad)",
+            try_=f"look at {self._path}; to go on without these images: {self._run.resume_command} --max-bad N",
+        )
