@@ -5,7 +5,6 @@ from __future__ import annotations
 import pickle
 import re
 import sys
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from imgcls_fast.core.errors import ModelError
 from imgcls_fast.models.backbones import input_keys, is_auxiliary
 from imgcls_fast.models.classifier import Classifier
 from imgcls_fast.models.placement import is_attention
+from imgcls_fast.models.weight_files import DAMAGE, check_safetensors, check_tensors, check_torch
 
 State = dict[str, Tensor]
 
@@ -59,37 +59,35 @@ def read_state(path: Path) -> State:
             a bare state dict, or one under the key "state_dict" or "model".
 
     Raises:
-        ModelError: M003, no such file, unknown suffix, damaged, or it holds more than tensors.
+        ModelError: M003, no such file, unknown suffix, damaged, it holds more than tensors, or asks for more memory than
+            its own size.
     """
     if not path.is_file():
         raise ModelError("M003", f"no such weights file: {path}")
     if path.suffix not in SUFFIXES:
         raise ModelError("M003", f"{path.name} is not a weights file; expected one of {', '.join(SUFFIXES)}")
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
-    return _tensors(content, str(path))
+    state = _tensors(content, str(path))
+    check_tensors(path, state)
+    return state
 
 
 def _read_safetensors(path: Path) -> Any:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    check_safetensors(path)
     try:
         return load_file(path)
-    except SafetensorError as exc:
+    except (SafetensorError, *DAMAGE) as exc:
         raise ModelError("M003", f"{path} is damaged or not a safetensors file: {exc}") from exc
 
 
 def _read_torch(path: Path) -> Any:
+    check_torch(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as exc:
-        raise ModelError(
-            "M003",
-            f"{path} holds more than tensors and was not opened",
-            why=f"a pickle can run any program when it is opened ({_sentence(exc)})",
-            try_="where the file is trusted: safetensors.torch.save_file(model.state_dict(), 'model.safetensors')",
-        ) from exc
-    except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as exc:
+    except (pickle.UnpicklingError, *DAMAGE) as exc:
         raise ModelError("M003", f"{path} is damaged or not a weights file: {_sentence(exc)}") from exc
 
 
@@ -202,7 +200,7 @@ def _fitted(model: Classifier, state: State, own: State) -> State:
         inserted = {key: value for key, value in state.items() if is_attention(key)}
         state = _library_fit(model, {k: v for k, v in state.items() if k not in inserted}) | inserted
     unequal = [k for k in _misfits(model, state, own) if k in own and k in state]
-    if any(own[k].dim() == 4 and own[k].shape[1] != state[k].shape[1] for k in unequal):
+    if any(own[k].dim() == 4 == state[k].dim() and own[k].shape[1] != state[k].shape[1] for k in unequal):
         for key in set(unequal) & input_keys(model.spec, model.backbone):
             state = {**state, key: _adapt_input(state[key], own[key])}
     return state
