@@ -129,10 +129,8 @@ def test_no_verb_runs_anything_of_the_current_folder(trap: Path) -> None:
     for words in (
         "eval a", "predict a data/cat/0.tif", "report a", "runs list", "runs show a", "doctor", "data split data -o ../split.csv",
         "data stats data", "deploy render kserve a", "bench compare . .", "bench report . -o ../page", "demo --help",
-        "export a --onnx", "export a --onnx --precision int8 --search 0", "export a --aoti", "export a --torchscript", "export a --pt2",
-        "export a --triton", "export a --trt", "verify a", "predict a data/cat/0.tif --runtime aoti",
-        "predict a data/cat/0.tif --runtime compile", "bench a --runtime onnx -b 1 --duration 0.1s",
-        "train ../runs/a --resume", "train data --dry-run",
+        "export a --onnx --precision int8 --search 0", "export a --aoti", "bench a --runtime onnx -b 1 --duration 0.1s",
+        "train ../runs/a --resume",
     ):  # fmt: skip
         assert "X001" not in run(trap, *words.split()), words
 

@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
+from .core.text import printable
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress, TaskID
@@ -117,7 +119,7 @@ class ConsoleSink:
 
     def _say(self, text: str, style: str = "") -> None:
         """One line that a terminal may wrap but that is never cut: paths and commands stay whole."""
-        self.console.print(text, style=style or None, soft_wrap=True)
+        self.console.print(printable(text), style=style or None, soft_wrap=True)
 
     def _lines(self, event: Event) -> None:
         for line in plain_lines(event):
@@ -138,7 +140,7 @@ class ConsoleSink:
         table.add_column(overflow="fold", style="bold", max_width=32)
         table.add_column(overflow="fold")
         for name, value, reason in interesting(event["rows"]):
-            table.add_row(f"  {name}", value, reason)
+            table.add_row(f"  {name}", printable(value), printable(reason))
         self.console.print(table)
 
     def _baseline(self, event: Event) -> None:
@@ -225,7 +227,7 @@ class ConsoleSink:
         table.add_column(no_wrap=True, style="dim")
         table.add_column(overflow="fold")
         for name, value in done_facts(event):
-            table.add_row(name, Text(value, style="bold" if name == "accuracy" else ""))
+            table.add_row(name, Text(printable(value, keep="\n"), style="bold" if name == "accuracy" else ""))
         title = Text(f" {event['split']}: {counted(event['n'], 'image')} ", style="bold")
         return Panel(
             table,

@@ -395,16 +395,29 @@ def test_sources_that_cannot_be_served_are_refused(bundle_of, tmp_path):
         write_triton(bundle, onnx_export(bundle), target)
 
 
-@pytest.mark.parametrize("name", ["two\nlines", "carriage\rreturn", "nul\0", "not utf-8 \udcff"])
-def test_class_names_that_would_shift_the_label_file_are_refused(bundle_of, tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("two\nlines", "two\\nlines"),
+        ("carriage\rreturn", "carriage\\rreturn"),
+        ("nul\0", "nul\\x00"),
+        ("not utf-8 \udcff", "not utf-8 \\udcff"),
+    ],
+)
+def test_class_names_that_would_shift_the_label_file_are_escaped_in_it_and_that_is_said(bundle_of, tmp_path, name, line):
     from dataclasses import replace
 
     from imgcls_fast.core.manifest import LabelSpace
 
-    bundle = replace(bundle_of(), labels=LabelSpace.single(["rose", name, "tulip"]))
-    with pytest.raises(ExportError, match="class 1 is called") as error:
+    bundle = replace(bundle_of(), labels=LabelSpace.single(["rose", name, "tulip \x1b"]))
+    with pytest.warns(UserWarning, match="clients get escapes for 1 class"):
         write_triton(bundle, onnx_export(bundle), tmp_path / "repository")
-    assert error.value.code == "E001" and not (tmp_path / "repository").exists()
+    written = [path.read_text("utf-8").split("\n") for path in (tmp_path / "repository").glob("*/labels.txt")]
+    assert written and all(lines == ["rose", line, "tulip \x1b", ""] for lines in written)
+    twins = replace(bundle, labels=LabelSpace.single(["rose", name, line]))
+    with pytest.raises(ExportError, match="the same line") as error:
+        write_triton(twins, onnx_export(twins), tmp_path / "other")
+    assert error.value.code == "E001" and not (tmp_path / "other").exists()
 
 
 def test_odd_class_names_that_fit_on_a_line_are_kept_as_they_are(bundle_of, tmp_path):

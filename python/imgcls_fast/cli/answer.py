@@ -6,12 +6,12 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import IO, Any
 
 from ..core.errors import ImgclsError
+from ..core.text import printable
 
 
 @dataclass(frozen=True)
@@ -62,13 +62,13 @@ class Session:
 
     def note(self, text: str) -> None:
         """Say something once, on stderr."""
-        print(f"note: {text}", file=sys.stderr)
+        print(f"note: {printable(text)}", file=sys.stderr)
 
     def warn(self, text: str) -> None:
         """Say something that must not be overlooked; it is repeated at the end."""
         if text not in self.warnings:
             self.warnings.append(text)
-            print(f"warning: {text}", file=sys.stderr)
+            print(f"warning: {printable(text)}", file=sys.stderr)
 
     def answer(self, found: Answer) -> int:
         """Print what a verb found; the exit code."""
@@ -76,9 +76,9 @@ class Session:
             self._json({**found.value, "warnings": self.warnings})
         elif self.quiet:
             if found.line:
-                print(found.line, file=self.stdout)
+                print(printable(found.line, keep="\n"), file=self.stdout)
         elif found.text:
-            print(found.text, file=self.stdout)
+            print(printable(found.text, keep="\n"), file=self.stdout)
         elif found.show is not None:
             from ..track import make_console
 
@@ -100,7 +100,7 @@ class Session:
         if self.warnings:
             print(f"{len(self.warnings)} warning{'s' * (len(self.warnings) > 1)}:", file=sys.stderr)
             for text in self.warnings:
-                print(f"  {text}", file=sys.stderr)
+                print(f"  {printable(text)}", file=sys.stderr)
 
     def _json(self, value: dict[str, Any]) -> None:
         print(json.dumps(plain(value), ensure_ascii=True, allow_nan=False), file=self.stdout, flush=True)
@@ -122,10 +122,3 @@ def plain(value: Any) -> Any:
         if hasattr(value, convert):
             return plain(getattr(value, convert)())
     return str(value)
-
-
-def write_lines(path: Path, lines: Sequence[str]) -> None:
-    """A text file that appears whole."""
-    from ..core.files import write_text
-
-    write_text(path, "".join(f"{line}\n" for line in lines))

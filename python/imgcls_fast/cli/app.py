@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 from ..core.env import calm_threads, distrust_folder
 from ..core.errors import ImgclsError, Interrupted, UsageError, near
 from ..core.flags import LATER_FLAGS, LATER_VERBS, VERBS, Flag, Verb, flags_of
+from ..core.text import printable
 from .answer import Answer, Request, Session
 from .old import is_old, modernize
 
@@ -256,7 +257,7 @@ def _talking(session: Session) -> Iterator[None]:
         if filename.startswith(ours):
             session.warn(str(message).strip())
         elif session.debug:
-            print(f"{filename}: {category.__name__}: {message}", file=sys.stderr)
+            print(printable(f"{filename}: {category.__name__}: {message}", keep="\n"), file=sys.stderr)
 
     with warnings.catch_warnings(), contextlib.ExitStack() as stack:
         if session.json:
@@ -267,7 +268,7 @@ def _talking(session: Session) -> Iterator[None]:
 
 def _failed(session: Session, error: ImgclsError) -> int:
     if session.debug:
-        traceback.print_exc(file=sys.stderr)
+        print(printable(traceback.format_exc(), keep="\n"), file=sys.stderr)
     return session.fail(error)
 
 

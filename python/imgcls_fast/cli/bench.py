@@ -9,7 +9,7 @@ from typing import Any
 from ..core.errors import GateFailed, UsageError
 from .answer import Answer, Request, Session
 from .judge import trusted
-from .show import facts, say, table
+from .show import block, facts, say, table
 
 _HEADS = ("area", "case", "contender / rival", "before", "after", "change", "bound", "p", "verdict")
 
@@ -98,7 +98,7 @@ def report(request: Request, session: Session) -> Answer:
 
     def show(console: Any) -> None:
         for text in found["tables"]:
-            say(console, text)
+            block(console, text)
             say(console, "")
         facts(console, {"page": found["page"], "pictures": len(found["pictures"])})
 

@@ -11,7 +11,7 @@ from ..core.flags import PRECISIONS
 from .answer import Answer, Request, Session
 from .judge import run_and_rest, trusted
 from .settings import settings_of
-from .show import facts, say, table
+from .show import block, facts, say, table
 
 TARGETS = ("onnx", "trt", "pt2", "aoti", "torchscript", "triton")
 _POINTS = (
@@ -91,7 +91,7 @@ def deploy(request: Request, session: Session) -> Answer:
         from ..core.files import write_text
 
         write_text(Path(out), text)
-    return Answer({"kind": kind, "manifest": text, "out": out}, lambda console: say(console, out or text), out or text)
+    return Answer({"kind": kind, "manifest": text, "out": out}, lambda console: block(console, out or text), out or text)
 
 
 def _target(request: Request) -> str:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..core.errors import DataError, UsageError
-from .answer import Answer, Request, Session, plain, write_lines
+from ..core.files import write_text
+from ..core.text import to_csv, to_json
+from .answer import Answer, Request, Session, plain
 from .settings import whole_number
 from .show import facts, say, share, table
 
@@ -74,9 +73,8 @@ def predict(request: Request, session: Session) -> Answer:
     )
     bad = [answer for answer in answers if answer.get("error")]
     if out is not None:
-        write_lines(
-            out, _as_csv(answers, top_k) if out.suffix == ".csv" else [json.dumps(answer) for answer in answers]
-        )
+        rows = [_heads(top_k), *_rows(answers, top_k)]
+        write_text(out, to_csv(rows) if out.suffix == ".csv" else "".join(f"{to_json(answer)}\n" for answer in answers))
     value = {"run": run or "last", "predictions": answers, "failed": len(bad), "out": str(out) if out else None}
     line = f"{counted(len(answers) - len(bad), 'image')} answered, {len(bad):,} could not be read" + (
         f" -> {out}" if out else ""
@@ -182,11 +180,3 @@ def _rows(answers: Sequence[dict[str, Any]], top_k: int) -> list[list[str]]:
         more += [""] * (2 * (top_k - 1) - len(more))
         rows.append([answer["path"], str(answer["label"]), f"{answer['confidence']:.6f}", *more, ""])
     return rows
-
-
-def _as_csv(answers: Sequence[dict[str, Any]], top_k: int) -> list[str]:
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(_heads(top_k))
-    writer.writerows(_rows(answers, top_k))
-    return out.getvalue().removesuffix("\n").split("\n")  # splitlines() would also cut inside a file name

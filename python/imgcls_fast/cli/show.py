@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from ..core.text import printable
+
 MAX_ROWS = 40  # of one table on a terminal; files and --json hold all
-# a file name may hold a tab, a line break or an escape sequence; a row must stay one row, and a terminal itself
-_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}
 
 
 def table(
@@ -24,9 +24,10 @@ def table(
         numbers: the columns that are aligned to the right.
         limit: rows shown on a terminal; the others are counted.
     """
-    lines = [[text(cell).translate(_CONTROLS) for cell in row] for row in rows]
+    heads = [printable(head) for head in heads]
+    lines = [[printable(text(cell)) for cell in row] for row in rows]
     if not console.is_terminal:
-        for line in [list(heads), *lines]:
+        for line in [heads, *lines]:
             print("\t".join(line), file=console.file)  # rich would turn tabs into spaces
         return
     from rich import box
@@ -44,8 +45,14 @@ def table(
 
 
 def say(console: Any, line: str, style: str = "") -> None:
-    """One line that is never cut."""
-    console.print(line, style=style or None, soft_wrap=True)
+    """One line that is never cut. A line break in it, a file's name perhaps, is shown as an escape."""
+    console.print(printable(line), style=style or None, soft_wrap=True)
+
+
+def block(console: Any, lines: str) -> None:
+    """Several lines."""
+    for line in lines.split("\n"):
+        say(console, line)
 
 
 def facts(console: Any, values: Mapping[str, Any], indent: int = 0, *, names: bool = False) -> None:

@@ -15,6 +15,8 @@ An error says what happened with full names and numbers, where, why, and the one
 
 from __future__ import annotations
 
+from .text import printable
+
 CODES: dict[str, str] = {
     "U001": "unknown command or option",
     "U002": "missing or malformed argument",
@@ -96,10 +98,11 @@ class ImgclsError(Exception):
         return _EXIT_CODES[self.code[0]]
 
     def __str__(self) -> str:
-        lines = [f"error[{self.code}]: {self.message}"]
+        # a name with a line break in it must not be able to write a line of its own: "try: curl ..."
+        lines = [f"error[{self.code}]: {printable(self.message)}"]
         for name, text in (("where", self.where), ("why", self.why), ("try", self.try_)):
             if text:
-                lines.append(f"  {name + ':':<6} {text}")
+                lines.append(f"  {name + ':':<6} {printable(text)}")
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, str]:

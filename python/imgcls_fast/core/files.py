@@ -9,13 +9,16 @@ import os
 import re
 import shutil
 import stat
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from .bounds import JSON_BYTES
 from .errors import HardwareError, UsageError
+from .text import to_json
 
 SEAL = "seal"  # key of the digest that a sealed JSON file holds of itself
 _JSON_DEPTH = 64
@@ -46,6 +49,28 @@ def explained_write(path: Path) -> Iterator[None]:
             where=str(error.filename or path),
             try_="free some space, or choose another place with --out",
         ) from error
+
+
+def plain_path(path: Path) -> Path:
+    """The same file or folder under a name that is UTF-8: libraries written in C++ and Rust take no other.
+
+    Where the name is not, a link in a temporary folder, which goes with this process.
+    """
+    try:
+        str(path).encode("utf-8")
+    except UnicodeEncodeError:
+        place = os.path.abspath(path)
+        suffix = path.suffix if path.suffix.isascii() else ""
+        link = Path(_links().name) / (hashlib.sha256(os.fsencode(place)).hexdigest()[:16] + suffix)
+        if not link.is_symlink():
+            link.symlink_to(place)
+        return link
+    return path
+
+
+@cache
+def _links() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="imgcls-")
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -122,7 +147,7 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, whole."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, sort_keys=False) + "\n")
+    write_text(path, to_json(value, indent=2) + "\n")
 
 
 def read_bounded(path: Path, limit: int) -> bytes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +14,7 @@ import numpy as np
 from .errors import DataError
 from .files import read_sealed, sha256_file, write_sealed, write_text, write_whole
 from .manifest import LabelSpace
+from .text import to_csv
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,16 +116,14 @@ class Predictions:
 
     def to_csv(self) -> str:
         """One line a row: row, path, label (if known), pred, confidence, then one probability a class."""
-        out = io.StringIO()
-        writer = csv.writer(out, lineterminator="\n")
         classes = self.labels.classes
-        writer.writerow(["row", "path", "label", "pred", "confidence", *[f"p:{name}" for name in classes]])
+        lines: list[list[Any]] = [["row", "path", "label", "pred", "confidence", *[f"p:{name}" for name in classes]]]
         for i, row in enumerate(self.rows):
             label = "" if self.targets is None or not self.targets[i].any() else classes[self.truth[i]]
             name = classes[self.predicted[i]]
             scores = [f"{s:.6g}" for s in self.scores[i]]
-            writer.writerow([row, self.paths[i], label, name, f"{self.confidence[i]:.6g}", *scores])
-        return out.getvalue()
+            lines.append([row, self.paths[i], label, name, f"{self.confidence[i]:.6g}", *scores])
+        return to_csv(lines)
 
     @classmethod
     def load(cls, directory: Path) -> Predictions:

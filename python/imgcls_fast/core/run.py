@@ -23,6 +23,7 @@ from .files import explained_write, read_bounded, read_json, write_json, write_t
 from .manifest import Manifest
 from .predictions import Predictions
 from .settings import build_config, save_config
+from .text import printable
 
 EFFICIENCY_SCHEMA = 1  # of bench/efficiency.json
 # everything that training, judging, exporting and timing write into the directory of a run
@@ -325,9 +326,9 @@ class Run:
         """Add one line to log.txt."""
         with (
             explained_write(self.directory / "log.txt"),
-            open(self.directory / "log.txt", "a", encoding="utf-8", errors="surrogateescape") as file,
+            open(self.directory / "log.txt", "a", encoding="utf-8") as file,
         ):
-            file.write(line + "\n")
+            file.write(printable(line) + "\n")
 
     def write_epochs(self, epochs: list[dict[str, Any]]) -> None:
         """Rewrite metrics.csv: one row an epoch, so that a resumed run has no row twice."""

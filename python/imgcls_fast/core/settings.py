@@ -14,6 +14,7 @@ from .bounds import YAML_BYTES, YAML_DEPTH
 from .config import RunConfig, setting_names
 from .errors import ConfigError, near, shortened
 from .files import write_text
+from .text import to_yaml as as_yaml
 
 
 def build_config(
@@ -67,7 +68,7 @@ def preset_names() -> list[str]:
 
 def to_yaml(config: RunConfig) -> str:
     """The configuration as a YAML file that `build_config(file=...)` reads back to an equal object."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return as_yaml(config.model_dump(mode="json"))
 
 
 def save_config(config: RunConfig, path: Path) -> None:

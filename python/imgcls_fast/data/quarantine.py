@@ -7,7 +7,6 @@ raise what they like on damaged files, and some crash or hang, for which there i
 from __future__ import annotations
 
 import csv
-import io
 import json
 import os
 import selectors
@@ -23,6 +22,7 @@ from typing import BinaryIO
 from imgcls_fast.core import child
 from imgcls_fast.core.errors import DataError
 from imgcls_fast.core.files import write_whole
+from imgcls_fast.core.text import to_csv
 
 from . import reach, shelter
 from .decode import Undecodable, full_decode
@@ -176,12 +176,8 @@ def write_quarantine(path_csv: Path, rows: Iterable[BadFile]) -> None:
 
     Names that are not UTF-8 keep their bytes, so the file can be read back exactly.
     """
-    out = io.StringIO(newline="")
-    writer = csv.writer(out)
-    writer.writerow([f.name for f in fields(BadFile)])
-    for row in rows:
-        writer.writerow([getattr(row, f.name) for f in fields(BadFile)])
-    blob = out.getvalue().encode("utf-8", "surrogateescape")
+    names = [f.name for f in fields(BadFile)]
+    blob = to_csv([names, *([getattr(row, name) for name in names] for row in rows)]).encode("utf-8", "surrogateescape")
 
     def write(file: BinaryIO) -> None:
         file.write(blob)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import unicodedata
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from imgcls_fast.core.errors import DataError, near, shortened
 from imgcls_fast.core.manifest import NO_SPLIT
 
 from .fetch import SPLIT_FOLDERS, is_ignored
+from .spelling import Spellings, as_windows, class_name, is_text
 from .tables import COLUMNS, FAULT, read_table
 
 TABLES = (".csv", ".tsv", ".txt", ".jsonl", ".ndjson")
@@ -51,6 +51,7 @@ class Listing:
     skipped: int = 0  # files beside the class folders
     problems: list[Problem] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
+    spellings: Spellings = field(default_factory=Spellings)
 
     def sorted(self) -> Listing:
         """Rows by path, classes by name (plain order, as torchvision's ImageFolder), so that a source has one order."""
@@ -64,11 +65,6 @@ class Listing:
         self.paths = [self.paths[i] for i in order]
         self.classes = names
         return self
-
-
-def class_name(text: str) -> str:
-    """A class name as people see it: NFC (macOS archives hold NFD), readable even when the bytes were not UTF-8."""
-    return unicodedata.normalize("NFC", text.encode("utf-8", "surrogateescape").decode("utf-8", "replace"))
 
 
 def is_table(path: Path) -> bool:
@@ -109,6 +105,7 @@ def list_folder(root: Path, *, labelled: bool = True) -> Listing:
         if not folders:
             listing.problems.append(_no_classes(listing.root, files))
     listing.classes = list(classes)
+    listing.notices += listing.spellings.notices()
     return listing.sorted()
 
 
@@ -149,7 +146,7 @@ def _notice_strays(listing: Listing, prefix: str, files: list[str]) -> None:
 
 
 def _add_class(listing: Listing, classes: dict[str, int], folder: str, name: str, split: int) -> None:
-    before = len(listing.paths)
+    before, spelled = len(listing.paths), name
     name = class_name(name)
     code = classes.get(name, len(classes))
     for path in _walk(listing.root, folder, listing):
@@ -159,6 +156,7 @@ def _add_class(listing: Listing, classes: dict[str, int], folder: str, name: str
         if name not in classes:
             return
     classes[name] = code
+    listing.spellings.add(name, spelled)
 
 
 def _add(listing: Listing, path: str, label: int, split: int) -> None:
@@ -240,7 +238,7 @@ def list_table(path: Path, columns: Columns = Columns(), *, labelled: bool = Tru
         raise DataError("D004", f"{path} cannot be read: {error.strerror}", where=str(path)) from error
     except UnicodeError as error:
         raise DataError("D004", f"{path} is not a readable table: {error}", where=str(path)) from error
-    listing.classes = list(reader.classes)
+    listing.classes = reader.class_names()
     if reader.has_groups:
         listing.groups = reader.groups
     return listing.sorted()
@@ -255,6 +253,7 @@ class _TableReader:
         self.groups: list[str] = []
         self.seen: dict[str, int] = {}  # path -> row
         self.column: dict[str, str] = {}
+        self.bytes_on_disk = False  # a path that is not UTF-8 is there, byte by byte: the table is written as the disk is
 
     @property
     def has_groups(self) -> bool:
@@ -265,6 +264,7 @@ class _TableReader:
         for role in ("path", "label", "split", "group"):
             wanted = getattr(columns, role)
             if wanted:
+                wanted = next((name for name in names if as_windows(name) == wanted), wanted)
                 if wanted not in names:
                     hint = near(wanted, names)
                     raise self._no_column(role, wanted, names, f"--{role}-col {hint}" if hint else "")
@@ -294,6 +294,8 @@ class _TableReader:
         if FAULT in record:
             return self._problem("D004", "malformed row", line, record[FAULT])
         cell = {role: record.get(name) or "" for role, name in self.column.items()}
+        if not all(map(is_text, cell.values())):  # "\\ud800" in a JSON table
+            return self._problem("D004", "malformed row", line, "a cell holds half of a character (a lone surrogate)")
         path = self._path(line, cell["path"])
         label = class_name(cell.get("label", "").strip())
         split = cell.get("split", "").strip().lower()
@@ -308,6 +310,8 @@ class _TableReader:
             meant = f", did you mean {hint!r}?" if hint else f", expected one of {', '.join(SPLIT_FOLDERS)}"
             return self._problem("D004", "unknown split", line, f"{path} has split {shortened(repr(split))}{meant}")
         code = self.classes.setdefault(label, len(self.classes)) if label else -1
+        if label:
+            self.listing.spellings.add(label, cell["label"])
         return self._row(line, path, code, SPLIT_FOLDERS.get(split, NO_SPLIT), cell.get("group", "").strip())
 
     def _row(self, line: int, path: str, label: int, split: int, group: str) -> None:
@@ -329,7 +333,7 @@ class _TableReader:
         if len(text) > TABLE_PATH_CHARACTERS:
             self._problem("D004", "path too long", line, f"a path of {len(text):,} characters: {text[:60]}...")
             return None
-        for candidate in (text, text.replace("\\", "/")):  # a table written on Windows
+        for candidate in dict.fromkeys((text, *(form.replace("\\", "/") for form in (text, as_windows(text))))):  # of Windows
             path = os.path.normpath(candidate)
             if not os.path.isabs(path) and path.split("/", 1)[0] == "..":
                 self._problem(
@@ -341,10 +345,26 @@ class _TableReader:
                 return None
             full = os.path.join(self.listing.root, path)
             if os.path.isfile(full):
+                self.bytes_on_disk |= as_windows(path) != path
                 return path
         what = "is a folder, not a file" if os.path.isdir(full) else "does not exist"
         self._problem("D001", "missing file", line, f"{text} {what}")
         return None
+
+    def class_names(self) -> list[str]:
+        """The name of each class; where the table is not UTF-8 but the disk is, it came from Windows, and so do the names."""
+        named = [name if self.bytes_on_disk else class_name(as_windows(name)) for name in self.classes]
+        for name, spelled in zip(named, self.classes, strict=True):
+            if name != spelled:
+                self.listing.spellings.rename(spelled, name)
+        changed = [name for name, spelled in zip(named, self.classes, strict=True) if name != spelled]
+        if changed:
+            self.listing.notices.append(
+                f"{self.name} is not UTF-8: {len(changed):,} class names are read as Windows-1252, the first as {changed[0]!r}; "
+                "if that is wrong, save the table as UTF-8"
+            )
+        self.listing.notices += self.listing.spellings.notices()
+        return named
 
     def _problem(self, code: str, kind: str, line: int, message: str) -> None:
         where = f"{self.name}, line {line}"

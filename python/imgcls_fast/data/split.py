@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +13,7 @@ import numpy as np
 from imgcls_fast.core.errors import DataError
 from imgcls_fast.core.files import refuse_to_replace, write_whole
 from imgcls_fast.core.manifest import NO_SPLIT, SPLITS, Manifest
+from imgcls_fast.core.text import to_csv
 
 from .duplicates import crossing, joined, same_bytes
 
@@ -256,9 +255,7 @@ def write_split_csv(path: Path, manifest: Manifest, *, replace: bool = True) -> 
     root = os.path.abspath(manifest.root)
     below = root == folder or root.startswith(folder.rstrip("/") + "/")
     prefix = os.path.relpath(root, folder) if below else root
-    out = io.StringIO(newline="")
-    writer = csv.writer(out)
-    writer.writerow(["path", "label", "group", "split"])
+    lines = [["path", "label", "group", "split"]]
     classes, names = manifest.labels.classes, manifest.group_names
     for row, name in enumerate(manifest.paths):
         group = int(manifest.group[row])
@@ -266,8 +263,8 @@ def write_split_csv(path: Path, manifest: Manifest, *, replace: bool = True) -> 
         label = classes[manifest.label[row]] if manifest.label[row] >= 0 else ""
         code = int(manifest.split[row])
         text = "" if group < 0 else names[group] if group < len(names) else str(group)
-        writer.writerow([place, label, text, SPLITS[code] if code != NO_SPLIT else ""])
-    blob = out.getvalue().encode("utf-8", "surrogateescape")
+        lines.append([place, label, text, SPLITS[code] if code != NO_SPLIT else ""])
+    blob = to_csv(lines).encode("utf-8", "surrogateescape")
 
     def write(file: BinaryIO) -> None:
         file.write(blob)

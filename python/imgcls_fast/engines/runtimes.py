@@ -17,6 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 from ..core.bundle import Bundle
 from ..core.errors import ConfigError, ExportError, HardwareError, ModelError, near
 from ..core.exports import Export, demand_trusted, find_export
+from ..core.files import plain_path
 from ..core.flags import RUNTIMES
 from ..core.manifest import LabelSpace
 from ..core.pixels import Pixels
@@ -391,7 +392,8 @@ def open_export(
     """
     demand_trusted(export, trust=trust)
     most: dict[str, Any] = {} if batch is None else {"max_batch": batch}
-    return OPENERS[runtime][1](export, bundle, device, threads, most)
+    place = Export(plain_path(export.folder), export.meta)
+    return OPENERS[runtime][1](place, bundle, device, threads, most)
 
 
 def _open_torch(bundle: Bundle, runtime: str, device: str, precision: str | None, batch: int | None) -> TorchEngine:

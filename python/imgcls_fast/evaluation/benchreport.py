@@ -9,7 +9,6 @@ sequentially rejective multiple test procedure", 1979).
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..core.errors import UsageError
 from ..core.files import explained_write, write_text
+from ..core.text import to_json
 
 AREAS = ("loader", "ops", "train", "engines", "startup")
 TOLERATED = 1.05  # growth of a ratio that is not worth an alarm
@@ -221,7 +221,7 @@ def write_area(folder: Path, area: Area) -> Path:
         HardwareError: H003 when it cannot be written.
     """
     path = folder / f"{area.area}.json"
-    text = json.dumps(area.model_dump(mode="json", exclude_none=True), indent=1, ensure_ascii=False)
+    text = to_json(area.model_dump(mode="json", exclude_none=True), indent=1)
     with explained_write(path):
         folder.mkdir(parents=True, exist_ok=True)
     write_text(path, text + "\n")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import base64
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,6 +14,7 @@ import numpy as np
 
 from ..core.files import explained_write, refuse_to_replace, write_json, write_text, write_whole
 from ..core.predictions import Predictions
+from ..core.text import to_csv
 from . import plots as draw
 from .metrics import Metrics
 from .paired import Difference
@@ -119,10 +118,10 @@ def write_evaluation(directory: Path, predictions: Predictions, metrics: Metrics
     write_json(directory / "metrics.json", facts)
     columns = list(facts["per_class"][0])
     lines = [[c[name] for name in columns] for c in facts["per_class"]]
-    write_text(directory / "per_class.csv", _csv([columns, *lines]))
+    write_text(directory / "per_class.csv", to_csv([columns, *lines]))
     table = [["truth", *metrics.classes]]
     table += [[name, *row] for name, row in zip(metrics.classes, metrics.confusion.tolist(), strict=True)]
-    write_text(directory / "confusion.csv", _csv(table))
+    write_text(directory / "confusion.csv", to_csv(table))
     predictions.save(directory)
     if plots is not None:
         pictures = draw.judgement_plots(predictions, metrics)
@@ -154,12 +153,6 @@ def _make(directory: Path) -> None:
 
 def _put(picture: bytes, file: BinaryIO) -> None:
     file.write(picture)
-
-
-def _csv(rows: Sequence[Sequence[Any]]) -> str:
-    out = io.StringIO()
-    csv.writer(out, lineterminator="\n").writerows(rows)
-    return out.getvalue()
 
 
 def page_environment() -> Environment:

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
+from ..core import text as core_text
+
 
 def printable(text: str) -> str:
-    """The same text with every character that cannot be shown as itself written as an escape.
-
-    Control characters, bytes that are not UTF-8 (surrogates) and marks that turn the direction of writing become
-    `\\x00`, `\\udcff`, `\\u202e`; a line break stays.
-    """
-    if text.isprintable():
-        return text
-    shown = (c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode("ascii") for c in text)
-    return "".join(shown)
+    """`core.text.printable`, where a line break is no harm."""
+    return core_text.printable(text, keep="\n")
 
 
 def shorten(text: str, length: int = 28) -> str:

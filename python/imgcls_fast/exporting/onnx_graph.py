@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from ..core.config import ExportConfig
 from ..core.errors import ExportError, GateFailed
 from ..core.exports import Export, choose, export_key, find_key, finish, new_export
 from ..core.manifest import LabelSpace
+from ..core.text import to_json
 from ..engines.base import Engine
 from ..engines.onnx_runtimes import OnnxEngine
 from ..engines.runtimes import TorchEngine, load_model
@@ -290,9 +290,9 @@ def _cast_first(graph: Any) -> None:
 def file_facts(bundle: Bundle) -> dict[str, str]:
     """What an exported file says about itself: classes, pixel specification, and which bundle it was made of."""
     return {
-        "classes": json.dumps(list(bundle.labels.classes), ensure_ascii=False),
-        "labels": json.dumps(bundle.labels.to_dict(), ensure_ascii=False),
-        "pixels": json.dumps(bundle.pixels.to_dict()),
+        "classes": to_json(list(bundle.labels.classes)),
+        "labels": to_json(bundle.labels.to_dict()),
+        "pixels": to_json(bundle.pixels.to_dict()),
         "bundle": bundle.digest,
         "temperature": repr(bundle.temperature),
         "arch": str(bundle.arch.get("arch")),

@@ -252,7 +252,7 @@ def _in_child(
 ) -> dict[str, Any]:
     """Run one request in a process of its own and move what it made to `out`."""
     with explained_write(out):
-        folder = Path(tempfile.mkdtemp(prefix=".quantize-", dir=out.parent.resolve()))
+        folder = Path(tempfile.mkdtemp(prefix=".quantize-", dir=out.parent.absolute()))
     try:
         with explained_write(folder):
             shutil.copyfile(onnx_fp32, folder / MODEL)

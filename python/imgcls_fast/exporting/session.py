@@ -17,7 +17,7 @@ from ..core.bundle import Bundle, read_bundle
 from ..core.config import ExportConfig
 from ..core.errors import ConfigError, GateFailed
 from ..core.exports import GATE, Export, choose, common_meta, export_key, find_key, finish, new_export
-from ..core.files import explained_write, sha256_file, sync_directory, write_sealed
+from ..core.files import explained_write, plain_path, sha256_file, sync_directory, write_sealed
 from ..core.manifest import Manifest
 from ..core.run import Run
 from ..core.settings import replace_settings
@@ -474,10 +474,11 @@ def export_run(
     if source := config.export.gate_data:
         extra = scan_to_judge(config.data, Path(source), bundle.pixels, bundle.labels, env.cache_dir())
     exporter = Exporter(
-        bundle, run.manifest, run.exports, config.export, seed=config.train.seed, extra=extra,
+        bundle, run.manifest, plain_path(run.directory) / run.exports.name, config.export, seed=config.train.seed, extra=extra,
         strict="export.max_drop" in changes, run=str(run.directory), say=say, progress=progress,
     )  # fmt: skip
-    return export_bundle(exporter, target, precision)
+    made = export_bundle(exporter, target, precision)
+    return Export(run.exports / made.folder.name, made.meta)
 
 
 def _timings(engine: Engine, batch: int | None) -> dict[str, Any]:

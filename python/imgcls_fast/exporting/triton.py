@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from ..core.errors import ConfigError, ExportError, HardwareError
 from ..core.exports import GATE, Export, choose, export_key, find_key, finish, new_export
 from ..core.files import explained_write, sha256_file, write_text, write_whole
 from ..data.loader import dali_missing
-from .triton_config import CONFIG, PIXELS, SCORES, Word, check_repository, to_pbtxt
+from .triton_config import CONFIG, PIXELS, SCORES, Word, check_repository, label_lines, to_pbtxt
 
 LABELS = "labels.txt"
 REPOSITORY = "model_repository"
@@ -212,19 +213,21 @@ def _check_numbers(options: TritonOptions) -> None:
 
 
 def _check_labels(bundle: Bundle) -> None:
-    """The label file has one line a class, in UTF-8: a name that breaks this would shift every name behind it."""
-    for index, name in enumerate(bundle.labels.classes):
-        reason = ""
-        if "\n" in name or "\r" in name or "\0" in name:
-            reason = "holds a line break or a NUL"
-        elif any("\ud800" <= c <= "\udfff" for c in name):
-            reason = "is not UTF-8"
-        if reason:
-            raise ExportError(
-                "E001",
-                f"class {index} is called {name!r}, which {reason}, and Triton's label file is one line a class in UTF-8",
-                why="escaping it would give clients another name than predict does",
-            )
+    """The label file has one line a class, in UTF-8: names that would break it are escaped there, and that is said."""
+    lines, classes = label_lines(bundle.labels), bundle.labels.classes
+    changed = [(line, name) for line, name in zip(lines, classes, strict=True) if line != name]
+    if len(set(lines)) < len(set(classes)):
+        raise ExportError(
+            "E001",
+            f"two of the classes {', '.join(line for line, _ in changed[:4])} would have the same line in Triton's label file",
+            why="it is one line a class in UTF-8, so line breaks and bytes that are not UTF-8 are written as escapes",
+        )
+    if changed:
+        warnings.warn(
+            f"Triton's label file is one line a class in UTF-8: clients get escapes for {len(changed):,} class names, "
+            f"{changed[0][0]} the first",
+            stacklevel=2,
+        )
 
 
 def _batches(export: Export) -> tuple[int | None, int | None, int | None]:
@@ -274,7 +277,7 @@ def _write_model(bundle: Bundle, export: Export, folder: Path, plan: _Plan) -> N
     name, capability = _file_name(export)
     (folder / "1").mkdir(parents=True)
     shutil.copyfile(export.path, folder / "1" / name)
-    write_text(folder / LABELS, "".join(f"{label}\n" for label in bundle.labels.classes))
+    write_text(folder / LABELS, "".join(f"{label}\n" for label in label_lines(bundle.labels)))
     write_text(folder / CONFIG, to_pbtxt(_model_config(bundle, export, plan, name, capability)))
 
 
@@ -396,7 +399,7 @@ def _write_ensemble(bundle: Bundle, folder: Path, plan: _Plan) -> None:
         (folder / "1").mkdir(parents=True)
         # an empty folder is lost in buckets and in git, and without a version the ensemble is not served
         write_text(folder / "1" / ".keep", "")
-        write_text(folder / LABELS, "".join(f"{label}\n" for label in bundle.labels.classes))
+        write_text(folder / LABELS, "".join(f"{label}\n" for label in label_lines(bundle.labels)))
         write_text(folder / CONFIG, to_pbtxt(config))
 
 

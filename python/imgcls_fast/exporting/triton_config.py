@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 from ..core import env
 from ..core.bundle import Bundle
+from ..core.manifest import LabelSpace
+from ..core.text import printable, to_json
 
 CONFIG = "config.pbtxt"
 PIXELS, SCORES = "pixels", "scores"
@@ -54,8 +56,16 @@ def _scalar(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str) and not isinstance(value, Word):
-        return json.dumps(value, ensure_ascii=False)
+        return to_json(value)
     return str(value)
+
+
+_BREAKS = re.compile("[\\0\n\r\ud800-\udfff]")
+
+
+def label_lines(labels: LabelSpace) -> list[str]:
+    """The lines of a label file, one a class in UTF-8: a name that would break this is written with escapes, others as they are."""
+    return [printable(name) if _BREAKS.search(name) else name for name in labels.classes]
 
 
 _TOKEN = re.compile(r'\s+|#[^\n]*|("(?:[^"\\\n]|\\.)*")|([A-Za-z_][\w.]*)|(-?\d+(?:\.\d+)?)|([{}\[\]:,;<>])')
@@ -345,7 +355,7 @@ def _check_labels(model: _Model, bundle: Bundle | None) -> list[str]:
             continue
         if labels[-1] != "" or len(labels) - 1 != tensor.dims[-1]:
             wrong.append(f"label file {name} has {len(labels) - 1} lines for {tensor.dims[-1]} scores")
-        elif bundle is not None and labels[:-1] != list(bundle.labels.classes):
+        elif bundle is not None and labels[:-1] != label_lines(bundle.labels):
             wrong.append(f"label file {name} names other classes than the model")
     return wrong
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from imgcls_fast.core.errors import ModelError
+from imgcls_fast.core.files import plain_path
 from imgcls_fast.models.backbones import input_keys, is_auxiliary
 from imgcls_fast.models.classifier import Classifier
 from imgcls_fast.models.placement import is_attention
@@ -78,7 +79,7 @@ def _read_safetensors(path: Path) -> Any:
 
     check_safetensors(path)
     try:
-        return load_file(path)
+        return load_file(plain_path(path))
     except (SafetensorError, *DAMAGE) as exc:
         raise ModelError("M003", f"{path} is damaged or not a safetensors file: {exc}") from exc
 
