@@ -32,6 +32,11 @@ def start(module: str, *words: str, options: tuple[str, ...] = (), **arguments: 
     return subprocess.Popen(command(module, *words, options=options), env=child_environment(), **arguments)
 
 
+def start_alone(file: str, *words: str, **arguments: Any) -> "subprocess.Popen[bytes]":
+    """`subprocess.Popen` of a file of this package that imports the standard library alone: the interpreter looks at nothing else."""
+    return subprocess.Popen([sys.executable, "-I", "-S", file, *words], **arguments)
+
+
 def _main() -> None:
     import runpy
     from importlib.util import module_from_spec, spec_from_file_location

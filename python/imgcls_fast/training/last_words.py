@@ -65,12 +65,11 @@ def watched(directory: Path, command: str) -> Iterator[None]:
 
 def _start(words: list[str]) -> subprocess.Popen[bytes] | None:
     """The watcher, out of reach of signals to this process's group; None where no process can be started."""
-    if not sys.executable:
-        return None
     try:
-        return subprocess.Popen(
-            [sys.executable, "-I", "-S", os.path.abspath(__file__), *words],
-            stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, bufsize=0, start_new_session=True, cwd="/",
+        from ..core import child  # not above: as a program this file is no part of the package
+
+        return child.start_alone(
+            os.path.abspath(__file__), *words, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, bufsize=0, start_new_session=True, cwd="/",
         )  # fmt: skip
     except OSError:
         return None
@@ -96,14 +95,19 @@ def main(words: Sequence[str], stream: IO[bytes]) -> None:
     lines = [f"failed: error[X001]: {text}", f"continue with: {command}", *trace]
     with contextlib.suppress(OSError):
         with open(os.path.join(directory, "log.txt"), "ab") as log:
-            log.write("".join(f"{stamp}  {line}\n" for line in lines).encode("utf-8", "surrogateescape"))
+            log.write("".join(f"{stamp}  {_shown(line)}\n" for line in lines).encode("utf-8"))
         event = {"time": round(time.time(), 3), "event": "failed", "code": "X001", "message": text, "command": command}
         with open(os.path.join(directory, "events.jsonl"), "ab") as events:
             events.write((json.dumps(event) + "\n").encode("utf-8"))
     where = os.path.join(directory, "log.txt")
-    message = f"error[X001]: {text}\n  where: {where}\n  try:   {command}\n"
+    message = f"error[X001]: {text}\n  where: {_shown(where)}\n  try:   {_shown(command)}\n"
     with contextlib.suppress(OSError):
-        os.write(2, message.encode("utf-8", "surrogateescape"))
+        os.write(2, message.encode("utf-8"))
+
+
+def _shown(text: str) -> str:
+    """`core.text.printable`, which this file as a program cannot import."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def explain(told: str, *, for_memory: bool) -> tuple[str, list[str]]:
