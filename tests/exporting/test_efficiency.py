@@ -258,6 +258,7 @@ def test_an_engine_that_answers_otherwise_is_not_compared(
 def test_images_that_are_gone_leave_accuracy_unknown_and_the_rest_stands(
     copy: Run, quick: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("imgcls_fast.data.reach.WAITS_S", ())
     gone = replace(copy.manifest, root=copy.directory / "gone")
     monkeypatch.setattr(Run, "manifest", property(lambda self: gone))
     made = examined(copy, runtimes=("onnx",))

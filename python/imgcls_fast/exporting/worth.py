@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..core.bundle import Bundle
+from ..core.errors import DataError
 from ..core.run import Run
 from ..evaluation.metrics import accuracy_interval
 from .contenders import Contender
@@ -40,10 +41,15 @@ def sample_of(run: Run, bundle: Bundle) -> Sample:
     take = min(len(rows), MOST_ROWS, max(1, _MOST_BYTES // (side * side * channels)))
     picked = manifest.spread(rows, take)
     pixels, truth = [], []
-    for batch in batches_of(bundle, manifest, picked) if take else ():
-        keep = np.asarray(batch.weight) > 0
-        pixels.append(np.ascontiguousarray(np.asarray(batch.pixels)[keep]))
-        truth.append(manifest.label[np.asarray(batch.rows)[keep]])
+    try:
+        for batch in batches_of(bundle, manifest, picked) if take else ():
+            keep = np.asarray(batch.weight) > 0
+            pixels.append(np.ascontiguousarray(np.asarray(batch.pixels)[keep]))
+            truth.append(manifest.label[np.asarray(batch.rows)[keep]])
+    except DataError as error:
+        if error.code != "D015":
+            raise
+        pixels.clear()  # out of reach: times are worth having without them, and part of the rows would be another sample
     if not sum(map(len, pixels)):
         noise = np.random.default_rng(0).integers(0, 256, (_NOISE, side, side, channels), np.uint8)
         return Sample("noise", [noise], None, 0)
