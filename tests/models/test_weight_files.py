@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from imgcls_fast.core.bounds import TENSOR_HEADER_BYTES
 from imgcls_fast.core.errors import ImgclsError, ModelError
 from imgcls_fast.models import ModelSpec, build_model, load_weights, read_state
-from imgcls_fast.models.weight_files import _MOST_HEADER
 
 
 class Calls:
@@ -136,7 +136,7 @@ def header(length: int, text: bytes = b"{}") -> bytes:
 @pytest.mark.parametrize(
     "content",
     [
-        header(745 << 30), header(2**64 - 1), header(_MOST_HEADER + 1) + bytes(_MOST_HEADER), header(3), b"", b"abc",
+        header(745 << 30), header(2**64 - 1), header(TENSOR_HEADER_BYTES + 1) + bytes(TENSOR_HEADER_BYTES), header(3), b"", b"abc",
         header(62, b'{"w":{"dtype":"F32","shape":[200000000000],"data_offsets":[0,4]}}'[:62]) + bytes(4),
         header(66, b'{"w":{"dtype":"F32","shape":[200000000000],"data_offsets":[0,4]}} ') + bytes(4),
         header(61, b'{"w":{"dtype":"F3","shape":[1],"data_offsets":[0,4]}}'.ljust(61)) + bytes(4),

@@ -232,9 +232,15 @@ def read_sealed(path: Path, limit: int = JSON_BYTES) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path} is not an object")
     seal = value.pop(SEAL, None)
-    if seal is not None and seal != sha256_json(value):
+    if (seal is None and _seal_elsewhere(value)) or (seal is not None and seal != sha256_json(value)):
         raise ValueError(f"{path} is damaged: its content does not have the SHA-256 that it was sealed with")
     return value
+
+
+def _seal_elsewhere(value: dict[str, Any]) -> bool:
+    """Whether the digest of all else stands under another key: the word "seal" itself was damaged."""
+    named = [key for key, inner in value.items() if isinstance(inner, str) and len(inner) == 64]
+    return any(value[key] == sha256_json({k: v for k, v in value.items() if k != key}) for key in named)
 
 
 def sha256_file(path: Path) -> str:

@@ -16,6 +16,7 @@ import numpy as np
 from ..core import env
 from ..core.errors import ExportError, HardwareError
 from ..core.manifest import LabelSpace
+from ..core.onnx_bytes import HostileOnnx, OnnxFacts, check_onnx
 from ..core.pixels import Pixels
 from .base import blank, closed, dominant, score_in_parts
 
@@ -41,11 +42,9 @@ class GraphFacts:
 
     Args:
         fp16_quantised: it holds Q/DQ with FP16 scales, whose fusion ONNX Runtime gets wrong on the CPU.
-        outside: names of tensors that are kept in other files.
     """
 
     fp16_quantised: bool
-    outside: tuple[str, ...]
 
 
 class GraphEngine:
@@ -252,28 +251,47 @@ def read_graph(path: Path) -> GraphFacts:
 
     Raises:
         HardwareError: H004 without onnx.
-        ExportError: E005 when it is no ONNX file, or keeps weights in other files.
+        ExportError: E005 when it is no ONNX file, goes beyond `bounds.ONNX_...`, keeps weights in other files, or holds
+            what no export of ours has and a runtime may not survive: loops, functions, sparse tensors.
     """
+    with explained(path, (HostileOnnx, OSError)):
+        seen = check_onnx(path)
+    _demand_plain(path, seen)
     onnx = env.require("onnx", "onnx", "reading ONNX files")
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
     with explained(path, (DecodeError, OSError)):
         model = onnx.load(str(path), load_external_data=False)
     tensors = list(_tensors(model.graph))
-    outside = tuple(t.name for t in tensors if t.external_data or t.data_location == onnx.TensorProto.EXTERNAL)
-    if outside:
-        raise ExportError(
-            "E005",
-            f"{path} keeps {len(outside)} tensors in other files, first {outside[0]!r}; only files that are whole are opened",
-            try_="imgcls-fast export --onnx",
-        )
     halves = {t.name for t in tensors if t.data_type == onnx.TensorProto.FLOAT16}
     halves |= {
         out for node in model.graph.node if node.op_type == "Constant" for out in node.output
         if any(a.t.data_type == onnx.TensorProto.FLOAT16 for a in node.attribute)
     }  # fmt: skip
     quantised = (n for n in model.graph.node if n.op_type in ("QuantizeLinear", "DequantizeLinear"))
-    return GraphFacts(any(n.input[1] in halves for n in quantised), outside)
+    return GraphFacts(any(n.input[1] in halves for n in quantised if len(n.input) > 1))
+
+
+def _demand_plain(path: Path, seen: OnnxFacts) -> None:
+    """Refuse what a runtime would follow: other files, loops, functions that expand, sparse tensors that become dense."""
+    if seen.outside:
+        raise ExportError(
+            "E005",
+            f"{path} keeps {len(seen.outside)} tensors in other files, first {seen.outside[0]!r}; only files that are whole are opened",
+            try_="imgcls-fast export --onnx",
+        )
+    loops = sorted(set(seen.operators) & {"Loop", "Scan"})
+    reasons = {
+        f"a {' and a '.join(loops)}": bool(loops),
+        f"{seen.functions} functions of its own": seen.functions > 0,
+        f"{seen.sparse} sparse tensors": seen.sparse > 0,
+        f"a node ({seen.unordered}) that takes what a later one makes": bool(seen.unordered),
+    }
+    if found := [what for what, there in reasons.items() if there]:
+        raise ExportError(
+            "E005", f"{path} holds {', '.join(found)}, which no exported model has; it was not opened",
+            where=str(path), try_="imgcls-fast export --onnx",
+        )  # fmt: skip
 
 
 def _tensors(graph: Any) -> Iterator[Any]:

@@ -16,6 +16,7 @@ import numpy as np
 
 from ..core import env
 from ..core.errors import ExportError
+from ..core.onnx_bytes import check_onnx
 from .qdq import (
     BFLOAT16,
     DEQUANTIZE,
@@ -90,6 +91,7 @@ def lint(path: Path, precision: str) -> list[Finding]:
     onnx = env.require("onnx", "onnx", "checking an exported graph")
     decode_error: type[Exception] = import_module("google.protobuf.message").DecodeError
     try:
+        seen = check_onnx(path)
         view = View(onnx.load(str(path), load_external_data=False))  # the paths of outside data may lead anywhere
     except (decode_error, ValueError, OSError) as error:
         raise ExportError(
@@ -97,7 +99,7 @@ def lint(path: Path, precision: str) -> list[Finding]:
         ) from error
     if not view.nodes:
         raise ExportError("E001", f"{path} holds no ONNX graph", try_="imgcls-fast export --onnx")
-    outside = [Finding("external-data", name, message) for name, message in _external_data(view)]
+    outside = [Finding("external-data", name, _OUTSIDE) for name in seen.outside]  # wherever they stand
     return outside or lint_view(view, precision)
 
 
@@ -344,10 +346,13 @@ def _opset(view: View) -> Found:
         yield "", f"opset {version}"
 
 
+_OUTSIDE = "its values are kept outside the file"
+
+
 def _external_data(view: View) -> Found:
     for tensor in view.graph.initializer:
         if tensor.data_location == tensor.EXTERNAL:
-            yield tensor.name, "its values are kept outside the file"
+            yield tensor.name, _OUTSIDE
 
 
 def _dynamic_size(view: View) -> Found:

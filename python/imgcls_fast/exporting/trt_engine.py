@@ -19,6 +19,7 @@ from ..core import env
 from ..core.config import ExportConfig
 from ..core.errors import ConfigError, ExportError, HardwareError
 from ..core.files import sha256_file, write_whole
+from ..core.onnx_bytes import check_onnx as check_bytes
 from ..engines.trt_plan import (
     CudaDevice,
     Messages,
@@ -270,6 +271,7 @@ def _read_onnx(path: Path) -> Any:
     onnx = env.require("onnx", "onnx", "`export --trt`")
     undecodable = env.require("google.protobuf.message", "onnx", "`export --trt`").DecodeError
     try:
+        check_bytes(path)
         model = onnx.load(str(path), load_external_data=False)
     except (OSError, ValueError, undecodable) as error:
         raise ExportError(

@@ -17,11 +17,12 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from imgcls_fast.core.bounds import PICKLE_STEPS
 from imgcls_fast.core.errors import ModelError
+from imgcls_fast.core.tensorfiles import check_safetensors as check_header
 
-_MOST_HEADER = 16 << 20  # bytes: names, shapes and places of about 100,000 tensors
 _MOST_DIRECTORY = 8 << 20  # bytes of a zip's list of records: as many
-_MOST_OPCODES = 5_000_000  # of a pickle; a tensor takes about 50
+_SHARED_DEPTH = 32  # how deep tuples may be built of tuples that are used again; hashing takes 2 to the power of it
 _OLD_PICKLES = 5  # in a row at the beginning of a file that torch wrote before 1.6
 _TAIL = 1 << 17  # the end of a zip's list lies within it
 _ZIP = b"PK\x03\x04"
@@ -58,17 +59,16 @@ DAMAGE = (
 
 
 def check_safetensors(path: Path) -> None:
-    """Refuse a header that is longer than the file, or than any network needs.
+    """Refuse a header that does not fit the file, or is longer than any network needs.
 
     Raises:
         ModelError: M003.
     """
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        start = file.read(8)
-    length = int.from_bytes(start, "little")
-    if len(start) < 8 or length > min(size - 8, _MOST_HEADER):
-        raise _damaged(path, f"its header claims {length:,} bytes, the file has {size:,}")
+    try:
+        with open(path, "rb") as file:
+            check_header(file)
+    except (OSError, ValueError) as error:
+        raise _damaged(path, str(error)) from error
 
 
 def check_torch(path: Path) -> None:
@@ -136,10 +136,12 @@ def _directory_bytes(file: IO[bytes], size: int) -> int:
 
 def _check_pickle(path: Path, file: Any) -> None:
     """Read one pickle to its end without running it."""
-    words = ["", ""]
+    words, shared = ["", ""], _SharedTuples()
     for count, (opcode, value, _) in enumerate(pickletools.genops(file)):
-        if count > _MOST_OPCODES:
-            raise _damaged(path, f"its pickle has more than {_MOST_OPCODES:,} steps")
+        if count > PICKLE_STEPS:
+            raise _damaged(path, f"its pickle has more than {PICKLE_STEPS:,} steps")
+        if shared.depth(opcode.name, value) > _SHARED_DEPTH:
+            raise _damaged(path, f"its pickle builds tuples of tuples that are used again, more than {_SHARED_DEPTH} deep")
         if isinstance(value, str):
             words = [words[1], value]
         if opcode.name == "STACK_GLOBAL":
@@ -153,6 +155,32 @@ def _check_pickle(path: Path, file: Any) -> None:
                 why=f"a pickle can run any program when it is opened (GLOBAL {value})",
                 try_="where the file is trusted: safetensors.torch.save_file(model.state_dict(), 'model.safetensors')",
             )
+
+
+class _SharedTuples:
+    """How deep tuples are built of tuples that are used again, at the most.
+
+    A tuple of two equal tuples of two equal tuples ... is small, and takes for ever to hash as a key of a dictionary.
+    """
+
+    def __init__(self) -> None:
+        self.depth_of: dict[Any, int] = {}  # memo slot -> depth of the tuple in it
+        self.deepest = self.made = 0
+        self.last = ""
+
+    def depth(self, opcode: str, argument: Any) -> int:
+        """The depth after one more opcode."""
+        if opcode in ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"):
+            self.made = self.deepest + 1
+        elif opcode in ("BINPUT", "LONG_BINPUT", "PUT", "MEMOIZE"):
+            slot = len(self.depth_of) if opcode == "MEMOIZE" else argument
+            self.depth_of[slot] = self.made if self.last.startswith("TUPLE") else 0
+        elif opcode in ("BINGET", "LONG_BINGET", "GET"):
+            self.deepest = max(self.deepest, self.depth_of.get(argument, 0))
+        elif opcode == "DUP":
+            self.deepest += 1
+        self.last = opcode
+        return self.deepest
 
 
 def _is_torch_type(name: str) -> bool:

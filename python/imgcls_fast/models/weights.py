@@ -104,10 +104,12 @@ def _tensors(content: Any, source: str) -> State:
             content = content[key]
     if not isinstance(content, Mapping) or not content:
         raise ModelError("M003", f"{source} holds no tensors by name, but a {type(content).__name__}")
-    strangers = [str(key) for key, value in content.items() if not isinstance(value, Tensor)]
+    if unnamed := next((type(key).__name__ for key in content if not isinstance(key, str)), None):
+        raise ModelError("M003", f"{source} holds no tensors by name: a key is a {unnamed}")
+    strangers = [key for key, value in content.items() if not isinstance(value, Tensor)]
     if strangers:
         raise ModelError("M003", f"{source} holds entries that are not tensors: {_some(strangers)}")
-    return {str(key): value for key, value in content.items()}
+    return dict(content)
 
 
 def load_weights(
