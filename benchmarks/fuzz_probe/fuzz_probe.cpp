@@ -3,7 +3,7 @@
 //   fuzz_probe COUNT SEED FILE...
 //
 // Every answer is checked for sense (legal codes, a size where the status is good); a sanitizer's finding ends the
-// program. The header is what the probe reads, so at most the first 16 KB of a seed are kept, and its last 64 bytes.
+// program. The header is what the probe reads, so at most the first 4 KB of a seed are kept, and its last 64 bytes.
 // Prints one line of JSON: inputs, seconds, and how many had which status.
 #include <algorithm>
 #include <chrono>
@@ -25,7 +25,7 @@ using imgcls::Format;
 using imgcls::Header;
 using imgcls::Status;
 
-constexpr size_t kKept = 16 << 10, kTail = 64;
+constexpr size_t kKept = 4 << 10, kTail = 64;
 
 struct Random {  // splitmix64: fast, and the same on every machine
   uint64_t state;

@@ -29,7 +29,7 @@ def compiler() -> str | None:
     return next((found for name in ("g++", "clang++", "c++") if (found := shutil.which(name))), None)
 
 
-def compile_driver(out: Path, optimise: str = "-O1") -> Path:
+def compile_driver(out: Path, optimise: str = "-O2") -> Path:
     """Build the driver with both sanitizers; raises CalledProcessError when that fails."""
     sources = [HERE / "fuzz_probe.cpp", CSRC / "probe.cpp", *sorted((CSRC / "probe").glob("*.cpp"))]
     flags = ["-std=c++17", optimise, "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-pthread"]

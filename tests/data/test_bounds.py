@@ -53,6 +53,15 @@ def scans(count: int) -> bytes:
     return whole[:-2] + last * (count - prove(whole).scans) + b"\xff\xd9"
 
 
+def planes(count: int) -> bytes:
+    """A sequential JPEG whose second plane is coded again and again."""
+    whole = bytearray(encoded("JPEG", subsampling=0))
+    at = whole.index(b"\xff\xda")
+    head, data = bytes(whole[:at]), bytes(whole[at + 14 : -2])
+    one = [b"\xff\xda\0\x08\1" + bytes([k, 0x11 if k > 1 else 0]) + b"\0\x3f\0" + data[:40] for k in (1, 2, 3)]
+    return head + b"".join(one) + one[1] * (count - 3) + b"\xff\xd9"
+
+
 def tiff_with(tags: dict[int, int]) -> bytes:
     """A TIFF whose directory has these LONG tags, in the place of its own."""
     whole = encoded("TIFF")
@@ -73,6 +82,7 @@ def webp_canvas(side: int) -> bytes:
 
 BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {
     "scans of a JPEG": (lambda: scans(1200), "101 scans, the limit is 100"),
+    "planes of a sequential JPEG": (lambda: planes(1200), "101 scans, the limit is 100"),
     "segments of a JPEG": (lambda: behind_head(encoded("JPEG"), b"\xff\xe3\0\2" * 5000), "segments before the picture"),
     "EXIF over segments": (
         lambda: behind_head(encoded("JPEG"), (b"\xff\xe1\xff\xffExif\0\0" + bytes(65527)) * 300),

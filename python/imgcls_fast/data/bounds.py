@@ -39,8 +39,8 @@ def png_chunk_limit(size_bytes: int) -> int:
 
 
 def _jpeg(content: bytes, max_megapixels: float) -> str | None:
-    head = jpeg_head_excess(content)
-    if head:
+    head, several = _jpeg_head(content)
+    if head or not several:
         return head
     if content.count(b"\xff\xda") <= MAX_JPEG_SCANS:  # also finds what is none, so this many is the most that it has
         return None
@@ -49,8 +49,13 @@ def _jpeg(content: bytes, max_megapixels: float) -> str | None:
 
 
 def jpeg_head_excess(content: bytes) -> str | None:
-    """Walk over the segments as Pillow does, up to the first scan."""
-    at, segments, junk = 2, 0, 0
+    """Which bound the segments before a JPEG's picture exceed, or None."""
+    return _jpeg_head(content)[0]
+
+
+def _jpeg_head(content: bytes) -> tuple[str | None, bool]:
+    """Walk over the segments as Pillow does, up to the first scan; also whether libjpeg will look for another scan."""
+    at, segments, junk, components, several = 2, 0, 0, 0, False
     while at + 4 <= len(content):
         marker = content[at + 1]
         if content[at] != 0xFF or marker in (0x00, 0xFF):
@@ -58,16 +63,19 @@ def jpeg_head_excess(content: bytes) -> str | None:
             junk += (end if end >= 0 else len(content)) - at
             at = end if end >= 0 else len(content)
         elif marker == 0xDA or marker < 0xC0:  # the picture, or what Pillow refuses
-            return None
+            return None, several or content[at + 4 : at + 5] != bytes([components])
         elif marker == 0xC8 or 0xD0 <= marker <= 0xD9 or 0xF0 <= marker <= 0xFD:  # without a length
             at, segments = at + 2, segments + 1
         else:
+            if marker in (0xC0, 0xC1) and at + 9 < len(content):  # sequential
+                components = content[at + 9]
+            several = several or (0xC2 <= marker <= 0xCF and marker not in (0xC4, 0xCC))
             at, segments = at + 2 + max(2, int.from_bytes(content[at + 2 : at + 4], "big")), segments + 1
         if segments > MAX_JPEG_SEGMENTS:
-            return f"more than {MAX_JPEG_SEGMENTS:,} segments before the picture"
+            return f"more than {MAX_JPEG_SEGMENTS:,} segments before the picture", several
         if at > MAX_JPEG_HEAD_BYTES or junk > MAX_JPEG_JUNK_BYTES:
-            return f"more than {min(at, MAX_JPEG_HEAD_BYTES):,} bytes before the picture"
-    return None
+            return f"more than {min(at, MAX_JPEG_HEAD_BYTES):,} bytes before the picture", several
+    return None, True
 
 
 def _jpeg_scans(content: bytes) -> int:
