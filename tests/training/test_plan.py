@@ -84,9 +84,9 @@ def test_a_batch_is_never_larger_than_the_training_split() -> None:
     assert ("train.batch_size", "80", "lowered from 500: there are 80 training images") in plan.rows
 
 
-@pytest.mark.parametrize(("batch", "accum", "micro"), [(64, 4, 16), (10, 3, 4), (5, 8, 1)])
+@pytest.mark.parametrize(("batch", "accum", "micro"), [(64, 4, 16), (10, 3, 4), (5, 8, 3)])
 def test_accumulation_sets_the_micro_batch(batch: int, accum: int, micro: int) -> None:
-    plan = plan_of({"train.batch_size": batch, "train.accum": accum})
+    plan = plan_of({"train.batch_size": batch, "train.accum": accum})  # a network with batch norm: no part of one image
     assert (plan.config.train.micro_batch, plan.config.train.accum) == (micro, None)
 
 

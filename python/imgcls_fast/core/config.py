@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 Auto = Literal["auto"]
+Text = Annotated[str, Field(min_length=1)]  # an empty name is a mistake in a script
 Fraction = Annotated[float, Field(ge=0, le=1)]
 FREE: dict[str, Any] = {"resume": "free"}
 
@@ -81,12 +82,12 @@ class Section(BaseModel):
 class DataConfig(Section):
     """Which images, and how they are checked and divided."""
 
-    source: str | None = Field(None, description="folder, CSV, JSONL, zip or tar; none: the embedded digits")
+    source: Text | None = Field(None, description="folder, CSV, JSONL, zip or tar; none: the embedded digits")
     split: Annotated[tuple[Fraction, Fraction, Fraction], BeforeValidator(_listed), AfterValidator(_sums_to_one)] = (
         Field((0.8, 0.1, 0.1), description="train, val and test fractions, where the data has no splits of its own")
     )
-    split_seed: int = Field(1998, ge=0, description="seed of the split; the training seed does not move it")
-    group_by: str | None = Field(None, description="regular expression on the path; rows of one group never part")
+    split_seed: int = Field(1998, ge=0, lt=2**64, description="seed of the split; the training seed does not move it")
+    group_by: Text | None = Field(None, description="regular expression on the path; rows of one group never part")
     group_col: str | None = Field(None, description="column of the label file that names the group")
     path_col: str | None = Field(None, description="column with the image path; found by name if not given")
     label_col: str | None = Field(None, description="column with the class; found by name if not given")
@@ -141,8 +142,8 @@ class AugmentConfig(Section):
 class ModelConfig(Section):
     """Which network, and where its weights come from."""
 
-    arch: str = Field("auto", description="a torchvision or timm classifier, or small-cnn")
-    init: str = Field("auto", description="auto | scratch | pretrained (may download) | a weights file, bundle or run")
+    arch: Text = Field("auto", description="a torchvision or timm classifier, or small-cnn")
+    init: Text = Field("auto", description="auto | scratch | pretrained (may download) | a weights file, bundle or run")
     args: dict[str, int | float | bool | str | list[int | float | bool | str]] = Field(
         default_factory=dict, description="arguments of the architecture"
     )
@@ -152,8 +153,12 @@ class ModelConfig(Section):
     kernels: Literal["auto", "proven", "on", "off"] = Field(
         "auto", description="our attention kernels: where a benchmark shows them faster, always (or an error), never"
     )
-    drop_rate: Annotated[float, Field(ge=0, lt=1)] | Auto = Field("auto", description="dropout before the head")
-    drop_path: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="stochastic depth, where the family has it")
+    drop_rate: Annotated[float, Field(ge=0, lt=1)] | Auto = Field(
+        "auto", description="dropout before the head; auto: the recipe's, else the architecture's own"
+    )
+    drop_path: Annotated[float, Field(ge=0, lt=1)] | Auto = Field(
+        "auto", description="stochastic depth of the deepest block, where the family has it"
+    )
     freeze: Literal["none", "backbone"] | Annotated[int, Field(ge=1, le=4)] = Field(
         "none", description="backbone, or the first K of its four stages"
     )
@@ -199,13 +204,16 @@ class TrainConfig(Section):
     accum: PositiveInt | None = Field(None, description="micro_batch = ceil(batch_size / accum)")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="of the forward and backward pass")
     compile: bool | Auto = Field("auto", description="torch.compile")
+    memory_format: Literal["auto", "channels-last", "contiguous"] = Field(
+        "auto", description="order of the network's filters and maps in memory; auto: the faster one on this machine"
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to train")
     threads: PositiveInt | Auto = Field("auto", description="CPU threads of the training process")
     loader: Literal["auto", "torch", "dali-cpu", "dali-gpu"] = Field("auto", description="who decodes")
     workers: Annotated[int, Field(ge=0)] | Auto = Field(
         "auto", description="loader processes or threads", json_schema_extra=FREE
     )
-    seed: int = Field(0, ge=0, description="of weights, order and augmentation")
+    seed: int = Field(0, ge=0, lt=2**64, description="of weights, order and augmentation")
     deterministic: bool = Field(False, description="refuse operations without a deterministic form")
     monitor: Literal["auto", "val/accuracy", "val/macro_f1", "val/balanced_accuracy", "val/loss"] = Field(
         "auto", description="picks the best checkpoint, and stops early"
@@ -265,7 +273,9 @@ class ExportConfig(Section):
     gate_rows: Literal["val", "test", "val+test"] = Field(
         "val", description="rows of the run that judge an engine", json_schema_extra=FREE
     )
-    gate_data: str | None = Field(None, description="more labelled images that judge an engine", json_schema_extra=FREE)
+    gate_data: Text | None = Field(
+        None, description="more labelled images that judge an engine", json_schema_extra=FREE
+    )
     search_s: Seconds = Field(
         600.0, description="time for finding the layers that INT8 harms; 0: no search", json_schema_extra=FREE
     )
@@ -298,7 +308,7 @@ class RunConfig(Section):
     train: TrainConfig = Field(default_factory=TrainConfig)  # type: ignore[arg-type]
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)  # type: ignore[arg-type]
     export: ExportConfig = Field(default_factory=ExportConfig)  # type: ignore[arg-type]
-    out: str | None = Field(None, description="run directory", json_schema_extra=FREE)
+    out: Text | None = Field(None, description="run directory", json_schema_extra=FREE)
 
 
 def setting_names() -> list[str]:

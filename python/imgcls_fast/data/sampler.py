@@ -28,6 +28,18 @@ def random_stream(seed: int, epoch: int, stream: int, skip: int = 0) -> np.rando
     return np.random.Generator(np.random.Philox(counter=[skip, 0, 0, 0], key=key))
 
 
+def forward_passes(batch: int, most: int, least: int = 1) -> list[slice]:
+    """Cut a batch into nearly equal parts, each for one forward pass.
+
+    Args:
+        batch: images in all.
+        most: images of a part, unless that would leave another part with fewer than `least`.
+        least: images of a part; a batch norm takes its statistics over at least two.
+    """
+    parts = max(1, min(-(-batch // most), batch // least))
+    return [slice(batch * k // parts, batch * (k + 1) // parts) for k in range(parts)]
+
+
 @dataclass(frozen=True)
 class Request:
     """What a backend must produce for one batch; B images of constant size.

@@ -150,9 +150,15 @@ def _make_timm(spec: ModelSpec, name: str) -> nn.Module:
     size, cfg = spec.image_size, timm.models.get_pretrained_cfg(name)
     if cfg is None or not cfg.fixed_input_size or size == cfg.input_size[-1]:
         size = None  # Convolutional networks take any size and know no such argument.
-    options = {"drop_rate": spec.drop_rate, "drop_path_rate": spec.drop_path, "img_size": size}
+    path = spec.drop_path or None  # families without stochastic depth do not know the argument, not even as 0
+    options = {"drop_rate": spec.drop_rate, "drop_path_rate": path, "img_size": size}
     arguments: dict[str, Any] = {k: v for k, v in options.items() if v is not None} | spec.arch_args
-    return timm.create_model(name, num_classes=spec.num_outputs, in_chans=spec.channels, **arguments)
+    network = timm.create_model(name, num_classes=spec.num_outputs, in_chans=spec.channels, **arguments)
+    if spec.drop_path == 0:
+        for module in network.modules():
+            if isinstance(module, timm.layers.DropPath):
+                module.drop_prob = 0.0
+    return network
 
 
 def _make_torchvision(spec: ModelSpec, name: str) -> nn.Module:
@@ -209,7 +215,7 @@ class HeadDropout:
 
 def _set_dropout(network: nn.Module, spec: ModelSpec) -> None:
     rate = spec.drop_rate or 0.0
-    own = [m for m in network.modules() if isinstance(m, nn.Dropout)]
+    own = [m for name, m in network.named_modules() if isinstance(m, nn.Dropout) and not is_auxiliary(name)]
     for module in own:
         module.p = rate
     if not own and rate:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+import torch
+
 from imgcls_fast.core.errors import ConfigError, ModelError
 from imgcls_fast.models.backbones import (
     IMAGENET_MEAN,
@@ -17,9 +19,11 @@ from imgcls_fast.models.backbones import (
     head_keys,
     make_backbone,
     resolve_args,
+    weightless,
 )
 from imgcls_fast.models.classifier import Classifier
 from imgcls_fast.models.names import SMALL_CNN, list_models, resolve_arch
+from imgcls_fast.models.outline import outline_of
 from imgcls_fast.models.placement import attention_to_train, insert_attention
 from imgcls_fast.models.weights import LoadReport, load_weights, matching_classes, read_state
 
@@ -32,11 +36,13 @@ __all__ = [
     "list_models",
     "load_weights",
     "matching_classes",
+    "outline_of",
     "pretrained_available",
     "pretrained_pixels",
     "read_state",
     "resolve_arch",
     "resolve_args",
+    "sketch_model",
 ]
 
 # torchvision's files of these were trained on inputs scaled to -1..1; its `transform_input` converts from
@@ -85,6 +91,20 @@ def build_model(
     if path is not None:
         model.report = load_weights(model, path, ignore_extra=pretrained, head_rows=head_rows)
     return model
+
+
+def sketch_model(spec: ModelSpec) -> Classifier:
+    """The model that `build_model` makes, without memory for its weights: for counting and checking.
+
+    Raises:
+        ConfigError, ModelError: as `build_model`.
+    """
+    check_image_size(spec)
+    backbone = weightless(spec)
+    head = head_keys(spec, backbone)
+    with torch.random.fork_rng(devices=[]):
+        insert_attention(backbone, spec)
+    return Classifier(spec, backbone, head)
 
 
 def pretrained_available(arch: str) -> Path | None:

@@ -37,7 +37,7 @@ class Classifier(nn.Module):
 
     Args:
         spec: what was built.
-        backbone: the network (`backbones.make_backbone`); its weights are laid out channels-last.
+        backbone: the network (`backbones.make_backbone`); its weights are laid out channels-last (`lay_out`).
         head: names within `backbone` of the tensors whose shape depends on the number of outputs.
     """
 
@@ -55,9 +55,24 @@ class Classifier(nn.Module):
         mean, std = (torch.tensor(v, dtype=torch.float64).view(1, -1, 1, 1) for v in (spec.mean, spec.std))
         self.register_buffer("scale", (1 / (255 * std)).float(), persistent=False)
         self.register_buffer("shift", (-mean / std).float(), persistent=False)
-        for parameter in backbone.parameters():
+        self.lay_out("channels-last")
+
+    def lay_out(self, memory_format: str) -> None:
+        """Keep filters and maps as "channels-last" (as it is after building), or "contiguous" (N, C, H, W).
+
+        Results are equal up to rounding. Which is faster depends on the network and the machine; one layer must not
+        run backwards in channels-last on a CPU (`outline.breaks_channels_last`).
+
+        Raises:
+            ValueError: another format.
+        """
+        form = {"channels-last": torch.channels_last, "contiguous": torch.contiguous_format}.get(memory_format)
+        if form is None:
+            raise ValueError(f"the memory format is channels-last or contiguous, not {memory_format!r}")
+        self.memory_format = memory_format
+        for parameter in self.backbone.parameters():
             if parameter.dim() == 4:
-                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+                parameter.data = parameter.data.contiguous(memory_format=form)
 
     def _aux_weights(self) -> tuple[float, ...]:
         heads = {key.split(".")[0] for key in self.head_keys if is_auxiliary(key)}
@@ -82,13 +97,14 @@ class Classifier(nn.Module):
         return logits
 
     def normalise(self, pixels: Tensor) -> Tensor:
-        """``(pixels / 255 - mean) / std`` as (N, C, H, W) floats; the view that comes out is channels-last.
+        """``(pixels / 255 - mean) / std`` as (N, C, H, W) floats in the format of `lay_out`.
 
         The bytes become floats before anything else happens to them: TensorRT takes no other first layer on uint8.
         """
         if self.training and self.aux_weights and self.spec.arch == "torchvision/inception_v3":
             self._check_aux_side(min(pixels.shape[1:3]))
-        return pixels.to(self.scale.dtype).permute(0, 3, 1, 2) * self.scale + self.shift
+        maps = pixels.to(self.scale.dtype).permute(0, 3, 1, 2) * self.scale + self.shift
+        return maps if self.memory_format == "channels-last" else maps.contiguous()
 
     def _check_aux_side(self, side: int) -> None:
         if side < INCEPTION_AUX_SIDE:
@@ -171,6 +187,12 @@ class Classifier(nn.Module):
         for name in self._frozen_norms:
             self.backbone.get_submodule(name).eval()
         return self
+
+    @property
+    def images_needed(self) -> int:
+        """The fewest images of a forward pass in training: 2 where batch norms take statistics over them, else 1."""
+        norms = {name for name, module in self.backbone.named_modules() if isinstance(module, _BatchNorm)}
+        return 2 if norms - set(self._frozen_norms) else 1
 
     def stages(self) -> dict[str, int]:
         """The stage 1..4 of every backbone parameter, from the sizes of the maps that flow through the network.

@@ -61,6 +61,7 @@ class Recipe:
         lr: optimizer -> (peak learning rate, batch size that it is for).
         weight_decay: of each optimizer.
         warmup: epochs.
+        drop_rate: before the head; None: the architecture's own.
     """
 
     size: int
@@ -76,7 +77,7 @@ class Recipe:
     smoothing: float
     ema: float
     augment: str
-    drop_rate: float = 0.0
+    drop_rate: float | None = None
 
 
 RECIPES = {
@@ -90,6 +91,13 @@ RECIPES = {
     "scratch": Recipe(
         size=224, crop_pct=0.95, images=10_000_000, epochs=(20, 100), batch={"cpu": 32, "cuda": 256}, opt="sgd",
         lr={"adamw": (1e-3, 256), "sgd": (0.1, 256)}, weight_decay={"adamw": 0.05, "sgd": 5e-5}, sched="cosine", warmup=5.0,
+        smoothing=0.1, ema=0.9998, augment="medium",
+    ),
+    # transformers and ConvNeXt: DeiT (Touvron et al. 2021, table 9) and ConvNeXt (Liu et al. 2022, table 5), 0.001 at
+    # batch 1024, without mixup; SGD as above for who asks for it
+    "scratch-adamw": Recipe(
+        size=224, crop_pct=0.95, images=10_000_000, epochs=(20, 100), batch={"cpu": 32, "cuda": 256}, opt="adamw",
+        lr={"adamw": (1e-3, 1024), "sgd": (0.1, 256)}, weight_decay={"adamw": 0.05, "sgd": 5e-5}, sched="cosine", warmup=5.0,
         smoothing=0.1, ema=0.9998, augment="medium",
     ),
     # fine-tuning of published weights: short, gentle, all layers
@@ -109,6 +117,7 @@ class Machine:
     gpu: str | None = None  # name of the GPU, None without one
     bf16: bool = False  # the GPU multiplies bf16 in hardware
     dali: bool = False
+    measures: bool = False  # the plan may time a few steps of the network
 
 
 def look_at_machine() -> Machine:
@@ -124,6 +133,7 @@ def look_at_machine() -> Machine:
         gpu=torch.cuda.get_device_name() if cuda else None,
         bf16=cuda and torch.cuda.is_bf16_supported(including_emulation=False),
         dali=dali_missing() is None,
+        measures=True,
     )
 
 

@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,7 +18,7 @@ from ..core.errors import DataError, ImgclsError, Interrupted, ModelError
 from ..core.manifest import SPLITS, Manifest
 from ..core.run import Run
 from ..data.loader import Loader, open_loader
-from ..data.sampler import Sampler
+from ..data.sampler import Sampler, forward_passes
 from ..engines.base import predict
 from ..engines.runtimes import AUTOCAST, TorchEngine
 from ..evaluation.metrics import Metrics, judge
@@ -33,6 +32,7 @@ from .optim import Averaged, Schedule, build_optimizer, set_rates
 from .plan import Plan, Start, starting_model
 from .progress import Pace, is_better, memory_mb, monitored
 from .quarantined import Quarantined
+from .rewind import Rewind
 from .signals import StopRequest
 
 Emit = Callable[[dict[str, Any]], None]
@@ -59,6 +59,7 @@ class Fit:
         torch.manual_seed(train.seed)
         self.model = self._build_model()
         torch.manual_seed(train.seed + 1)  # dropout does not depend on how many numbers initialisation took
+        self.images_needed, self.rewind = self.model.images_needed, Rewind(self.model)
         self.progress = Progress(micro_batch=int(train.micro_batch))
         self.quarantined = Quarantined(run, manifest, self.config.data.max_bad)
         self.train_loader = self._loader("train")
@@ -93,7 +94,9 @@ class Fit:
         if freeze != "none":
             model.freeze(freeze)
         use_kernels(model, self.config.model.kernels)
-        return model.to(self.device)  # the weights are channels-last already
+        if self.config.train.memory_format == "contiguous":
+            model.lay_out("contiguous")
+        return model.to(self.device)
 
     def _loader(self, split: str) -> Loader:
         train = self.config.train
@@ -268,12 +271,12 @@ class Fit:
     def _step(self, batch: Batch) -> float:
         """One optimizer step on one batch; returns the learning rate. No host sync."""
         lr = set_rates(self.optimizer, self.schedule, self.progress.step)
-        total = self.objective.total(batch.targets, batch.weight)
         good = int((batch.weight > 0).sum())
+        if good < self.images_needed:  # the others are bad: nothing to learn from, or a lone image for a batch norm
+            return lr
+        total = self.objective.total(batch.targets, batch.weight)
         self.pace.images += good
         self.progress.images += good
-        if total == 0:  # every image of the batch is bad: nothing to learn from
-            return lr
         self.loss_sum += self._gradients(batch, total)
         self.loss_weight += total
         if self.config.optim.clip is not None:
@@ -289,34 +292,44 @@ class Fit:
     def _gradients(self, batch: Batch, total: float) -> Tensor:
         """Accumulate the gradient of the batch's mean loss; returns the sum of its row losses.
 
-        When memory runs out the micro-batch is halved, for good, and the batch is done again.
+        When memory runs out the micro-batch is halved, for good, and the batch is done again as if it had not been begun.
         """
+        self.rewind.keep()
         while True:
             try:
                 return self._accumulate(batch, total)
             except torch.OutOfMemoryError as error:
-                if self.progress.micro_batch <= 1:
+                smaller = self._smaller_parts(len(batch))
+                if smaller is None:
                     raise ModelError(
                         "H002",
-                        f"one image at a time does not fit into memory: {error}",
+                        f"{self.images_needed} image{'s' * (self.images_needed > 1)} at a time do not fit into memory: {error}",
                         try_="--img-size 160   (or a smaller --model)",
                     ) from error
             self.optimizer.zero_grad(set_to_none=True)
-            self.progress.micro_batch = (self.progress.micro_batch + 1) // 2
+            self.rewind.restore()
+            self.progress.micro_batch = smaller
             torch.cuda.empty_cache()
-            self.emit(
-                {
-                    "event": "warning",
-                    "text": f"out of memory: from here on {self.progress.micro_batch} images per forward pass; the batch size stays",
-                }
-            )
+            self.emit({
+                "event": "warning",
+                "text": f"out of memory: from here on {smaller} images per forward pass; the batch size stays",
+            })  # fmt: skip
+
+    def _smaller_parts(self, size: int) -> int | None:
+        """Half the images per forward pass, or None where a batch cannot be cut further."""
+        needed = self.images_needed
+        before = len(forward_passes(size, self.progress.micro_batch, needed))
+        micro = self.progress.micro_batch
+        while micro > 1:
+            micro = (micro + 1) // 2
+            parts = forward_passes(size, micro, needed)
+            if len(parts) > before:
+                return max(part.stop - part.start for part in parts)
+        return None
 
     def _accumulate(self, batch: Batch, total: float) -> Tensor:
-        parts = math.ceil(len(batch) / self.progress.micro_batch)
-        edges = [len(batch) * k // parts for k in range(parts + 1)]  # equal parts: a lone last image breaks batch norms
         summed = torch.zeros_like(self.loss_sum)
-        for first, last in pairwise(edges):
-            part = slice(first, last)
+        for part in forward_passes(len(batch), self.progress.micro_batch, self.images_needed):
             pixels, targets, weight = (
                 x[part].to(self.device, non_blocking=True) for x in (batch.pixels, batch.targets, batch.weight)
             )

@@ -12,7 +12,17 @@ from ..core.pixels import Pixels
 from ..core.settings import replace_settings
 from ..data.augment import Augment
 from .defaults import RECIPES, Machine, Notes, look_at_machine
-from .plan_model import Start, choose_attention, choose_model, describe_model, starting_model
+from .plan_model import (
+    Start,
+    choose_attention,
+    choose_memory_format,
+    choose_model,
+    choose_recipe,
+    describe_model,
+    images_needed,
+    outline_model,
+    starting_model,
+)
 from .plan_numbers import (
     choose_augment,
     choose_class_weights,
@@ -85,13 +95,15 @@ def make_plan(config: RunConfig, manifest: Manifest, machine: Machine) -> Plan:
     device = choose_device(notes, machine)
     arch, start = choose_model(notes, device, manifest.labels)
     choose_attention(notes, arch, start)
-    recipe = RECIPES["finetune" if start.kind != "scratch" else "small-cnn" if arch == "small-cnn" else "scratch"]
+    outline = outline_model(notes, manifest, arch, start)
+    recipe = RECIPES[choose_recipe(arch, start, outline)]
     pixels = choose_pixels(notes, manifest, arch, start, recipe)
     augment = choose_augment(notes, recipe, pixels)
-    choose_lengths(notes, manifest, recipe, device)
+    choose_lengths(notes, manifest, recipe, device, images_needed(notes, outline))
     choose_optimizer(notes, recipe)
     choose_class_weights(notes, manifest)
     choose_speed(notes, manifest, machine, device)
-    spec = describe_model(notes, manifest, arch, start, pixels, recipe)
+    spec = describe_model(notes, manifest, arch, start, pixels, recipe, outline)
+    choose_memory_format(notes, machine, device, spec, outline)
     resolved = replace_settings(config, notes.changes)
     return Plan(resolved, tuple(notes.rows), pixels, augment, spec, start)

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 from ..core.bundle import bundle_around, read_bundle
 from ..core.errors import ConfigError, ModelError
 from ..core.manifest import LabelSpace, Manifest
-from ..core.pixels import Pixels
-from .defaults import Notes, Recipe, text
+from ..core.pixels import CHANNELS, Pixels
+from ..core.settings import replace_settings
+from .defaults import Machine, Notes, Recipe, text
 
 if TYPE_CHECKING:
     from ..models.build import Classifier
+    from ..models.outline import Outline
 
 # tried in this order when the user names no model: published weights that already lie on this machine
 _AT_HAND = {
@@ -182,31 +184,93 @@ def _head_reason(start: Start, labels: LabelSpace) -> str:
     return f"{kept}; begun anew: {some}"
 
 
+def outline_model(notes: Notes, manifest: Manifest, arch: str, start: Start) -> Outline:
+    """What is known of the network before its weights are made."""
+    from ..models.build import ModelSpec, outline_of
+
+    color = notes.config.pixels.color
+    theirs = start.pixels.color if start.pixels else "rgb"
+    channels = CHANNELS[theirs if color == "auto" else color]
+    middle = (0.5,) * channels
+    spec = ModelSpec(arch, num_outputs=manifest.labels.size, channels=channels, mean=middle, std=middle,
+                     arch_args=_arch_args(notes, arch, start), attention=tuple(notes.value("model.attention")))  # fmt: skip
+    return outline_of(spec)
+
+
+def _arch_args(notes: Notes, arch: str, start: Start) -> dict[str, Any]:
+    own = start.spec["arch_args"] if start.spec and start.spec["arch"] == arch else {}
+    args = notes.config.model.args or own
+    if args != notes.config.model.args:
+        notes.changes["model.args"] = dict(args)
+    return dict(args)
+
+
+def choose_recipe(arch: str, start: Start, outline: Outline) -> str:
+    """The key of `RECIPES`."""
+    if start.kind != "scratch":
+        return "finetune"
+    if arch == "small-cnn":
+        return arch
+    return "scratch-adamw" if outline.token_like else "scratch"
+
+
+def images_needed(notes: Notes, outline: Outline) -> int:
+    """The fewest images of a forward pass in training: 2 where statistics are taken over them."""
+    return 2 if outline.batch_norm and notes.config.model.freeze != "backbone" else 1
+
+
 def describe_model(
-    notes: Notes, manifest: Manifest, arch: str, start: Start, pixels: Pixels, recipe: Recipe
+    notes: Notes, manifest: Manifest, arch: str, start: Start, pixels: Pixels, recipe: Recipe, outline: Outline
 ) -> dict[str, Any]:
     """The `ModelSpec.to_dict()` of a plan."""
     from ..models.build import ModelSpec, resolve_args
 
-    model = notes.config.model
-    notes.decide("model.drop_rate", recipe.drop_rate, "recipe")
-    own_args = start.spec["arch_args"] if start.spec and start.spec["arch"] == arch else {}
-    args = model.args or own_args
-    if args != model.args:
-        notes.changes["model.args"] = dict(args)
-    drop = notes.value("model.drop_rate")
+    if recipe.drop_rate is None:
+        rate = notes.decide("model.drop_rate", outline.drop_rate, "the architecture's own")
+    else:
+        rate = notes.decide("model.drop_rate", recipe.drop_rate, "recipe")
+    path = notes.decide("model.drop_path", outline.drop_path, "the architecture's own")
     return ModelSpec(
         arch,
         num_outputs=manifest.labels.size,
         channels=pixels.channels,
         mean=pixels.mean,
         std=pixels.std,
-        drop_rate=drop or None,
-        drop_path=model.drop_path or None,
+        drop_rate=rate,
+        drop_path=path,
         image_size=pixels.size,
-        arch_args=resolve_args(arch, args),  # defaults too: a bundle outlives a change of them
+        arch_args=resolve_args(
+            arch, _arch_args(notes, arch, start)
+        ),  # defaults too: a bundle outlives a change of them
         attention=tuple(notes.value("model.attention")),
     ).to_dict()
+
+
+def choose_memory_format(notes: Notes, machine: Machine, device: str, spec: dict[str, Any], outline: Outline) -> None:
+    """Channels-last on a GPU; on a CPU what is faster, and never what crashes."""
+    name, broken = "train.memory_format", outline.breaks_channels_last
+    if device != "cpu":
+        notes.decide(name, "channels-last", "the order in which tensor cores read")
+    elif broken:
+        if notes.config.train.memory_format == "channels-last":
+            raise ConfigError(
+                "C004",
+                f"train.memory_format channels-last cannot train {spec['arch']} on a CPU",
+                why=f"the backward pass of its layer {broken} (1x1, with a stride, few channels) overwrites memory",
+                try_="--set train.memory_format=contiguous",
+            )
+        notes.decide(name, "contiguous", f"channels-last overwrites memory in {broken} on a CPU")
+    elif spec["attention"]:
+        notes.decide(name, "channels-last", "what our attention kernels read")
+    elif spec["arch"] == "small-cnn":
+        notes.decide(name, "channels-last", "0.8 of the other's time, as measured")
+    elif notes.config.train.memory_format != "auto" or not machine.measures:
+        notes.decide(name, "channels-last", "usual; not measured")
+    else:
+        from .layout import faster_format
+
+        resolved = replace_settings(notes.config, notes.changes)
+        notes.decide(name, *faster_format(spec, resolved, int(notes.value("train.micro_batch"))))
 
 
 def choose_attention(notes: Notes, arch: str, start: Start) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from ..core.errors import ConfigError, HardwareError
 from ..core.manifest import Manifest
 from ..core.pixels import CHANNELS, Pixels
 from ..data.augment import Augment
+from ..data.sampler import forward_passes
 from .defaults import POLICIES, Machine, Notes, Recipe, text
 from .plan_model import Start
 
@@ -133,11 +134,18 @@ def choose_augment(notes: Notes, recipe: Recipe, pixels: Pixels) -> Augment:
     return Augment.from_dict(values)
 
 
-def choose_lengths(notes: Notes, manifest: Manifest, recipe: Recipe, device: str) -> None:
-    """Batch, epochs, micro-batch, and the value that picks the best epoch."""
+def choose_lengths(notes: Notes, manifest: Manifest, recipe: Recipe, device: str, needed: int) -> None:
+    """Batch, epochs, micro-batch, and the value that picks the best epoch.
+
+    Args:
+        needed: fewest images of a forward pass in training.
+
+    Raises:
+        ConfigError: C004 when a forward pass would get fewer.
+    """
     n = len(manifest.rows("train"))
     train = notes.config.train
-    fitting = min(recipe.batch[device], max(1, n // 8))
+    fitting = min(recipe.batch[device], max(needed, n // 8))
     batch = notes.decide("train.batch_size", fitting, f"recipe; {n:,} training images")
     if batch > n:
         notes.changes["train.batch_size"] = batch = n
@@ -146,6 +154,8 @@ def choose_lengths(notes: Notes, manifest: Manifest, recipe: Recipe, device: str
             str(n),
             f"lowered from {train.batch_size}: there are {n:,} training images",
         )
+    if batch < needed:
+        _refuse_lone_image(notes, n, batch)
     wanted = recipe.images if notes.config.data.source is not None else recipe.images // 2  # digits are easy
     epochs = int(np.clip(round(wanted / max(n, 1)), *recipe.epochs))
     notes.decide("train.epochs", epochs, f"about {epochs * n:,} images seen")
@@ -156,6 +166,12 @@ def choose_lengths(notes: Notes, manifest: Manifest, recipe: Recipe, device: str
     if notes.value("train.micro_batch") > batch:
         notes.changes["train.micro_batch"] = batch
         notes.rows[-1] = ("train.micro_batch", str(batch), f"lowered from {train.micro_batch}: no more than a batch")
+    micro = notes.value("train.micro_batch")
+    largest = max(part.stop - part.start for part in forward_passes(batch, micro, needed))
+    if largest > micro:
+        notes.changes["train.micro_batch"] = largest
+        why = f"raised from {micro}: batch norm needs {needed} images in every forward pass"
+        notes.rows[-1] = ("train.micro_batch", str(largest), why)
     notes.changes["train.accum"] = None
     judged = len(manifest.rows("val"))
     few = judged < _FEW_TO_JUDGE
@@ -166,6 +182,20 @@ def choose_lengths(notes: Notes, manifest: Manifest, recipe: Recipe, device: str
         + ("their accuracy changes by chance from epoch to epoch" if few else "enough for accuracy"),
     )
     notes.decide("evaluate.batch_size", min(256, max(batch, 32)), "memory")
+
+
+def _refuse_lone_image(notes: Notes, images: int, batch: int) -> NoReturn:
+    arch = notes.value("model.arch")
+    why = f"{arch} has batch norm, which takes its statistics over the images of a forward pass; one image has none"
+    if images == 1:
+        raise ConfigError(
+            "C004", f"there is 1 training image, and {arch} needs at least 2", why=why,
+            try_="more images   (or --model convnext_tiny, which has no batch norm; or --freeze backbone)",
+        )  # fmt: skip
+    raise ConfigError(
+        "C004", f"train.batch_size must be at least 2 for {arch}, got {batch}", why=why,
+        try_="--batch-size 2   (or --model convnext_tiny, which has no batch norm; or --freeze backbone)",
+    )  # fmt: skip
 
 
 def choose_optimizer(notes: Notes, recipe: Recipe) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from ..engines.runtimes import TorchEngine
 from ..evaluation.metrics import Metrics, judge
 from ..evaluation.plots import training_curves
 from ..evaluation.report import write_evaluation, write_plots
-from ..models.build import ModelSpec, build_model, resolve_arch
+from ..models.build import ModelSpec, build_model, resolve_arch, sketch_model
 from ..models.kernels import use_kernels
 from ..track import LogSink, Sinks
 from .baseline import fit_baseline
@@ -157,6 +156,7 @@ def dry_run(config: RunConfig) -> dict[str, Any]:
     plan = make_plan(config, prepared.manifest, look_at_machine())
     model = build_model(ModelSpec.from_dict(plan.spec))
     use_kernels(model, plan.config.model.kernels)
+    model.lay_out(str(plan.config.train.memory_format))
     seconds, memory = _measure_step(plan, model)
     steps = len(prepared.manifest.rows("train")) // int(plan.config.train.batch_size)
     return {
@@ -262,14 +262,13 @@ def _parameters(plan: Plan, manifest: Manifest) -> int:
     Raises:
         ImgclsError: everything that is wrong with the network or the weights that it begins with.
     """
-    import torch
-
-    scratch = plan.start.kind == "scratch"
-    with torch.device("meta") if scratch else nullcontext():  # published weights are read, and checked
+    if plan.start.kind == "scratch":
+        model = sketch_model(ModelSpec.from_dict(plan.spec))
+    else:  # published weights are read, and checked
         model = starting_model(plan.spec, plan.start, manifest.labels)
-        if plan.config.model.freeze != "none":
-            model.freeze(plan.config.model.freeze)
-        use_kernels(model, plan.config.model.kernels)
+    if plan.config.model.freeze != "none":
+        model.freeze(plan.config.model.freeze)
+    use_kernels(model, plan.config.model.kernels)
     return sum(p.numel() for p in model.parameters())
 
 

@@ -1,0 +1,84 @@
+"""Which memory format a network trains faster in on this machine's CPU: measured once, then remembered."""
+
+from __future__ import annotations
+
+import json
+import time
+from contextlib import suppress
+from typing import Any
+
+import torch
+
+from ..core import env
+from ..core.config import RunConfig
+from ..core.files import sha256_json, write_json
+from ..engines.runtimes import AUTOCAST
+from ..models.build import ModelSpec, build_model
+
+FORMATS = ("channels-last", "contiguous")
+_MARGIN = 0.95  # contiguous must be this much faster: below it one cannot tell on a busy machine
+_IMAGES = 8
+_LONG_S = 5.0  # a network whose step takes longer is timed once only
+
+
+def faster_format(spec: dict[str, Any], config: RunConfig, micro_batch: int) -> tuple[str, str]:
+    """The format, and the reason as the plan shows it; kept in the cache, so that a machine always answers the same.
+
+    Args:
+        spec: `Plan.spec`.
+        config: with precision and threads resolved.
+        micro_batch: images per forward pass; at most 8 of them are measured.
+    """
+    train = config.train
+    images = min(micro_batch, _IMAGES)
+    key = sha256_json(
+        [spec, images, str(train.precision), int(train.threads), env.cpu_name(), env.versions(("torch",))]
+    )
+    place = env.cache_dir() / "memory-format.json"
+    known: dict[str, Any] = {}
+    with suppress(OSError, ValueError):
+        read = json.loads(place.read_text("utf-8"))
+        known = read if isinstance(read, dict) else {}
+    found = known.get(key)
+    if not (isinstance(found, dict) and all(isinstance(found.get(name), float) for name in FORMATS)):
+        found = measure(spec, images, str(train.precision), int(train.threads))
+        with suppress(OSError):  # a cache that cannot be written costs a measurement the next time
+            place.parent.mkdir(parents=True, exist_ok=True)
+            write_json(place, {**known, key: found})
+    chosen = "contiguous" if found["contiguous"] < _MARGIN * found["channels-last"] else "channels-last"
+    figures = " against ".join(f"{1000 * found[name] / images:.3g}" for name in (chosen, *set(FORMATS) - {chosen}))
+    return chosen, f"{figures} ms per image, measured on this machine"
+
+
+def measure(spec: dict[str, Any], images: int, precision: str, threads: int) -> dict[str, float]:
+    """Seconds of a forward and backward pass in each format, the best of three."""
+    model_spec = ModelSpec.from_dict(spec)
+    size = model_spec.image_size or 224
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            model = build_model(model_spec).train()
+            pixels = torch.randint(0, 256, (images, size, size, model_spec.channels), dtype=torch.uint8)
+            first = {name: _step_s(model, name, pixels, precision) for name in FORMATS}  # memory, threads: not counted
+            rounds = 1 if max(first.values()) > _LONG_S else 3
+            return {
+                name: min(seconds)
+                for name, *seconds in zip(
+                    FORMATS,
+                    *([_step_s(model, name, pixels, precision) for name in FORMATS] for _ in range(rounds)),
+                    strict=True,
+                )
+            }
+    finally:
+        torch.set_num_threads(before)
+
+
+def _step_s(model: Any, name: str, pixels: torch.Tensor, precision: str) -> float:
+    model.lay_out(name)
+    model.zero_grad(set_to_none=True)
+    begin = time.perf_counter()
+    with torch.autocast("cpu", AUTOCAST.get(precision, torch.bfloat16), enabled=precision in AUTOCAST):
+        outputs = model(pixels)
+    (outputs[0] if isinstance(outputs, tuple) else outputs).float().sum().backward()
+    return time.perf_counter() - begin
