@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from itertools import pairwise
 from typing import Any
 
@@ -13,6 +14,8 @@ import torch
 
 from imgcls_fast.core.config import LossConfig, OptimConfig
 from imgcls_fast.core.errors import ConfigError
+from imgcls_fast.models.backbones import ModelSpec, weightless
+from imgcls_fast.models.build import build_model
 from imgcls_fast.training.objectives import class_weights
 from imgcls_fast.training.optim import Schedule, build_optimizer, parameter_groups, set_rates
 
@@ -205,6 +208,49 @@ def test_biases_and_norms_do_not_decay_and_frozen_parameters_are_left_out() -> N
     groups = parameter_groups(model, 0.3)
     assert [group["weight_decay"] for group in groups] == [0.3, 0.0]
     assert [len(group["params"]) for group in groups] == [1, 4]
+
+
+EXEMPT = {  # besides what has one dimension: the last part of the name, and how many of them
+    "torchvision/convnext_tiny": {"layer_scale": 18},
+    "torchvision/swin_t": {"relative_position_bias_table": 12},
+    "torchvision/swin_v2_t": {"logit_scale": 12, "weight": 24},  # of the perceptron that computes the bias table
+    "torchvision/vit_b_16": {"class_token": 1, "pos_embedding": 1},
+    "torchvision/maxvit_t": {"relative_position_bias_table": 22},
+    "timm/swin_tiny_patch4_window7_224": {"relative_position_bias_table": 12},
+    "timm/swinv2_tiny_window8_256": {"logit_scale": 12, "weight": 24},
+    "timm/deit_tiny_distilled_patch16_224": {"cls_token": 1, "dist_token": 1, "pos_embed": 1},
+    "timm/beit_base_patch16_224": {"cls_token": 1, "relative_position_bias_table": 12},
+    "timm/levit_128": {"attention_biases": 14},
+    "timm/xcit_nano_12_p16_224": {"cls_token": 1, "temperature": 12, "weight": 1},  # of the position embedding
+    "timm/crossvit_tiny_240": {"cls_token_0": 1, "cls_token_1": 1, "pos_embed_0": 1, "pos_embed_1": 1},
+    "timm/fastvit_sa12": {"gamma": 24},
+    "torchvision/resnet18": {},
+    "torchvision/mobilenet_v3_small": {},
+    "timm/convnext_atto": {},
+    "small-cnn": {},
+}
+
+
+@pytest.mark.parametrize("arch", EXEMPT)
+def test_scales_tokens_and_tables_do_not_decay_in_any_family(arch: str) -> None:
+    network = weightless(ModelSpec(arch, num_outputs=1))  # a head of one row is still a matrix
+    names = {id(p): name for name, p in network.named_parameters()}
+    decay, plain = ({names[id(p)] for p in group["params"]} for group in parameter_groups(network, 0.05))
+    flat = {name for name, p in network.named_parameters() if p.ndim < 2}
+    assert flat <= plain
+    assert Counter(name.rpartition(".")[2] for name in plain - flat) == EXEMPT[arch]
+    if hasattr(network, "no_weight_decay"):  # never more decay than timm's own groups
+        from timm.optim import param_groups_weight_decay
+
+        theirs = param_groups_weight_decay(network, 0.05, no_weight_decay_list=network.no_weight_decay())
+        assert {names[id(p)] for group in theirs if not group["weight_decay"] for p in group["params"]} <= plain
+    assert decay | plain == set(names.values())
+
+
+def test_the_model_around_a_network_has_the_same_groups() -> None:
+    model = build_model(ModelSpec("timm/vit_tiny_patch16_224", num_outputs=3, image_size=32, arch_args={"depth": 1}))
+    inner, outer = ([len(g["params"]) for g in parameter_groups(m, 0.1)] for m in (model.backbone, model))
+    assert inner == outer
 
 
 def test_sgd_without_momentum_works() -> None:

@@ -119,6 +119,20 @@ def test_precision_and_compiling_suit_the_machine(machine: Machine, precision: s
     assert (train.precision, train.compile) == (precision, compiled)
 
 
+@pytest.mark.parametrize(("arch", "opt", "lr"), [
+    ("torchvision/resnet50", "sgd", 0.0125), ("torchvision/efficientnet_b0", "sgd", 0.0125), ("timm/resnet10t", "sgd", 0.0125),
+    ("torchvision/vgg11", "sgd", 0.0125), ("torchvision/vit_b_16", "adamw", 1.77e-4), ("torchvision/swin_t", "adamw", 1.77e-4),
+    ("torchvision/convnext_tiny", "adamw", 1.77e-4), ("timm/convnext_atto", "adamw", 1.77e-4),
+    ("timm/deit_tiny_patch16_224", "adamw", 1.77e-4), ("timm/levit_128", "adamw", 1.77e-4), ("small-cnn", "adamw", 0.002),
+])  # fmt: skip
+def test_from_scratch_each_kind_of_network_gets_its_own_optimizer(arch: str, opt: str, lr: float) -> None:
+    optim = plan_of({"model.arch": arch, "train.batch_size": 32}).config.optim
+    assert (optim.opt, optim.lr) == (opt, pytest.approx(lr))
+    assert optim.weight_decay == (0.05 if opt == "adamw" else 5e-5)
+    asked = plan_of({"model.arch": arch, "train.batch_size": 32, "optim.opt": "sgd"}).config.optim
+    assert asked.lr == pytest.approx(0.05 if arch == "small-cnn" else 0.0125)
+
+
 @pytest.mark.parametrize("init", ["scratch", "pretrained"])
 @pytest.mark.parametrize("epochs", [1, 3, 30])
 def test_one_cycle_is_planned_as_a_single_cycle(init: str, epochs: int) -> None:
@@ -221,6 +235,24 @@ def test_a_run_can_begin_with_the_weights_of_another(configure: Callable[..., An
     mine = second.model.state_dict()
     assert trained.keys() == mine.keys()
     assert all(torch.equal(mine[name], trained[name]) for name in mine)
+
+
+@pytest.mark.parametrize("name", ["train.seed", "data.split_seed"])
+@pytest.mark.parametrize("seed", [-1, 2**64, 2**70])
+def test_a_seed_outside_64_bits_is_refused(name: str, seed: int) -> None:
+    with pytest.raises(ConfigError) as refused:
+        build_config({name: seed})
+    assert refused.value.code == "C003"
+    assert name in str(refused.value)
+
+
+@pytest.mark.usefixtures("no_judging")
+@pytest.mark.parametrize("seed", [2**32, 2**64 - 1])
+def test_any_64_bit_seed_trains_with_its_baseline(seed: int, configure: Callable[..., Any]) -> None:
+    """From 2**32 on scikit-learn refused it, after the scan, with a raw error."""
+    run = session.start(configure({"train.seed": seed, "train.epochs": 1, "train.baseline": True}))
+    assert run.config.train.seed == seed
+    assert run.read_json("baseline.json")["accuracy"] > 0
 
 
 @pytest.mark.usefixtures("no_judging")

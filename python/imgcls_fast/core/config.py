@@ -181,7 +181,9 @@ class OptimConfig(Section):
 
     opt: Literal["auto", "sgd", "adamw"] = Field("auto", description="optimizer")
     lr: PositiveFloat | Auto = Field("auto", description="peak learning rate")
-    weight_decay: Annotated[float, Field(ge=0)] | Auto = Field("auto", description="not applied to biases and norms")
+    weight_decay: Annotated[float, Field(ge=0)] | Auto = Field(
+        "auto", description="of matrices and filters; not of biases, norms, scales, tokens and position tables"
+    )
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="SGD momentum (Nesterov)")
     sched: Literal["auto", "cosine", "onecycle", "step", "plateau", "none"] = Field("auto", description="schedule")
     warmup: Annotated[float, Field(ge=0)] | Auto = Field("auto", description="warm-up, epochs; onecycle: of its rise")

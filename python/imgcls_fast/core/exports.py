@@ -68,9 +68,7 @@ class Export:
             return None
         except (OSError, ValueError) as error:
             raise ExportError(
-                "E001",
-                f"{self.folder / GATE} cannot be read: {error}",
-                try_=f"rm -r {self.folder}   (and export again)",
+                "E001", f"{self.folder / GATE} cannot be read: {error}", try_=f"rm -r {self.folder}   (and export again)"
             ) from error
 
     def write_gate(self, report: dict[str, Any]) -> None:
@@ -193,9 +191,7 @@ def find_export(exports: Path, bundle: Bundle, target: str, precision: str | Non
     except (FileNotFoundError, KeyError) as error:
         raise ExportError("E001", f"{exports.parent} has no {name} export", try_=again) from error
     except (OSError, ValueError) as error:
-        raise ExportError(
-            "E001", f"the {name} export of {exports.parent} cannot be read: {error}", try_=again
-        ) from error
+        raise ExportError("E001", f"the {name} export of {exports.parent} cannot be read: {error}", try_=again) from error
     demand_own(found, bundle, again)
     return found
 
@@ -235,9 +231,7 @@ def find_key(exports: Path, bundle: Bundle, target: str, precision: str, key: st
         found = read_export(exports / f"{target}-{precision}-{key}")
     except (OSError, ValueError):
         return None
-    if target in PROGRAMS and not is_own(
-        found.meta
-    ):  # what holds code is made again, not handed over as if it were ours
+    if target in PROGRAMS and not is_own(found.meta):  # what holds code is made again, not handed over as if it were ours
         return None
     return found if found.meta.get("bundle") == bundle.digest and _intact(found) and _judged_whole(found) else None
 

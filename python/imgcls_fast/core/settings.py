@@ -120,9 +120,7 @@ def _merge(merged: dict[str, Any], origin: dict[str, str], tree: Any, lines: dic
             continue
         elif section in sections:
             raise ConfigError(
-                "C002",
-                f"{section} must be a section with settings, got {shortened(repr(value))}",
-                where=lines.get(section, source),
+                "C002", f"{section} must be a section with settings, got {shortened(repr(value))}", where=lines.get(section, source)
             )
         else:
             _put(merged, origin, str(section), value, lines.get(str(section), source))
@@ -188,12 +186,7 @@ def _wanted(item: Any) -> str:
 def _scalar(text: str) -> Any:
     try:
         return _parse(text)[0]
-    except (
-        yaml.YAMLError,
-        ValueError,
-        RecursionError,
-        _Refused,
-    ):  # ValueError: 2001-99-99 looks like a date and is none
+    except (yaml.YAMLError, ValueError, RecursionError, _Refused):  # ValueError: 2001-99-99 looks like a date and is none
         return text
 
 
@@ -214,9 +207,7 @@ def _file_text(path: Path) -> str:
         with open(path, "rb") as file:
             content = file.read(YAML_BYTES + 1)
         if len(content) > YAML_BYTES:
-            raise ConfigError(
-                "C005", f"{path} is larger than the {YAML_BYTES:,} bytes of a configuration", where=str(path)
-            )
+            raise ConfigError("C005", f"{path} is larger than the {YAML_BYTES:,} bytes of a configuration", where=str(path))
         return content.decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
@@ -235,11 +226,7 @@ def _read_yaml(text: str, source: str) -> tuple[Any, dict[str, str], str]:
     except _Refused as error:
         what, mark = error.args
         raise ConfigError("C005", f"{source} {what}", where=_at(source, mark)) from error
-    except (
-        yaml.YAMLError,
-        ValueError,
-        RecursionError,
-    ) as error:  # ValueError: 2001-99-99 looks like a date and is none
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: 2001-99-99 looks like a date and is none
         mark = getattr(error, "problem_mark", None)
         problem = getattr(error, "problem", None) or getattr(error, "reason", None) or error
         raise ConfigError("C005", f"{source} is not valid YAML: {problem}", where=_at(source, mark)) from error

@@ -21,12 +21,7 @@ from .files import sha256_json
 KEY = "exports.key"
 SIGNATURE = "signature"  # in meta.json, over everything else in it, the digest of the file among it
 NATIVE = ("aoti", "trt")  # targets that we open and whose files hold native code
-PROGRAMS = (
-    *NATIVE,
-    "pt2",
-    "torchscript",
-    "triton",
-)  # targets whose files hold code, or may hold some; only handed over
+PROGRAMS = (*NATIVE, "pt2", "torchscript", "triton")  # targets whose files hold code, or may hold some; only handed over
 _BYTES = 32
 
 
@@ -35,9 +30,7 @@ def signed(meta: dict[str, Any]) -> dict[str, Any]:
     key = _key(make=True)
     if key is None and meta.get("target") in NATIVE:
         folder = env.config_dir() or "(no home folder)"
-        warnings.warn(
-            f"no private key can be kept in {folder}: this export will be opened with --trust only", stacklevel=2
-        )
+        warnings.warn(f"no private key can be kept in {folder}: this export will be opened with --trust only", stacklevel=2)
     return meta if key is None else {**meta, SIGNATURE: _signature(key, meta)}
 
 

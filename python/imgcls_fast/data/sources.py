@@ -288,12 +288,7 @@ class _TableReader:
     def _no_column(self, role: str, wanted: str, names: list[str], hint: str) -> DataError:
         what = f"no column {wanted!r}" if wanted else f"no column for the {role} ({', '.join(COLUMNS[role])})"
         where = os.path.join(self.listing.root, self.name)
-        return DataError(
-            "D004",
-            f"{self.name} has {what}; its columns are: {shortened(', '.join(names), 400)}",
-            where=where,
-            try_=hint,
-        )
+        return DataError("D004", f"{self.name} has {what}; its columns are: {shortened(', '.join(names), 400)}", where=where, try_=hint)
 
     def add(self, line: int, record: dict[str, str]) -> None:
         if FAULT in record:
@@ -307,9 +302,7 @@ class _TableReader:
         if path is None:
             return None
         if len(label) > TABLE_PATH_CHARACTERS:
-            return self._problem(
-                "D004", "label too long", line, f"a label of {len(label):,} characters: {label[:60]}..."
-            )
+            return self._problem("D004", "label too long", line, f"a label of {len(label):,} characters: {label[:60]}...")
         if not label and self.labelled:
             return self._problem("D004", "empty label", line, f"{path} has no label")
         if split and split not in SPLIT_FOLDERS:
@@ -377,9 +370,7 @@ class _TableReader:
         where = f"{self.name}, line {line}"
         if len(self.listing.problems) >= TABLE_PROBLEMS:
             raise DataError(
-                "D004",
-                f"{self.name} has more than {TABLE_PROBLEMS:,} faulty rows; the last that was read: {message}",
-                where=where,
+                "D004", f"{self.name} has more than {TABLE_PROBLEMS:,} faulty rows; the last that was read: {message}", where=where
             )
         self.listing.problems.append(Problem(code, kind, message, where=where))
 

@@ -166,7 +166,7 @@ def fit_probe(x: np.ndarray, y: np.ndarray, seconds: float, seed: int) -> tuple[
     end, used = time.monotonic() + seconds, min(len(y), _FIRST_FIT)
     while True:
         begin = time.monotonic()
-        probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=300, random_state=seed))
+        probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=300, random_state=seed % 2**32))
         probe.fit(x[:used], y[:used])
         now = time.monotonic()
         # the time grows with the rows, and a little faster where more of them take more steps

@@ -58,7 +58,7 @@ class Fit:
         torch.use_deterministic_algorithms(train.deterministic)
         torch.manual_seed(train.seed)
         self.model = self._build_model()
-        torch.manual_seed(train.seed + 1)  # dropout does not depend on how many numbers initialisation took
+        torch.manual_seed((train.seed + 1) % 2**64)  # dropout does not depend on how many numbers initialisation took
         self.images_needed, self.rewind = self.model.images_needed, Rewind(self.model)
         self.progress = Progress(micro_batch=int(train.micro_batch))
         self.quarantined = Quarantined(run, manifest, self.config.data.max_bad)

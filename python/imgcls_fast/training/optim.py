@@ -4,24 +4,55 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Collection
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from ..core.config import OptimConfig
 
+# tables that shift attention or mark a place or a kind of token: what torchvision's and timm's families call them
+_TABLES = re.compile(
+    r"(pos_embed|position_embed|relative_position|rel_pos|bias_table|attention_bias|_token|cls_token|class_token)"
+)
+
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Trainable parameters in two groups: matrices and filters decay, biases and norms (rank < 2) do not."""
+    """Trainable parameters in two groups: matrices and filters decay, what only scales, shifts or marks does not.
+
+    Exempt are biases and norms (rank < 2), layer scales, logit scales and temperatures (one number per channel or head),
+    embeddings of positions, tokens, tables of biases, and what the library names in `no_weight_decay()`.
+
+    Source: timm's `param_groups_weight_decay`; for torchvision's families the same kinds by name.
+    """
     decay: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
-    for parameter in model.parameters():
+    listed: Collection[str] = getattr(getattr(model, "backbone", model), "no_weight_decay", set)()
+    modules = dict(model.named_modules())
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            (decay if parameter.ndim >= 2 else plain).append(parameter)
+            owner, _, own_name = name.rpartition(".")
+            exempt = _exempt(modules[owner], own_name, parameter) or _named(name.removeprefix("backbone."), listed)
+            (plain if exempt else decay).append(parameter)
     groups = [{"params": decay, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
+
+
+def _exempt(owner: nn.Module, name: str, parameter: nn.Parameter) -> bool:
+    if parameter.ndim < 2 or name == "bias":
+        return True
+    if name == "weight" and isinstance(owner, nn.Linear | _ConvNd):  # a single output has a row, not a scale
+        return False
+    return parameter.numel() == max(parameter.shape) or _TABLES.search(name) is not None
+
+
+def _named(name: str, listed: Collection[str]) -> bool:
+    """In the library's list, which may hold patterns; Swin V2's authors exempt what computes its bias table, too."""
+    return "cpb_mlp" in name or any(fnmatchcase(name, pattern) for pattern in listed)
 
 
 def _sgd(groups: list[dict[str, Any]], config: OptimConfig, fused: bool) -> torch.optim.Optimizer:
