@@ -1,6 +1,6 @@
 """Bit rot: is every damage to a checkpoint, bundle or export either found or without effect?
 
-    python benchmarks/bitrot.py --mutations 200 [--run RUN] [--out FILE]
+    python benchmarks/bitrot.py --mutations 200 [--run RUN] [--out FILE]     (out: results/<machine>/bitrot.json)
 
 Trains a small network on the embedded digits and exports it (or takes a copy of RUN), then damages each file that is read
 back: one flipped bit, a cut, and a zeroed page of 4 KiB, at random places. What its reader does then is "found" (a clear
@@ -166,7 +166,7 @@ def main() -> int:
     parser.add_argument("--mutations", type=int, default=200, help="damages of each kind per file")
     parser.add_argument("--run", type=Path, help="a finished run, of which a copy is damaged (default: a new one)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="write the counts as JSON")
+    parser.add_argument("--out", type=Path, help="where the counts go (default: results/<machine>/bitrot.json)")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="bitrot-") as temporary:
         run = Path(shutil.copytree(asked.run, Path(temporary) / "run")) if asked.run else make_run(Path(temporary))
@@ -181,15 +181,12 @@ def main() -> int:
             )
     whole = sum((Counter(entry[kind]) for entry in found.values() for kind in KINDS), Counter[str]())
     print(f"all: {dict(whole)}")
-    if asked.out:
-        from imgcls_fast.core import env
+    from imgcls_fast.core import env
 
-        facts = {
-            "mutations": asked.mutations,
-            "seed": asked.seed,
-            "versions": env.versions(("torch", "safetensors", "numpy")),
-        }
-        asked.out.write_text(json.dumps({**facts, "total": dict(whole), "files": found}, indent=1) + "\n")
+    out = asked.out or Path(__file__).parent / "results" / env.machine_slug() / "bitrot.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    facts = {"mutations": asked.mutations, "seed": asked.seed, "versions": env.versions(("torch", "safetensors", "numpy"))}
+    out.write_text(json.dumps({**facts, "total": dict(whole), "files": found}, indent=1) + "\n")
     return 1 if whole["missed"] or whole["crashed"] else 0
 
 

@@ -150,20 +150,23 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, to_json(value, indent=2) + "\n")
 
 
-def read_bounded(path: Path, limit: int) -> bytes:
+def read_bounded(path: Path | str, limit: int, dir_fd: int | None = None) -> bytes:
     """Read a whole file that may be a stranger's: a regular file of at most `limit` bytes, never a pipe that blocks.
+
+    Args:
+        dir_fd: descriptor of the folder that a relative `path` is in.
 
     Raises:
         OSError: it cannot be read.
         ValueError: it is larger, or no regular file.
     """
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=dir_fd), "rb") as file:
         status = os.fstat(file.fileno())
         if stat.S_ISDIR(status.st_mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         if not stat.S_ISREG(status.st_mode):
             raise ValueError(f"{path} is a pipe or a device, not a file")
-        content = file.read(limit + 1) if status.st_size <= limit else b""
+        content = file.read(status.st_size + 1) if status.st_size <= limit else b""
         if status.st_size > limit or len(content) > limit:
             raise ValueError(f"{path} has {max(status.st_size, len(content)):,} bytes; at most {limit:,} are read")
         return content

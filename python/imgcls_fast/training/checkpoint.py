@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
+import io
 import os
 import shutil
+import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -24,11 +25,22 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from ..core.bounds import JSON_BYTES, STATE_BYTES
 from ..core.errors import ModelError
-from ..core.files import explained_write, sha256_file, sync_directory, write_json, write_whole
+from ..core.files import (
+    explained_write,
+    parse_json,
+    read_bounded,
+    sha256_file,
+    sync_directory,
+    write_json,
+    write_whole,
+)
+from ..core.tensorfiles import check_safetensors
 
 SCHEMA = 1
 TENSORS, STATE, DIGESTS = "tensors.safetensors", "state.json", "manifest.json"
+_LARGEST = {DIGESTS: JSON_BYTES, STATE: STATE_BYTES}  # bytes that are read of a file
 _NAMES = ("last", "previous", "best")  # the newest first
 _PATIENCE_S = 5.0  # for a reader between the two renames of a writer
 
@@ -136,13 +148,14 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], Progress, dict[str, 
     """
     try:
         files = _read_files(path)
-        digests = json.loads(files[DIGESTS])
+        digests = parse_json(files[DIGESTS])
         for name in (TENSORS, STATE):
             if hashlib.sha256(files[name]).hexdigest() != digests[name]:
                 raise ModelError("M005", f"{path / name} is damaged: its SHA-256 is not the one that was written")
-        state = json.loads(files[STATE])
+        state = parse_json(files[STATE])
         if state["schema"] != SCHEMA:
             raise ModelError("M005", f"{path} has checkpoint schema {state['schema']}, this version reads {SCHEMA}")
+        check_safetensors(io.BytesIO(files[TENSORS]))
         return load(files[TENSORS]), Progress(**state["progress"]), state["environment"]
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ModelError("M005", f"{path} is not a readable checkpoint: {error}") from error
@@ -172,8 +185,7 @@ def _read_files(path: Path) -> dict[str, bytes]:
 
 
 def _read_in(folder: int, name: str) -> bytes:
-    with open(os.open(name, os.O_RDONLY, dir_fd=folder), "rb") as file:
-        return file.read()
+    return read_bounded(name, _LARGEST.get(name, sys.maxsize - 1), folder)
 
 
 def _is_being_replaced(path: Path, number: int | None) -> bool:
