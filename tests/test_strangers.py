@@ -79,6 +79,7 @@ def trap(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in PROGRAMS:
         (folder / name).write_text(f"#!/bin/sh\necho program {name} >> {ran}\nexit 1\n")
         (folder / name).chmod(0o755)
+    (folder / "matplotlibrc").write_bytes(b"text.usetex: True\n# \xff\n")
     git = folder / ".git"
     (git / "objects").mkdir(parents=True)
     (git / "refs" / "heads").mkdir(parents=True)
@@ -169,6 +170,21 @@ def plant_native_code(place: Path, here: Path) -> None:
     meta = read_sealed(folder / "meta.json")
     meta |= {"sha256": hashlib.sha256(package.read_bytes()).hexdigest(), "bytes": package.stat().st_size}
     write_sealed(folder / "meta.json", meta)
+
+
+@pytest.mark.parametrize("content", [b"text.usetex: True\n", b"\xff\n"], ids=["latex", "no text"])
+@pytest.mark.parametrize(
+    "draw", ["training_curves([{'epoch': 1, 'train_loss': 0.5}])", "confusion(np.eye(2, dtype=int), ['a', 'b'])"]
+)
+def test_settings_of_pictures_in_the_current_folder_are_not_read(content: bytes, draw: str, tmp_path: Path) -> None:
+    (tmp_path / "matplotlibrc").write_bytes(content)
+    text = (
+        "from imgcls_fast.core.env import distrust_folder; distrust_folder()\n"
+        "import numpy as np; from imgcls_fast.evaluation.plots import confusion, training_curves\n"
+        f"assert {draw}.startswith(b'\\x89PNG')\n"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", text], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
 
 
 def test_one_file_starts_processes() -> None:

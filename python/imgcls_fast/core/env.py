@@ -42,6 +42,11 @@ def distrust_folder() -> None:
     os.environ.update(child_environment())
 
 
+def folder_is_distrusted() -> bool:
+    """Whether nothing of the current folder may shape what this process does: so in the command line."""
+    return bool(os.environ.get("PYTHONSAFEPATH"))
+
+
 def child_environment() -> dict[str, str]:
     """The environment of a process that is started: no module and no program is looked for in its current folder.
 

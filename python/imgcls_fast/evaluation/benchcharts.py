@@ -18,7 +18,7 @@ from ..core.files import refuse_to_replace, write_text
 from .benchpage import day, digits, meaning, page, paired, source_of, standing, threads
 from .benchreport import Area, Contender, Missing, Row, read_results, table
 from .lanes import WIDTH, Lane, Sheet, lay_beneath, lay_out
-from .plots import ACCENT, DPI, INK, MUTED, SECOND
+from .plots import ACCENT, DPI, INK, MUTED, SECOND, load_matplotlib
 from .report import write_plots
 from .scatter import draw_frontier, name_points, style_axes, unbeaten
 
@@ -252,6 +252,7 @@ def accuracy_latency(area: Area) -> bytes | None:
 
 def draw_accuracies(area: Area) -> Figure | None:
     """The figure of `accuracy_latency`."""
+    load_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine

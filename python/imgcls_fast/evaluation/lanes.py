@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from .plots import DPI, GRID, INK, MUTED
+from .plots import DPI, GRID, INK, MUTED, load_matplotlib
 from .text import printable, shorten
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ class Ruler:
     _renderer: Any = field(init=False)
 
     def __post_init__(self) -> None:
+        load_matplotlib()
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 

@@ -7,12 +7,16 @@ and no state shared between threads.
 from __future__ import annotations
 
 import io
+import os
+import sys
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..core import env
 from ..core.predictions import Predictions
 from .metrics import Metrics
 from .text import printable, shorten
@@ -63,6 +67,7 @@ def training_curves(epochs: Sequence[Mapping[str, Any]]) -> bytes:
 
 def confusion(counts: np.ndarray, classes: Sequence[str]) -> bytes:
     """Heat map of a (K, K) confusion, row = truth: colour is the share of the row, the number is the count."""
+    load_matplotlib()
     from matplotlib.colors import PowerNorm
 
     size = len(classes)
@@ -188,9 +193,25 @@ def judgement_plots(predictions: Predictions, metrics: Metrics) -> dict[str, byt
 
 
 def _figure(width: float, height: float) -> Figure:
+    load_matplotlib()
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
+
+
+def load_matplotlib() -> None:
+    """Import matplotlib; in the command line without the `matplotlibrc` of the current folder.
+
+    It would be read before all others, whoever put it there, and can have LaTeX run on a text of its own, or be no text at all.
+    """
+    if "matplotlib" in sys.modules or not env.folder_is_distrusted():
+        return
+    exists = os.path.exists
+    os.path.exists = lambda path: path != "matplotlibrc" and exists(path)  # the only question that matplotlib asks about it
+    try:
+        import_module("matplotlib")
+    finally:
+        os.path.exists = exists
 
 
 def _png(figure: Figure) -> bytes:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ..core.files import write_whole
 from ..evaluation.paired import Verdict
-from ..evaluation.plots import ACCENT, DPI, INK, MUTED, SECOND
+from ..evaluation.plots import ACCENT, DPI, INK, MUTED, SECOND, load_matplotlib
 from ..evaluation.scatter import draw_frontier, name_points, shown, style_axes, unbeaten
 
 if TYPE_CHECKING:
@@ -123,6 +123,7 @@ def pareto_plot(
 
 def draw(candidates: Sequence[Candidate], *, exported_for: str, batch: int, rows: str) -> Figure:
     """The figure of `pareto_plot`."""
+    load_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
