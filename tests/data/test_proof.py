@@ -17,6 +17,7 @@ from PIL import Image, PngImagePlugin
 from imgcls_fast.data.loader import dali_missing
 from imgcls_fast.data.proof import JPEG, PNG, png_is_sound, prove
 from imgcls_fast.data.quarantine import examine
+from imgcls_fast.data.scan import scan
 
 needs_dali = pytest.mark.skipif(dali_missing() is not None, reason=str(dali_missing()))
 N, BATCH = 64, 32  # from 32 on, one WebP ended the process
@@ -206,6 +207,26 @@ def test_files_exchanged_after_the_scan_neither_end_the_process_nor_reach_dali_u
     assert loader.bad == theirs.bad
     for ours, other in zip(batches, expected, strict=True):
         np.testing.assert_array_equal(ours.rows, other.rows)
+
+
+@needs_dali
+def test_a_png_is_inflated_for_proof_by_the_scan_and_not_again_while_its_bytes_are_the_same(
+    kit, tmp_path, photo, monkeypatch
+):
+    for k in range(8):
+        (tmp_path / "ab"[k % 2]).mkdir(exist_ok=True)
+        photo(k).save(tmp_path / "ab"[k % 2] / f"{k}.png")
+    manifest = scan(tmp_path).manifest
+    proven: list[bytes] = []
+    monkeypatch.setattr("imgcls_fast.data.dali.prove", lambda content: proven.append(content) or prove(content))
+    sampler = kit.sampler(manifest, 4)
+    clean = kit.run(sampler, "dali-cpu", 1)
+    assert not proven
+    photo(50).save(manifest.path(3))
+    batches = kit.run(sampler, "dali-cpu", 1)
+    assert proven and set(proven) == {manifest.path(3).read_bytes()}
+    assert not np.array_equal(batches[0].pixels[3], clean[0].pixels[3])
+    np.testing.assert_array_equal(batches[1].pixels, clean[1].pixels)
 
 
 @needs_dali

@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ from ..core.pixels import Pixels
 from .augment import NO_COLOR_CHANGE
 from .decode import Undecodable, read_file
 from .loader import OnBad, make_batch
-from .proof import JPEG, PNG, prove
+from .proof import JPEG, PNG, PNG_START, prove
 from .sampler import Request, Sampler
 from .torch_loader import decode_row, fill
 
@@ -165,7 +166,10 @@ class DaliLoader:
         """Whether DALI decodes these bytes safely, and as Pillow would."""
         if self._flagged[row] or row in self._pillow:
             return False
-        found, manifest = prove(content), self.sampler.manifest
+        manifest = self.sampler.manifest
+        if content.startswith(PNG_START) and sha256(content).digest()[:16] == manifest.digest[row].tobytes():
+            return True  # the scan has proven these bytes; to inflate them again costs as much as to decode them
+        found = prove(content)
         # a file exchanged for one of another size would be cropped by the old one's numbers
         same = (found.width, found.height) == (manifest.width[row], manifest.height[row])
         same &= found.orientation == manifest.orientation[row]

@@ -16,6 +16,7 @@ from ..core.errors import HardwareError
 from .bounds import MAX_JPEG_SCANS, MAX_PNG_TEXT_BYTES, jpeg_head_excess, png_chunk_limit
 
 JPEG, PNG, TIFF, GIF = 1, 2, 5, 6  # the probe's `format`
+PNG_START = b"\x89PNG\r\n\x1a\n"
 _INFLATED_PIECE = 1 << 20  # bytes: what a bomb may cost of memory
 _CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # of PNG's colour types
 _DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}

@@ -253,7 +253,9 @@ class _TableReader:
         self.groups: list[str] = []
         self.seen: dict[str, int] = {}  # path -> row
         self.column: dict[str, str] = {}
-        self.bytes_on_disk = False  # a path that is not UTF-8 is there, byte by byte: the table is written as the disk is
+        self.bytes_on_disk = (
+            False  # a path that is not UTF-8 is there, byte by byte: the table is written as the disk is
+        )
 
     @property
     def has_groups(self) -> bool:
@@ -333,7 +335,9 @@ class _TableReader:
         if len(text) > TABLE_PATH_CHARACTERS:
             self._problem("D004", "path too long", line, f"a path of {len(text):,} characters: {text[:60]}...")
             return None
-        for candidate in dict.fromkeys((text, *(form.replace("\\", "/") for form in (text, as_windows(text))))):  # of Windows
+        for candidate in dict.fromkeys(
+            (text, *(form.replace("\\", "/") for form in (text, as_windows(text))))
+        ):  # of Windows
             path = os.path.normpath(candidate)
             if not os.path.isabs(path) and path.split("/", 1)[0] == "..":
                 self._problem(
