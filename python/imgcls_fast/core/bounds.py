@@ -47,6 +47,8 @@ PICKLE_STEPS = 1_000_000  # of the part of a .pt file that is a program; a tenso
 ONNX_BYTES = 2 * GIB  # what protobuf can hold at all
 ONNX_FIELDS = 500_000  # of all messages; a transformer of 5,000 nodes has a quarter of it
 ONNX_DEPTH = 32
+TRIAL_BYTES = 8 * GIB  # address space of the process that tries a stranger's file, and 16 bytes per byte of it
+TRIAL_SECONDS = 60  # its CPU time, for loading the runtime, opening the file, and one image
 
 # a run folder
 JSON_BYTES = 16 * MIB
@@ -95,6 +97,8 @@ BOUNDS: tuple[Bound, ...] = (
     Bound(".onnx", "size", ONNX_BYTES, "bytes", "E005"),
     Bound(".onnx", "fields of all messages", ONNX_FIELDS, "", "E005"),
     Bound(".onnx", "graphs inside each other", ONNX_DEPTH, "", "E005"),
+    Bound(".onnx of others, opened and run once", "memory", TRIAL_BYTES, "bytes", "E005"),
+    Bound(".onnx of others, opened and run once", "CPU time", TRIAL_SECONDS, "s", "E005"),
     Bound("JSON of a run, bundle or export", "size", JSON_BYTES, "bytes", "D016, M004, E001"),
     Bound("state.json of a checkpoint", "size", STATE_BYTES, "bytes", "M005"),
     Bound("metrics.csv of a run", "size", TEXT_BYTES, "bytes", "D016"),

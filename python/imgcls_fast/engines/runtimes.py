@@ -21,12 +21,14 @@ from ..core.files import plain_path
 from ..core.flags import RUNTIMES
 from ..core.manifest import LabelSpace
 from ..core.pixels import Pixels
+from ..core.trust import is_own
 from ..models.build import ModelSpec, build_model, load_weights
 from ..models.classifier import Classifier, probabilities
 from ..models.kernels import use_kernels
 from .base import Engine, blank, closed, dominant
-from .onnx_runtimes import OnnxEngine, cuda_provider
+from .onnx_runtimes import OnnxEngine, cuda_provider, read_graph
 from .openvino_runtime import OpenVinoEngine
+from .trial import demand_survivable
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _PRECISIONS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -393,6 +395,9 @@ def open_export(
     demand_trusted(export, trust=trust)
     most: dict[str, Any] = {} if batch is None else {"max_batch": batch}
     place = Export(plain_path(export.folder), export.meta)
+    if export.meta.get("target") == "onnx" and not is_own(export.meta):
+        read_graph(place.path)  # what its bytes show comes first
+        demand_survivable(place.path, str(export.meta["sha256"]), runtime, bundle.pixels, export.meta.get("batch"))
     return OPENERS[runtime][1](place, bundle, device, threads, most)
 
 
