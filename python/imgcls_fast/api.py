@@ -111,7 +111,7 @@ def evaluate(
         DataError: D001..D014; ModelError M004, M005; ExportError E001.
     """
     from .data.loader import usual_loader
-    from .evaluation.metrics import judge
+    from .evaluation.metrics import judge, without
     from .evaluation.report import claim_folder, write_evaluation
     from .training.judging import engine_and_rows, score_rows
 
@@ -119,18 +119,15 @@ def evaluate(
     found = _run(run)
     device = _device()
     images = None if data is None else Path(data)
-    engine, note, manifest, rows = engine_and_rows(found, images, split, runtime, device, precision, trust)
+    engine, note, manifest, rows, left, said = engine_and_rows(found, images, split, runtime, device, precision, trust)
     settings = found.config.evaluate
     predictions = score_rows(
-        engine,
-        manifest,
-        rows,
-        batch_size=batch_size or int(settings.batch_size),
-        loader=usual_loader(engine.pixels, device),
-        workers=min(4, env.usable_cpus()),
-    )
+        engine, manifest, rows, batch_size=batch_size or int(settings.batch_size), on_bad=left.of(manifest),
+        loader=usual_loader(engine.pixels, device), workers=min(4, env.usable_cpus()),
+    )  # fmt: skip
     engine.close()
     metrics = judge(predictions, top_k=settings.top_k, bootstrap=settings.bootstrap, seed=found.config.train.seed)
+    metrics = without(metrics, left, said)
     if out is not None:
         write_evaluation(Path(out), predictions, metrics, Path(out) / "plots")
     _say(note)

@@ -70,6 +70,8 @@ def verify(request: Request, session: Session) -> Answer:
     found = api.verify(run, out=request.get("out"), trust=trusted(request, run or ""))
 
     line = f"{found['images']:,} images: every loader and runtime that is here gives the same"
+    for notice in found["notices"]:
+        session.warn(notice)
 
     def show(console: Any) -> None:
         table(console, ["what", "of", "difference", "same answers", "verdict"], found["table"])

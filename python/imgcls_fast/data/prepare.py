@@ -173,14 +173,17 @@ def statistics(prepared: Prepared) -> dict[str, Any]:
     }
 
 
-def scan_to_judge(data: DataConfig, source: Path, pixels: Pixels, labels: LabelSpace, cache: Path) -> Manifest:
+def scan_to_judge(data: DataConfig, source: Path, pixels: Pixels, labels: LabelSpace, cache: Path) -> ScanResult:
     """Other labelled images, whose classes must be classes of a model and are numbered as the model numbers them.
 
     Args:
         data: settings of the model's own data.
         pixels, labels: of the model.
 
+    Returns:
+        The manifest, and what was left out of it: who uses it must report `quarantine` and `notices`.
+
     Raises:
         DataError: as `scan`.
     """
-    return scan(source, scan_options(data, pixels.exif, cache, purpose="judge", classes=labels.classes)).manifest
+    return scan(source, scan_options(data, pixels.exif, cache, purpose="judge", classes=labels.classes))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import NormalDist
 from typing import Any, Literal, get_args
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from ..core.errors import ConfigError, DataError
 from ..core.predictions import Predictions
+from ..core.undecoded import Undecoded
 from .calibration import Coverage, Reliability, apply_temperature, coverage, fit_temperature, reliability
 
 __all__ = [
@@ -86,6 +87,7 @@ class Metrics:
     reliability: Reliability
     coverage: Coverage
     warnings: tuple[str, ...]
+    undecodable_files: tuple[dict[str, str], ...] = ()  # path and reason of each row that could not be judged
 
     @property
     def macro_f1(self) -> float:
@@ -102,6 +104,12 @@ class Metrics:
             value[name] = dict(vars(value[name]))
         plain: dict[str, Any] = _plain(value)
         return plain
+
+
+def without(metrics: Metrics, undecoded: Undecoded, notices: Sequence[str] = ()) -> Metrics:
+    """The same figures, with the images that had to be left out of them, and other notices, among the warnings."""
+    said = [text for text in (undecoded.sentence(), *notices) if text]
+    return replace(metrics, warnings=(*metrics.warnings, *said), undecodable_files=tuple(undecoded.to_list()))
 
 
 def average(metrics: Metrics, name: str) -> Average:

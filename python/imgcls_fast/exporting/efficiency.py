@@ -21,6 +21,7 @@ The result, also in bench/efficiency.json of the run; times in ms, rates in imag
                 other processes used meanwhile), libraries, ...
     method      how the times were taken
     notices     sentences that belong to the figures
+    undecodable_files  path and reason of each image that could not be judged on
     tables      heads and rows, twice: the same for people, how fast and worth what
 """
 
@@ -135,6 +136,7 @@ def examine(
         "schema": EFFICIENCY_SCHEMA, "run": name, "model": _model(bundle), "engines": rows, "data": data,
         "absent": [asdict(entry) for entry in [*absent, *missing]], "machine": machine, "method": method,
         "notices": _notices(rows, sample, machine), "tables": efficiency_tables(rows),
+        "undecodable_files": sample.undecoded.to_list(),
     }  # fmt: skip
     found = _finite(found)
     with explained_write(run.efficiency_path):
@@ -362,7 +364,7 @@ def _method(task: _Task) -> dict[str, Any]:
 
 
 def _notices(rows: Iterable[_Row], sample: Sample, machine: dict[str, Any]) -> list[str]:
-    rows, found = list(rows), []
+    rows, found = list(rows), [sample.undecoded.sentence()] if sample.undecoded else []
     if (machine["others"] or 0) > _BUSY * machine["cpus"]:
         found.append(
             f"the machine was busy: other processes used {machine['others']:.1f} of {machine['cpus']} cores meanwhile; time again on a "

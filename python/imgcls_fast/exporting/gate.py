@@ -204,6 +204,14 @@ def _worst_class(judgement: Judgement) -> str:
     return f"the class that lost most is {name!r}: {lost:,} lost and {gained:,} gained of {rows:,}"
 
 
+def plain_int8_loses(judgement: Judgement) -> str:
+    """A sentence that comes before the search for layers that INT8 harms."""
+    return (
+        f"plain INT8 loses {100 * judgement.drop:.2f} points on {judgement.rows:,} search rows "
+        f"({100 * judgement.max_drop:g} are allowed): looking for the layers that it harms"
+    )
+
+
 # ---------------------------------------------------------------- the procedure
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,16 +22,16 @@ from ..core.files import explained_write, plain_path, sha256_file, sync_director
 from ..core.manifest import Manifest
 from ..core.run import Run
 from ..core.settings import replace_settings
-from ..data.prepare import scan_to_judge
+from ..core.undecoded import Undecoded
 from ..engines.as_found import as_found
 from ..engines.base import Engine
 from ..engines.onnx_runtimes import OnnxEngine
 from ..engines.runtimes import FunctionEngine, open_engine
 from ..engines.timing import best_batch, measure
 from ..evaluation.paired import Judgement
-from .gate import Gate, GateData, counts_as_passed, demand, gate_data, gate_report, rows_digest
+from .gate import Gate, GateData, counts_as_passed, demand, gate_data, gate_report, plain_int8_loses, rows_digest
 from .half import beyond_half
-from .images import batches_of, comparison_rows, pixels_of
+from .images import batches_of, comparison_rows, more_rows, pixels_of
 from .lint import demand_clean, lint
 from .onnx_graph import Precision, export_onnx, graph_facts, scorer_of, verify_graph
 from .pareto import search_plot
@@ -73,13 +74,15 @@ class Exporter:
     run: str = "RUN"
     say: Callable[[str], None] = field(default=lambda sentence: None)
     progress: Callable[[str, float], None] | None = None
+    undecoded: dict[str, Undecoded] = field(default_factory=lambda: defaultdict(Undecoded))  # by use
 
     # --- images -------------------------------------------------------------------------------------------------------
 
     @cached_property
     def comparison(self) -> list[np.ndarray]:
         """Real images for comparing a file with its original, (n, S, S, C) uint8 each."""
-        return pixels_of(self.bundle, self.manifest, comparison_rows(self.manifest, self.settings.verify_images))
+        rows = comparison_rows(self.manifest, self.settings.verify_images)
+        return pixels_of(self.bundle, self.manifest, rows, self.undecoded["comparison"])
 
     @cached_property
     def calibration_rows(self) -> np.ndarray:
@@ -89,7 +92,7 @@ class Exporter:
     @cached_property
     def calibration(self) -> np.ndarray:
         """(N, S, S, C) uint8."""
-        parts = pixels_of(self.bundle, self.manifest, self.calibration_rows)
+        parts = pixels_of(self.bundle, self.manifest, self.calibration_rows, self.undecoded["calibration"])
         side, channels = self.bundle.pixels.size, self.bundle.pixels.channels
         return np.concatenate(parts) if parts else np.zeros((0, side, side, channels), np.uint8)
 
@@ -114,7 +117,7 @@ class Exporter:
         return Gate(
             self.gate_data,
             self.reference,
-            lambda rows: batches_of(self.bundle, manifest, rows),
+            lambda rows: batches_of(self.bundle, manifest, rows, self.undecoded["gate"]),
             max_drop_pp=self.settings.max_drop,
             seed=self.seed,
             fraction=fraction,
@@ -247,7 +250,7 @@ class Exporter:
             chosen = make(())
             looked = look(chosen)
             if looked.verdict != "pass" and settings.search_s > 0:
-                self.say(_loses(looked.judgement))
+                self.say(plain_int8_loses(looked.judgement))
                 ranked = layer_sqnr(base.path, chosen, self.calibration[:_LARGEST_LIST])
                 found = rescue(ranked, lambda layers: make(tuple(layers)), look, budget_s=settings.search_s)
                 chosen = found.chosen.path if found.chosen else chosen
@@ -260,8 +263,9 @@ class Exporter:
                 path.unlink(missing_ok=True)
             self._picture(folder / PICTURE, gate, timings, facts, exported_for)
             sync_directory(folder)
+        left = self.undecoded["calibration"].to_list()
         return {
-            "quantisation": {**facts, "calibration": {**calibrated, **facts["calibration"]}},
+            "quantisation": {**facts, "calibration": {**calibrated, **facts["calibration"], "undecodable_files": left}},
             "search": searched,
             "latency": self._latency(folder / MODEL, "int8"),
         }
@@ -400,7 +404,7 @@ class Exporter:
             judgement, gate, judge_runtime=engine.runtime, judge_precision=engine.precision,
             exported_runtime=exported_for, versions={**found, "imgcls-fast": env.package_version()},
             bundle=self.bundle.digest, engine=digest, calibration=self.manifest.digest[self.calibration_rows],
-        )  # fmt: skip
+        ) | {"undecodable_files": self.undecoded["gate"].to_list()}  # fmt: skip
 
     def _demand(self, judgement: Judgement, target: str, precision: str) -> None:
         """INT8 has to be proven. Half precision has to be proven if a budget was asked for, else not to be disproven."""
@@ -472,12 +476,16 @@ def export_run(
     config = replace_settings(run.config, dict(changes))
     extra = None
     if source := config.export.gate_data:
-        extra = scan_to_judge(config.data, Path(source), bundle.pixels, bundle.labels, env.cache_dir())
+        extra = more_rows(config.data, Path(source), bundle, say)
     exporter = Exporter(
         bundle, run.manifest, plain_path(run.directory) / run.exports.name, config.export, seed=config.train.seed, extra=extra,
         strict="export.max_drop" in changes, run=str(run.directory), say=say, progress=progress,
     )  # fmt: skip
-    made = export_bundle(exporter, target, precision)
+    try:
+        made = export_bundle(exporter, target, precision)
+    finally:
+        for use, left in exporter.undecoded.items():
+            say(f"{use} images: {left.sentence()}") if left else None
     return Export(run.exports / made.folder.name, made.meta)
 
 
@@ -486,10 +494,3 @@ def _timings(engine: Engine, batch: int | None) -> dict[str, Any]:
     sizes = [batch] if batch else [size for size in _SWEPT if size <= engine.max_batch]
     sweep = best_batch(engine, sizes, budget_s=10.0, **_SHORT)
     return {"one": sweep.timings[0].to_dict(), "best": sweep.best.to_dict()}
-
-
-def _loses(judgement: Judgement) -> str:
-    return (
-        f"plain INT8 loses {100 * judgement.drop:.2f} points on {judgement.rows:,} search rows "
-        f"({100 * judgement.max_drop:g} are allowed): looking for the layers that it harms"
-    )

@@ -22,6 +22,7 @@ from ..core.errors import DataError, GateFailed, ImgclsError
 from ..core.exports import list_exports
 from ..core.manifest import Manifest
 from ..core.pixels import Pixels
+from ..core.undecoded import Undecoded
 from ..data.loader import dali_missing, make_batch, open_loader
 from ..data.sampler import Sampler
 from ..engines.as_found import as_found
@@ -119,12 +120,13 @@ def compare_run(
         sources: name -> who else delivers pixels, or why not; None: `usual_sources`.
 
     Returns:
-        images, undecodable, pixels and scores (reference, allowed, compared, absent) and failures (sentences).
+        images, undecodable, undecodable_files (path and reason), notices, pixels and scores (reference, allowed, compared,
+        absent) and failures (sentences).
 
     Raises:
         DataError: D002 when the run has no images, D012 when none of them can be decoded.
     """
-    rows = comparison_rows(manifest, images)
+    rows, left = comparison_rows(manifest, images), Undecoded()
     if not len(rows):
         raise DataError("D002", "the run has no images to compare on", try_="imgcls-fast data check DATA")
     found = usual_sources(reference) if sources is None else sources
@@ -136,7 +138,7 @@ def compare_run(
         pixels = {name: Compared(name) for name in present}
         scores = {name: Compared(name, engine.precision) for name, engine in opened.items()}
         streams = {name: stack.enter_context(closing(source(sampler))) for name, source in present.items()}
-        base = stack.enter_context(closing(loader_source(REFERENCE)(sampler)))
+        base = stack.enter_context(closing(loader_source(REFERENCE, left)(sampler)))
         undecodable = _compare(base, streams, reference, opened, pixels, scores, sampler)
     if undecodable == len(rows):
         raise DataError("D012", f"none of the {len(rows):,} images can be decoded", try_="imgcls-fast data check DATA")
@@ -146,6 +148,8 @@ def compare_run(
     return {
         "images": len(rows) - undecodable,
         "undecodable": undecodable,
+        "undecodable_files": left.to_list(),
+        "notices": [left.sentence()] if left else [],
         "pixels": {
             "reference": REFERENCE, "allowed_max": MAX_LEVELS, "allowed_mean": MEAN_LEVELS, "compared": judged,
             "absent": missing, "known": _known(bundle.pixels),
@@ -230,13 +234,14 @@ def usual_sources(reference: Engine) -> dict[str, Source | str]:
     }
 
 
-def loader_source(backend: str) -> Source:
-    """The batches of one of the loaders."""
+def loader_source(backend: str, left: Undecoded | None = None) -> Source:
+    """The batches of one of the loaders; what it cannot decode goes into `left`."""
 
     def batches(sampler: Sampler) -> Batches:
         device = "cuda" if backend == "dali-gpu" else "cpu"
         workers = 0 if backend == "torch" else min(2, env.usable_cpus())
-        loader = open_loader(sampler, backend, workers=workers, device=device, once=True)
+        on_bad = None if left is None else left.of(sampler.manifest)
+        loader = open_loader(sampler, backend, workers=workers, device=device, once=True, on_bad=on_bad)
         try:
             yield from loader.epoch(0)
         finally:

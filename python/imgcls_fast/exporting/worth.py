@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import numpy as np
 from ..core.bundle import Bundle
 from ..core.errors import DataError
 from ..core.run import Run
+from ..core.undecoded import Undecoded
 from ..evaluation.metrics import accuracy_interval
 from .contenders import Contender
 from .images import batches_of
@@ -29,6 +30,7 @@ class Sample:
     pixels: list[np.ndarray]
     truth: np.ndarray | None
     of: int  # rows of the split
+    undecoded: Undecoded = field(default_factory=Undecoded)
 
 
 def sample_of(run: Run, bundle: Bundle) -> Sample:
@@ -40,9 +42,9 @@ def sample_of(run: Run, bundle: Bundle) -> Sample:
     side, channels = bundle.pixels.size, bundle.pixels.channels
     take = min(len(rows), MOST_ROWS, max(1, _MOST_BYTES // (side * side * channels)))
     picked = manifest.spread(rows, take)
-    pixels, truth = [], []
+    pixels, truth, left = [], [], Undecoded()
     try:
-        for batch in batches_of(bundle, manifest, picked) if take else ():
+        for batch in batches_of(bundle, manifest, picked, left) if take else ():
             keep = np.asarray(batch.weight) > 0
             pixels.append(np.ascontiguousarray(np.asarray(batch.pixels)[keep]))
             truth.append(manifest.label[np.asarray(batch.rows)[keep]])
@@ -52,8 +54,8 @@ def sample_of(run: Run, bundle: Bundle) -> Sample:
         pixels.clear()  # out of reach: times are worth having without them, and part of the rows would be another sample
     if not sum(map(len, pixels)):
         noise = np.random.default_rng(0).integers(0, 256, (_NOISE, side, side, channels), np.uint8)
-        return Sample("noise", [noise], None, 0)
-    return Sample(split, pixels, np.concatenate(truth).astype(np.int64), len(rows))
+        return Sample("noise", [noise], None, 0, left)
+    return Sample(split, pixels, np.concatenate(truth).astype(np.int64), len(rows), left)
 
 
 def accuracy_of(scores: np.ndarray, sample: Sample) -> dict[str, Any] | None:

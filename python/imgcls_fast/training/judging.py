@@ -18,6 +18,7 @@ from ..core.pixels import Pixels
 from ..core.predictions import Predictions
 from ..core.run import Run, find_run
 from ..core.settings import flatten
+from ..core.undecoded import Undecoded
 from ..data.loader import open_loader
 from ..data.prepare import scan_to_judge
 from ..data.sampler import Sampler
@@ -168,8 +169,11 @@ def open_model(
 
 def engine_and_rows(
     run: Run, data: Path | None, split: str, runtime: str, device: str, precision: str | None, trust: bool = False
-) -> tuple[Engine, str, Manifest, np.ndarray]:
+) -> tuple[Engine, str, Manifest, np.ndarray, Undecoded, tuple[str, ...]]:
     """An engine with its note (see `run_engine`), and what it is to judge: one split of a run, or all of other labelled images.
+
+    Returns:
+        engine, note, manifest, rows, the images that the scan has left out, and what else it had to say.
 
     Raises:
         ConfigError: C003 for an unknown split, before anything is opened.
@@ -179,11 +183,12 @@ def engine_and_rows(
         raise ConfigError("C003", f"split must be one of 'train', 'val', 'test', got {split!r}", try_="--split test")
     engine, note = run_engine(run, runtime, device, precision, trust)
     if data is not None:
-        manifest = scan_to_judge(run.config.data, data, engine.pixels, engine.labels, env.cache_dir())
-        return engine, note, manifest, np.arange(len(manifest), dtype=np.int64)
+        found = scan_to_judge(run.config.data, data, engine.pixels, engine.labels, env.cache_dir())
+        undecoded = Undecoded({file.path: file.reason for file in found.quarantine})
+        return engine, note, found.manifest, np.arange(len(found.manifest), dtype=np.int64), undecoded, found.notices
     rows = run.manifest.rows(split)
     if not len(rows):
         raise DataError(
             "D014", f"{run.name} has no {split} images", try_=f"imgcls-fast eval {run.directory} --split val"
         )
-    return engine, note, run.manifest, rows
+    return engine, note, run.manifest, rows, Undecoded(), ()

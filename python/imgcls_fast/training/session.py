@@ -17,12 +17,13 @@ from ..core.pixels import Pixels
 from ..core.predictions import Predictions
 from ..core.run import Run, new_run_path
 from ..core.settings import flatten, replace_settings
+from ..core.undecoded import Undecoded
 from ..data.prepare import Prepared, changed_files, prepare
 from ..data.quarantine import write_quarantine
 from ..data.split import write_split_csv
 from ..engines.as_found import as_found
 from ..engines.runtimes import TorchEngine
-from ..evaluation.metrics import Metrics, judge
+from ..evaluation.metrics import Metrics, judge, without
 from ..evaluation.plots import training_curves
 from ..evaluation.report import write_evaluation, write_plots
 from ..models.build import ModelSpec, build_model, resolve_arch, sketch_model
@@ -348,6 +349,9 @@ def _finish(stage: _Stage, baseline: dict[str, Any] | None) -> None:
             judged[split] = judge(
                 predictions, top_k=config.evaluate.top_k, bootstrap=config.evaluate.bootstrap, seed=config.train.seed
             )
+            rows = set(manifest.rows(split).tolist())
+            left = Undecoded({manifest.paths[row]: reason for row, reason in sorted(bad.items()) if row in rows})
+            judged[split] = without(judged[split], left)
             write_evaluation(run.evaluation(split), predictions, judged[split], run.plots)
             against = against_baseline(run, manifest, split, predictions)
     write_plots(run.plots, {"curves": training_curves(run.epochs)})
