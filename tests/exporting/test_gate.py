@@ -351,7 +351,6 @@ def test_a_simulated_verdict_passes_no_plan_and_says_so(tmp_path):
 # ---------------------------------------------------------------- real photos
 
 
-@pytest.mark.slow
 def test_the_100_validation_photos_are_too_few(shared_data: Path, bundle_of: Callable[..., Any]) -> None:
     from imgcls_fast.data.scan import ScanOptions, scan
     from imgcls_fast.engines.runtimes import open_engine

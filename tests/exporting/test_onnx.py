@@ -29,14 +29,13 @@ def batches(bundle: Any, pictures: list[np.ndarray], size: int = 16) -> Iterator
         yield np.stack([predictor.preprocess(picture) for picture in pictures[first : first + size]])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arch", "size", "color"),
     [
         ("small-cnn", 32, "rgb"),
         ("small-cnn", 32, "gray"),
-        ("torchvision/mobilenet_v3_small", 64, "rgb"),
-        ("timm/resnet10t", 64, "rgb"),
+        pytest.param("torchvision/mobilenet_v3_small", 64, "rgb", marks=pytest.mark.slow),
+        pytest.param("timm/resnet10t", 64, "rgb", marks=pytest.mark.slow),
     ],
 )
 def test_onnx_runtime_agrees_with_torch_on_real_images(
@@ -57,7 +56,6 @@ def test_onnx_runtime_agrees_with_torch_on_real_images(
     assert float(np.ptp(a, axis=0).max()) > 1e-3, "all images get the same scores, so agreement means nothing"
 
 
-@pytest.mark.slow
 def test_the_graph_is_one_file_of_standard_operators_with_everything_inside(
     exported: tuple[Any, Path, Export],
 ) -> None:
@@ -78,7 +76,6 @@ def test_the_graph_is_one_file_of_standard_operators_with_everything_inside(
     assert sorted(path.name for path in exports.iterdir()) == sorted(["index.json", folder.name])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("how", ["one bit", "gone", "meta"])
 def test_a_tampered_export_is_refused_with_the_command_that_makes_it_anew(
     how: str, exported: tuple[Any, Path, Export]
@@ -99,7 +96,6 @@ def test_a_tampered_export_is_refused_with_the_command_that_makes_it_anew(
     assert "--onnx" in refused.value.try_
 
 
-@pytest.mark.slow
 def test_an_export_of_another_temperature_is_not_taken_for_this_model(
     exported: tuple[Any, Path, Export],
 ) -> None:
@@ -110,7 +106,6 @@ def test_an_export_of_another_temperature_is_not_taken_for_this_model(
         open_engine(replace(bundle, temperature=1.0), "onnx", exports=exports)
 
 
-@pytest.mark.slow
 def test_a_graph_that_disagrees_is_refused_and_nothing_is_left(
     bundle_of: Callable[..., Any], pictures: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -148,7 +143,6 @@ def test_a_network_that_cannot_be_exported_is_e001_and_nothing_is_left(
     assert list(exports.iterdir()) == []
 
 
-@pytest.mark.slow
 def test_no_images_to_compare_means_no_export(bundle_of: Callable[..., Any]) -> None:
     bundle = bundle_of()
     exports = bundle.directory.parent / "exports"
@@ -167,7 +161,6 @@ def written(bundle: Any, path: Path, **how: Any) -> Any:
     return onnx.load(str(path))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("batch", [None, 3])
 def test_the_bytes_have_one_consumer_which_makes_floats_of_them(
@@ -185,7 +178,6 @@ def test_the_bytes_have_one_consumer_which_makes_floats_of_them(
     assert (scores.elem_type, scores.shape.dim[1].dim_value) == (1, 3)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("opset", "count"), [(20, 0), (23, 2)])
 def test_attention_is_one_operator_from_opset_23_on(
     opset: int, count: int, bundle_of: Callable[..., Any], pictures: list[np.ndarray], tmp_path: Path
@@ -198,7 +190,6 @@ def test_attention_is_one_operator_from_opset_23_on(
     assert facts["comparison"]["relative_l2"] < 1e-5
 
 
-@pytest.mark.slow
 def test_the_file_says_what_it_is(exported: tuple[Any, Path, Export]) -> None:
     import onnx
 
@@ -210,8 +201,7 @@ def test_the_file_says_what_it_is(exported: tuple[Any, Path, Export]) -> None:
     assert made.meta["input"] == {"name": "pixels", "dtype": "uint8", "shape": ["batch", 32, 32, 3]}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("precision", ["fp16", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_half_precision_is_compared_as_far_as_a_runtime_allows(
     precision: Any, bundle_of: Callable[..., Any], pictures: list[np.ndarray]
 ) -> None:
