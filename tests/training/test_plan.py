@@ -15,6 +15,7 @@ import yaml
 
 from imgcls_fast.core.config import RunConfig
 from imgcls_fast.core.errors import ConfigError, HardwareError, ImgclsError
+from imgcls_fast.core.files import read_sealed, write_sealed
 from imgcls_fast.core.manifest import FLAG_PILLOW, LabelSpace, Manifest, PathList
 from imgcls_fast.core.run import Run
 from imgcls_fast.core.settings import build_config, flatten, to_yaml
@@ -299,9 +300,9 @@ def test_another_number_of_channels_is_asked_for_by_name_and_converted(
 
 def relabelled(bundle: Any, classes: tuple[str, ...]) -> Path:
     """The same bundle, of other classes."""
-    facts = json.loads((bundle.directory / "bundle.json").read_text("utf-8"))
+    facts = read_sealed(bundle.directory / "bundle.json")
     facts["labels"] = LabelSpace.single(classes).to_dict()
-    (bundle.directory / "bundle.json").write_text(json.dumps(facts), "utf-8")
+    write_sealed(bundle.directory / "bundle.json", facts)
     return bundle.directory
 
 
