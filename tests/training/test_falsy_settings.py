@@ -18,7 +18,7 @@ from imgcls_fast.data.prepare import prepare, scan_options
 from imgcls_fast.data.scan import scan
 from imgcls_fast.exporting.trt_engine import TrtOptions
 from imgcls_fast.models.backbones import ModelSpec, weightless
-from imgcls_fast.models.build import build_model, outline_of
+from imgcls_fast.models.build import build_model, sketch_model
 from imgcls_fast.training import session
 
 from .test_plan import images, plan_of
@@ -254,6 +254,9 @@ def test_a_network_is_built_without_its_own_dropout_when_asked() -> None:
 
 @pytest.mark.parametrize("arch", ["small-cnn", "torchvision/regnet_y_400mf", "timm/resnet10t"])
 def test_parameters_are_counted_without_making_them(arch: str) -> None:
-    """torchvision's RegNet could not be counted on torch's meta device, and no run of it began."""
+    """torchvision's RegNet could not be made on torch's meta device, and no run of it began."""
     spec = ModelSpec(arch, num_outputs=3, attention=("cbam@stage4",) if "resnet" in arch else ())
-    assert outline_of(spec).parameters == sum(p.numel() for p in build_model(spec).parameters())
+    sketch, model = sketch_model(spec), build_model(spec)
+    assert [(n, p.shape) for n, p in sketch.named_parameters()] == [(n, p.shape) for n, p in model.named_parameters()]
+    assert next(sketch.backbone.parameters()).is_meta
+    assert sketch.freeze(2) == model.freeze(2)

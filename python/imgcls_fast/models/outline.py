@@ -1,4 +1,4 @@
-"""What can be known of a network before it has weights: its size, its norms, its dropout, and what it cannot stand."""
+"""What can be known of a network before it has weights: its norms, its dropout, and what it cannot stand."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ class Outline:
     """A network without memory for its weights.
 
     Args:
-        parameters: number of weights, attention modules included.
         drop_rate: dropout that the library gives the architecture by itself.
         drop_path: stochastic depth of the deepest block, likewise.
         batch_norm: it takes statistics over the images of a batch.
@@ -30,7 +29,6 @@ class Outline:
             channels-last; "" when there is none.
     """
 
-    parameters: int
     drop_rate: float
     drop_path: float
     batch_norm: bool
@@ -50,7 +48,6 @@ def outline_of(spec: ModelSpec) -> Outline:
     with torch.random.fork_rng(devices=[]):
         insert_attention(network, bare)
     return Outline(
-        sum(p.numel() for p in network.parameters()),
         rate,
         path,
         any(isinstance(module, _BatchNorm) for module in network.modules()),
