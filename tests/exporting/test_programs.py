@@ -123,7 +123,6 @@ def test_a_package_of_aotinductor_runs_with_any_number_of_threads_and_images(
     assert (damaged.value.code, "--aoti" in damaged.value.try_) == ("E001", True)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("target", ["pt2", "torchscript"])
 def test_a_fixed_batch_and_half_precision_are_kept_to(
     target: str, bundle_of: Callable[..., Any], pictures: list[np.ndarray]
@@ -139,7 +138,6 @@ def test_a_fixed_batch_and_half_precision_are_kept_to(
     assert export.folder.name.startswith(f"{target}-bf16-")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("target", ["pt2", "torchscript"])
 def test_a_program_that_disagrees_is_refused_and_nothing_is_left(
     target: str, bundle_of: Callable[..., Any], pictures: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
@@ -236,7 +234,6 @@ def test_pickled_tensors_in_an_archive_are_seen(tmp_path: Path) -> None:
     assert pickled_payloads(path) == ["constants.0"]
 
 
-@pytest.mark.slow
 def test_our_pt2_files_say_how_their_tensors_are_stored(bundle_of: Callable[..., Any]) -> None:
     """Else `pickled_payloads` would look in the wrong place and find nothing."""
     bundle = bundle_of()

@@ -21,6 +21,8 @@ import onnx
 from imgcls_fast.exporting import half, qdq, quantize
 from imgcls_fast.exporting.lint import lint, lint_view
 
+QUANTIZERS = [pytest.param("modelopt", marks=pytest.mark.slow), "onnxruntime"]  # ModelOpt takes four seconds
+
 
 def noise(n: int, size: int = 32) -> np.ndarray:
     draw = np.random.default_rng(0)
@@ -35,8 +37,7 @@ def no_modelopt(monkeypatch: pytest.MonkeyPatch, *more: str) -> None:
 # ---- what comes out ----
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("quantizer", ["modelopt", "onnxruntime"])
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
 def test_a_trained_network_keeps_its_opinion_and_the_file_is_clean(
     quantizer: Any, trained: Any, tmp_path: Path
 ) -> None:
@@ -60,7 +61,6 @@ def test_a_trained_network_keeps_its_opinion_and_the_file_is_clean(
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
 
 
-@pytest.mark.slow
 def test_openvino_which_really_computes_in_int8_agrees(trained: Any, tmp_path: Path) -> None:
     openvino = pytest.importorskip("openvino")
     out = tmp_path / "model.onnx"
@@ -72,8 +72,7 @@ def test_openvino_which_really_computes_in_int8_agrees(trained: Any, tmp_path: P
     assert (found.argmax(1) == trained.scores(trained.plain).argmax(1)).mean() >= 0.98
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("quantizer", ["modelopt", "onnxruntime"])
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
 def test_of_a_transformer_neither_attention_nor_residuals_are_quantised(
     quantizer: Any, bundle_of: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -97,7 +96,6 @@ def test_of_a_transformer_neither_attention_nor_residuals_are_quantised(
     assert np.abs(exact - found).max() < 0.1
 
 
-@pytest.mark.slow
 def test_a_fixed_batch_and_a_rest_of_images(onnx_of: Callable[..., Path], tmp_path: Path) -> None:
     import torch
 
@@ -114,7 +112,6 @@ def test_a_fixed_batch_and_a_rest_of_images(onnx_of: Callable[..., Path], tmp_pa
 # ---- quantisation-aware training ----
 
 
-@pytest.mark.slow
 def test_scales_of_quantisation_aware_training_are_kept(onnx_of: Callable[..., Path], tmp_path: Path) -> None:
     import torch
     from torch import Tensor, nn
@@ -159,7 +156,6 @@ def test_scales_of_quantisation_aware_training_are_kept(onnx_of: Callable[..., P
 # ---- FP16 around INT8 ----
 
 
-@pytest.mark.slow
 def test_scales_that_fp16_holds_badly_are_raised_and_counted(trained: Any, tmp_path: Path) -> None:
     model = onnx.load(str(trained.plain))
     weight = next(tensor for tensor in model.graph.initializer if tensor.dims[:2] == [32, 16])
@@ -176,7 +172,6 @@ def test_scales_that_fp16_holds_badly_are_raised_and_counted(trained: Any, tmp_p
     assert trained.accuracy(tmp_path / "int8.onnx") >= trained.accuracy(tmp_path / "fp32.onnx") - 0.02
 
 
-@pytest.mark.slow
 def test_a_float_that_the_graph_makes_itself_becomes_fp16_too(onnx_of: Callable[..., Path], tmp_path: Path) -> None:
     import torch
     from torch import Tensor, nn
@@ -203,8 +198,7 @@ def test_values_beyond_fp16_are_named_largest_first(trained: Any) -> None:
     assert half.fp16_overflows(trained.plain, trained.calibration[:32]) == []
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("quantizer", ["modelopt", "onnxruntime"])
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
 def test_what_fp16_cannot_hold_stays_in_float32(quantizer: Any, trained: Any, tmp_path: Path) -> None:
     if quantizer == "modelopt":
         pytest.importorskip("modelopt")
@@ -253,7 +247,6 @@ def test_without_both_the_error_says_what_to_install(monkeypatch: pytest.MonkeyP
     assert refused.value.code == "H004" and refused.value.try_.startswith("pip install")
 
 
-@pytest.mark.slow
 def test_the_note_reaches_the_facts(trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     no_modelopt(monkeypatch)
     facts = quantize.quantize(trained.plain, tmp_path / "int8.onnx", trained.calibration[:8])
@@ -290,7 +283,6 @@ def changed(source: Path, to: Path, change: Callable[[Any], None]) -> Path:
     return to / "fp32.onnx"
 
 
-@pytest.mark.slow
 def test_nan_activations_are_named(trained: Any, tmp_path: Path) -> None:
     def poison(model: Any) -> None:
         bias = next(tensor for tensor in model.graph.initializer if list(tensor.dims) == [16])
@@ -303,7 +295,6 @@ def test_nan_activations_are_named(trained: Any, tmp_path: Path) -> None:
     assert "NaN" in error.why and "conv2d" in error.why and "Traceback" not in str(error)
 
 
-@pytest.mark.slow
 def test_an_operator_that_nobody_has_is_named(trained: Any, tmp_path: Path) -> None:
     def invent(model: Any) -> None:
         relu = next(node for node in model.graph.node if node.op_type == "Relu")
@@ -332,7 +323,6 @@ def test_what_the_fallback_cannot_do_and_layers_that_do_not_exist_are_refused(tr
     assert "node_nobody" in refused(call, tmp_path).message
 
 
-@pytest.mark.slow
 def test_a_file_without_int8_layers_is_refused(onnx_of: Callable[..., Path], tmp_path: Path) -> None:
     import torch
 

@@ -92,7 +92,6 @@ def work(trained: Any, tmp_path: Path) -> tuple[Path, Path, Path]:
     return trained.plain, tmp_path / "exports", tmp_path / "images.npy"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("victim", ["parent", "child", "both"])
 def test_kill_at_random_instants_leaves_no_process_and_no_half_file(victim: str, work: tuple[Path, Path, Path]) -> None:
     source, exports, images = work
@@ -134,7 +133,6 @@ def start(work: tuple[Path, Path, Path], out: Path, **options: Any) -> tuple[thr
     return thread, errors
 
 
-@pytest.mark.slow
 def test_a_child_that_the_system_kills_is_one_error_that_names_the_signal(
     work: tuple[Path, Path, Path], tmp_path: Path
 ) -> None:
@@ -150,7 +148,6 @@ def test_a_child_that_the_system_kills_is_one_error_that_names_the_signal(
     assert sorted(tmp_path.iterdir()) == before
 
 
-@pytest.mark.slow
 def test_work_that_takes_too_long_is_ended(work: tuple[Path, Path, Path], tmp_path: Path) -> None:
     before = sorted(tmp_path.iterdir())
     thread, errors = start(work, tmp_path / "model.onnx", timeout_s=0.3)
@@ -159,7 +156,6 @@ def test_work_that_takes_too_long_is_ended(work: tuple[Path, Path, Path], tmp_pa
     assert processes_of(tmp_path) == [] and sorted(tmp_path.iterdir()) == before
 
 
-@pytest.mark.slow
 def test_ctrl_c_ends_the_child_as_well(work: tuple[Path, Path, Path]) -> None:
     source, exports, images = work
     parent = subprocess.Popen(
@@ -173,7 +169,6 @@ def test_ctrl_c_ends_the_child_as_well(work: tuple[Path, Path, Path]) -> None:
     assert list(exports.iterdir()) == []
 
 
-@pytest.mark.slow
 def test_a_child_whose_parent_has_gone_before_it_looked_ends_by_itself(tmp_path: Path) -> None:
     words = [
         sys.executable,
@@ -186,7 +181,6 @@ def test_a_child_whose_parent_has_gone_before_it_looked_ends_by_itself(tmp_path:
     assert child.wait(30) == -signal.SIGKILL
 
 
-@pytest.mark.slow
 def test_a_child_ends_when_the_pipe_of_its_parent_is_closed(work: tuple[Path, Path, Path], tmp_path: Path) -> None:
     code = "import os,sys,time; from imgcls_fast.exporting.quantize_child import die_with; die_with(int(sys.argv[1])); time.sleep(60)"
     child = subprocess.Popen(

@@ -23,6 +23,8 @@ from imgcls_fast.exporting.lint import lint
 from imgcls_fast.exporting.qdq import View
 from imgcls_fast.exporting.sensitivity import layer_sqnr, rescue
 
+QUANTIZERS = [pytest.param("modelopt", marks=pytest.mark.slow), "onnxruntime"]  # ModelOpt takes four seconds
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -34,7 +36,6 @@ class Verdict:
 # ---- SQNR ----
 
 
-@pytest.mark.slow
 def test_the_figure_is_the_one_of_the_formula(onnx_of: Callable[..., Path], tmp_path: Path) -> None:
     import torch
 
@@ -65,7 +66,6 @@ def test_the_figure_is_the_one_of_the_formula(onnx_of: Callable[..., Path], tmp_
     assert dict(found) == pytest.approx(expected, abs=0.05)
 
 
-@pytest.mark.slow
 def test_files_of_two_networks_are_told_apart(onnx_of: Callable[..., Path], trained: Any, tmp_path: Path) -> None:
     import torch
 
@@ -79,8 +79,7 @@ def test_files_of_two_networks_are_told_apart(onnx_of: Callable[..., Path], trai
 # ---- the search ----
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("quantizer", ["modelopt", "onnxruntime"])
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
 def test_a_channel_of_a_thousand_fold_is_rescued_with_few_layers_in_fp16(
     quantizer: Any, trained: Any, tmp_path: Path
 ) -> None:

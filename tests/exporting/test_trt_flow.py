@@ -22,8 +22,6 @@ from imgcls_fast.core.errors import ExportError, HardwareError
 from imgcls_fast.engines.runtimes import open_engine
 from imgcls_fast.exporting import session
 
-pytestmark = pytest.mark.slow
-
 
 def _doubles() -> ModuleType:
     name = "trt_doubles"
