@@ -140,6 +140,25 @@ def test_files_that_went_away_stop_the_epoch_with_d015_and_no_row_is_bad(
 
 
 @BACKENDS
+def test_what_was_away_between_two_epochs_only_is_read_again(kit, photos, backend, workers, no_patience):
+    """A loader that reads ahead meets the first files of the next epoch while they are away."""
+    manifest = kit.manifest(photos, sorted(p.name for p in photos.iterdir()))
+    sampler = kit.sampler(manifest, 4)
+    clean = kit.run(sampler, backend, workers)
+    loader = kit.open(sampler, backend, workers)
+    running = loader.epoch(0)
+    batches = [kit.copy(next(running))]
+    manifest.path(0).rename(photos / "away")
+    batches += [kit.copy(batch) for batch in running]
+    time.sleep(0.2)
+    (photos / "away").rename(manifest.path(0))
+    kit.assert_same(batches, clean)
+    kit.assert_same(kit.epochs(loader, 1), clean)
+    loader.close()
+    assert loader.bad == {}
+
+
+@BACKENDS
 def test_a_folder_that_comes_back_in_time_changes_no_bit(kit, photos, tmp_path, backend, workers, patience):
     manifest = kit.manifest(photos, sorted(p.name for p in photos.iterdir()))
     sampler = kit.sampler(manifest, 2, kit.strong)

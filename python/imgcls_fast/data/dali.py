@@ -120,7 +120,8 @@ class DaliLoader:
     def _batch(self, epoch: int, index: int) -> Batch:
         """One batch; rebuilds the pipeline when it stands elsewhere, and after each failure of DALI's."""
         place = (epoch if self.sampler.training else 0, index)
-        for _ in range(self.sampler.batch_size + 2):  # each round but the last finds at least one row for Pillow
+        away = False
+        for _ in range(self.sampler.batch_size + 3):  # each round but the last finds at least one row for Pillow
             if self._pipeline is None or not self._ahead or self._place_of(self._ahead[0]) != place:
                 self._build(place)
             try:
@@ -130,7 +131,13 @@ class DaliLoader:
                 self._stop()
                 self._find_refused(in_flight, str(error))
                 continue
-            return self._deliver(self._ahead.popleft(), outputs, epoch)
+            work = self._ahead.popleft()
+            if work.error is None:
+                return self._deliver(work, outputs, epoch)
+            self._stop()
+            if away:
+                raise work.error
+            away = True  # it may have been read long ago, behind the end of the epoch before: once more
         raise RuntimeError(f"DALI failed again and again at epoch {epoch}, batch {index}")
 
     @staticmethod
@@ -274,9 +281,6 @@ class DaliLoader:
 
     # delivery
     def _deliver(self, work: _Work, outputs: Any, epoch: int) -> Batch:
-        if work.error is not None:
-            self._stop()
-            raise work.error
         pixels: Any = _on_gpu(outputs[0]) if self._gpu else outputs[0].as_array()
         for position, made in work.made.items():
             pixels[position] = _like(made, pixels)
