@@ -49,7 +49,8 @@ def quantize(
     Args:
         onnx_fp32: a float32 graph with one uint8 input (N, S, S, C).
         out: the file to write; it appears whole. A private folder beside it holds the work and is removed.
-        calibration: (N, S, S, C) uint8, images of the training split, N >= 1; they set the ranges.
+        calibration: (N, S, S, C) uint8, images of the training split, N >= 1, in the order of `calibration_rows`; they set
+            the ranges, and the first 128 tell what FP16 cannot hold.
         method: max (largest value) or entropy.
         quantizer: auto: ModelOpt if it is installed, else ONNX Runtime's; the facts say which, and why.
         exclude: names of layers to be left in FP16.
@@ -97,7 +98,7 @@ def autocast(
     BF16 needs opset 22 and is raised to it.
 
     Args:
-        calibration: (N, S, S, C) uint8, N >= 1.
+        calibration: (N, S, S, C) uint8, N >= 1, in the order of `calibration_rows`: the first 16 are looked at.
 
     Returns:
         Facts for meta.json: made_by, versions, fp32_layers (names), layers (count), opset, seconds, verified ("onnxruntime",

@@ -23,7 +23,7 @@ from typing import Any
 REQUEST, MODEL, CALIBRATION, MADE, RESULT = "request.json", "model.onnx", "calibration.npy", "made.onnx", "result.json"
 _PR_SET_PDEATHSIG = 1
 _STEP = 16  # images in one forward pass
-_RANGE_ROWS = 128  # images that are looked at for values beyond FP16
+_RANGE_ROWS = 128  # images that are looked at for values beyond FP16; they come in fair order, so the first are a sample
 # ONNX's reference evaluator is written for clarity: a graph of this size takes it seconds
 _REFERENCE_BYTES, _REFERENCE_SIDE, _REFERENCE_IMAGES = 1_200_000, 64, 4
 _BF16_OPSET = 22  # the first whose convolutions take bfloat16
