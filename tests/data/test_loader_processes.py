@@ -117,6 +117,32 @@ def test_closing_a_dali_loader_frees_its_threads_and_files(kit, album_manifest):
     assert threading.active_count() >= 1
 
 
+@needs_dali
+def test_a_forked_worker_does_not_collect_a_pipeline_of_its_parent(kit, album_manifest):
+    """It waited for ever, for the end of threads that are not copied by a fork."""
+    sampler = kit.sampler(album_manifest, 8)
+    loader = kit.open(sampler, "dali-cpu", 2)
+    next(iter(loader.epoch(0)))
+    ring = [loader._pipeline]
+    ring.append(ring)
+    kit.open(sampler, "torch", 1).close()
+    gc.disable()  # of this process: the pipeline stays as garbage until the fork
+    try:
+        loader.close()
+        del ring
+        child = os.fork()
+        if child == 0:
+            gc.collect()
+            os._exit(0)
+    finally:
+        gc.enable()
+    ended = wait_for(lambda: os.waitpid(child, os.WNOHANG)[0] == child, 30)
+    if not ended:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert ended
+
+
 _PARENT = """
 import sys
 from pathlib import Path

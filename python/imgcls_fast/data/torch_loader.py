@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import logging
+import os
 import re
 import signal
 import threading
@@ -202,6 +205,8 @@ class TorchLoader:
         self._stop = weakref.finalize(self, _stop_workers, self._loader)
 
     def _open(self) -> Any:
+        if self._workers:
+            _spare_children()
         return DataLoader(
             _Batches(self.sampler),
             batch_size=None,
@@ -304,6 +309,16 @@ def _stop_workers(loader: Any) -> None:
     iterator = getattr(loader, "_iterator", None)
     if iterator is not None:
         iterator._shutdown_workers()
+
+
+@functools.cache
+def _spare_children() -> None:
+    """Forked processes collect no garbage of this one.
+
+    A DALI pipeline that nobody holds may wait here for the collector. Collected in a worker, it waits for ever for the end of
+    threads that a fork does not copy.
+    """
+    os.register_at_fork(after_in_child=gc.freeze)
 
 
 def _start_worker(worker: int) -> None:
