@@ -195,6 +195,7 @@ def in_bounds() -> Callable[..., Outcome]:
             try:
                 os.close(reading)
                 pages = int(Path("/proc/self/statm").read_text().split()[0])
+                signal.alarm(10 * cpu_s)  # for what waits, and uses no CPU time
                 resource.setrlimit(resource.RLIMIT_CPU, (cpu_s, cpu_s))
                 resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (memory_mib << 20),) * 2)
                 found = ("ok", str(function(*args)))
