@@ -144,7 +144,8 @@ class ConsoleSink:
         self.console.print(table)
 
     def _baseline(self, event: Event) -> None:
-        self._say("\n".join(plain_lines(event)), "cyan")
+        for line in plain_lines(event):
+            self._say(line, "cyan")
 
     def _progress(self, event: Event) -> None:
         parts = [
