@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -31,6 +32,7 @@ from .trust import NATIVE, PROGRAMS, demand_own_code, is_own, signed
 INDEX = "index.json"
 META = "meta.json"
 GATE = "gate.json"
+_UNFINISHED = re.compile(r"\.(old-)?(onnx|trt|pt2|aoti|torchscript|triton)-[a-z0-9]+-[^.]+\.[0-9a-f]{8}")
 
 
 @dataclass(frozen=True)
@@ -276,6 +278,8 @@ def remove_stale(exports: Path) -> list[str]:
 def _remove_stale(exports: Path) -> list[str]:
     removed = []
     for folder in exports.glob(".*.*/"):
+        if not _UNFINISHED.fullmatch(folder.name):  # somebody else's
+            continue
         try:
             lock = _lock(folder, wait=False)
         except OSError:  # its maker lives

@@ -32,6 +32,7 @@ RUN_NAMES = (
     "events.jsonl", "exports", "log.txt", "manifest.npz", "metrics.csv", "model.json", "plots", "quarantine.csv",
     "report.html", "split.csv",
 )  # fmt: skip
+_LEFTOVER = re.compile(r"\..+\.\d+\.tmp", re.DOTALL)  # of `files.write_whole`
 _POINTER_MARK = "# the last run; written by imgcls-fast"
 
 
@@ -266,12 +267,29 @@ class Run:
         run.lock()
         return run
 
+    def demand_own_places(self) -> None:
+        """Go on only where everything that is written lies in this folder: a link in a stranger's run leads into your files.
+
+        Raises:
+            HardwareError: H003, naming the link.
+        """
+        inner = [f"eval/{name}" for name in ("val", "test", "baseline")]
+        inner += [f"checkpoints/{name}" for name in ("last", "previous", "best")]
+        for name in (*RUN_NAMES, *inner):
+            if (self.directory / name).is_symlink():
+                raise HardwareError(
+                    "H003",
+                    f"cannot write into {self.directory}: {name} in it is a link, and leads elsewhere",
+                    try_=f"find {self.directory} -type l -ls   (shows where its links lead)",
+                )
+
     def lock(self) -> None:
         """Become the single writer until `unlock` or the end of the process, however it ends.
 
         Raises:
-            HardwareError: H005 when another process writes here.
+            HardwareError: H005 when another process writes here; H003 when a link in it leads elsewhere.
         """
+        self.demand_own_places()
         with explained_write(self.directory / ".lock"):
             file = open(self.directory / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - held open: it is the lock
         try:
@@ -297,6 +315,8 @@ class Run:
         """Remove the half-written files of a process that was killed; only for the holder of the lock."""
         for folder in (self.directory, self.plots, *map(self.evaluation, ("val", "test", "baseline"))):
             for left in folder.glob(".*.tmp"):
+                if not _LEFTOVER.fullmatch(left.name):  # somebody else's
+                    continue
                 if left.is_dir():
                     shutil.rmtree(left, ignore_errors=True)
                 else:

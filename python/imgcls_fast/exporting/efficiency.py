@@ -115,6 +115,7 @@ def examine(
     _check(runtimes, batches, duration_s, device)
     if not run.finished:
         raise ModelError("M005", f"{run.directory} is not finished", try_=f"imgcls-fast train {run.directory} --resume")
+    run.demand_own_places()
     bundle, name = read_bundle(run.bundle_path), str(run.directory)
     contenders, absent = contenders_of(bundle, run.exports, run=name, runtimes=runtimes, only=export, trust=trust)
     if export is not None and len(contenders) == 1:

@@ -472,6 +472,7 @@ def export_run(
     progress: Callable[[str, float], None] | None = None,
 ) -> Export:
     """Export the bundle of a run, with its settings and `changes` to them (dotted names). See `api.export`."""
+    run.demand_own_places()
     bundle = read_bundle(run.bundle_path)
     config = replace_settings(run.config, dict(changes))
     extra = None

@@ -11,6 +11,7 @@ import errno
 import hashlib
 import io
 import os
+import re
 import shutil
 import sys
 import time
@@ -42,6 +43,7 @@ SCHEMA = 1
 TENSORS, STATE, DIGESTS = "tensors.safetensors", "state.json", "manifest.json"
 _LARGEST = {DIGESTS: JSON_BYTES, STATE: STATE_BYTES}  # bytes that are read of a file
 _NAMES = ("last", "previous", "best")  # the newest first
+_LEFT = re.compile(r"\.(new|best|old\.(last|previous|best))\.\d+")
 _PATIENCE_S = 5.0  # for a reader between the two renames of a writer
 
 
@@ -99,11 +101,12 @@ def save_checkpoint(
 
 def _sweep(folder: Path) -> None:
     """Clear what a process that was killed while it saved has left; a directory that it had set aside goes back."""
+    ours = [left for left in folder.glob(".*") if _LEFT.fullmatch(left.name)]  # a stranger's link may have led us to other folders
     for name in _NAMES:
-        for aside in folder.glob(f".old.{name}.*"):
-            if not (folder / name).exists():
+        for aside in ours:
+            if aside.name.startswith(f".old.{name}.") and not (folder / name).exists():
                 os.rename(aside, folder / name)
-    for left in folder.glob(".*"):
+    for left in ours:
         shutil.rmtree(left, ignore_errors=True)
 
 

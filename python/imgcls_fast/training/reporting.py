@@ -59,6 +59,7 @@ def report_run(run: Run) -> Path:
     Raises:
         UsageError: U003 when nothing of the run was judged yet.
     """
+    run.demand_own_places()
     splits = judged(run)
     if not splits:
         raise UsageError(
