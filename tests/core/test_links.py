@@ -10,7 +10,8 @@ import pytest
 from imgcls_fast.core.errors import HardwareError
 from imgcls_fast.core.exports import new_export, remove_stale
 from imgcls_fast.core.files import write_text
-from imgcls_fast.core.run import RUN_NAMES, Run
+from imgcls_fast.core.places import RUN_NAMES
+from imgcls_fast.core.run import Run
 
 
 @pytest.fixture

@@ -21,17 +21,13 @@ from .config import RunConfig
 from .errors import DataError, HardwareError, UsageError, near
 from .files import explained_write, read_bounded, read_json, write_json, write_text
 from .manifest import Manifest
+from .places import demand_no_links, others_files
 from .predictions import Predictions
 from .settings import build_config, save_config
 from .text import printable
 
 EFFICIENCY_SCHEMA = 1  # of bench/efficiency.json
 # everything that training, judging, exporting and timing write into the directory of a run
-RUN_NAMES = (
-    ".lock", "baseline.json", "bench", "bundle", "checkpoints", "config.yaml", "data.json", "env.json", "eval",
-    "events.jsonl", "exports", "log.txt", "manifest.npz", "metrics.csv", "model.json", "plots", "quarantine.csv",
-    "report.html", "split.csv",
-)  # fmt: skip
 _LEFTOVER = re.compile(r"\..+\.\d+\.tmp", re.DOTALL)  # of `files.write_whole`
 _POINTER_MARK = "# the last run; written by imgcls-fast"
 
@@ -256,7 +252,7 @@ class Run:
                 f"{directory} already holds a run",
                 try_=f"imgcls-fast train {directory} --resume   (or another --out)",
             )
-        if taken := _others_files(directory):
+        if taken := others_files(directory):
             raise UsageError(
                 "U002",
                 f"{directory} is not a run, and holds files that a run would replace: {', '.join(taken)}",
@@ -268,20 +264,8 @@ class Run:
         return run
 
     def demand_own_places(self) -> None:
-        """Go on only where everything that is written lies in this folder: a link in a stranger's run leads into your files.
-
-        Raises:
-            HardwareError: H003, naming the link.
-        """
-        inner = [f"eval/{name}" for name in ("val", "test", "baseline")]
-        inner += [f"checkpoints/{name}" for name in ("last", "previous", "best")]
-        for name in (*RUN_NAMES, *inner):
-            if (self.directory / name).is_symlink():
-                raise HardwareError(
-                    "H003",
-                    f"cannot write into {self.directory}: {name} in it is a link, and leads elsewhere",
-                    try_=f"find {self.directory} -type l -ls   (shows where its links lead)",
-                )
+        """`places.demand_no_links` of this run."""
+        demand_no_links(self.directory)
 
     def lock(self) -> None:
         """Become the single writer until `unlock` or the end of the process, however it ends.
@@ -414,17 +398,6 @@ def _lock_soon(file: IO[str], patience_s: float = 1.0) -> None:
             if time.monotonic() > give_up:
                 raise
             time.sleep(0.02)
-
-
-def _others_files(directory: Path) -> list[str]:
-    """Names in `directory` that a run would write and that no run has written; none in one that was killed at birth."""
-    lock = directory / ".lock"
-    try:
-        if lock.is_file() and (not lock.stat().st_size or lock.read_bytes()[:4] == b"pid "):
-            return []
-        return sorted(name for name in RUN_NAMES if os.path.lexists(directory / name))
-    except OSError:
-        return []  # making the directory will say what is wrong with it
 
 
 def _close(file: IO[str] | None) -> None:

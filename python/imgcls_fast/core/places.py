@@ -1,0 +1,42 @@
+"""Which names a run directory has, and whose files lie there: nothing of the user's is overwritten, whatever leads to it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from .errors import HardwareError
+
+RUN_NAMES = (
+    ".lock", "baseline.json", "bench", "bundle", "checkpoints", "config.yaml", "data.json", "env.json", "eval",
+    "events.jsonl", "exports", "log.txt", "manifest.npz", "metrics.csv", "model.json", "plots", "quarantine.csv",
+    "report.html", "split.csv",
+)  # fmt: skip
+
+
+def demand_no_links(directory: Path) -> None:
+    """Go on only where everything that is written lies in this run: a link in a stranger's run leads into your files.
+
+    Raises:
+        HardwareError: H003, naming the link.
+    """
+    inner = [f"eval/{name}" for name in ("val", "test", "baseline")]
+    inner += [f"checkpoints/{name}" for name in ("last", "previous", "best")]
+    for name in (*RUN_NAMES, *inner):
+        if (directory / name).is_symlink():
+            raise HardwareError(
+                "H003",
+                f"cannot write into {directory}: {name} in it is a link, and leads elsewhere",
+                try_=f"find {directory} -type l -ls   (shows where its links lead)",
+            )
+
+
+def others_files(directory: Path) -> list[str]:
+    """Names in `directory` that a run would write and that no run has written; none in one that was killed at birth."""
+    lock = directory / ".lock"
+    try:
+        if lock.is_file() and (not lock.stat().st_size or lock.read_bytes()[:4] == b"pid "):
+            return []
+        return sorted(name for name in RUN_NAMES if os.path.lexists(directory / name))
+    except OSError:
+        return []  # making the directory will say what is wrong with it
