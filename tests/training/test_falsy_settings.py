@@ -184,6 +184,14 @@ def test_the_table_names_every_setting_that_may_be_falsy() -> None:
     assert legal_falsy_values().keys() == READ.keys() | WHOLE_RUN
 
 
+@pytest.mark.parametrize("name", ["data.source", "data.group_by", "model.arch", "model.init", "export.gate_data", "out"])
+def test_an_empty_name_is_refused_by_the_name_of_its_setting(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name} must be a name") as refused:
+        build_config({name: ""})
+    assert refused.value.code == "C003"
+    assert flatten(build_config({name: "no-\udcff"}))[name] == "no-\udcff"  # of a file system that is not UTF-8
+
+
 @pytest.mark.parametrize("name", READ)
 def test_a_falsy_value_is_obeyed(name: str, make_fit: Any, tmp_path: Path) -> None:
     value = legal_falsy_values()[name]

@@ -21,7 +21,6 @@ from pydantic import (
 )
 
 Auto = Literal["auto"]
-Text = Annotated[str, Field(min_length=1)]  # an empty name is a mistake in a script
 Fraction = Annotated[float, Field(ge=0, le=1)]
 FREE: dict[str, Any] = {"resume": "free"}
 
@@ -70,6 +69,14 @@ def _sums_to_one(fractions: tuple[float, float, float]) -> tuple[float, float, f
     return fractions
 
 
+def _named(text: str) -> str:
+    if not text:
+        raise ValueError("must be a name, got ''")
+    return text
+
+
+# an empty name is a mistake in a script; a length in the schema would refuse file names that are not UTF-8
+Text = Annotated[str, AfterValidator(_named)]
 Seconds = Annotated[float, BeforeValidator(parse_seconds), Field(ge=0)]
 
 

@@ -155,6 +155,8 @@ def _explain(error: ValidationError, origin: dict[str, str]) -> ConfigError:
     wanted = " or ".join(dict.fromkeys(_wanted(i) for i in same))
     if item["type"] == "value_error":
         message = item["msg"].removeprefix("Value error, ")
+        if name in setting_names() and name not in message:  # a rule that several settings share
+            message = f"{name} {message}"
     else:
         message = f"{name} must be {wanted}, got {shortened(repr(item['input']))}"
     others = sorted({n for n, _ in problems if n != name})
