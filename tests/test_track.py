@@ -145,6 +145,13 @@ def test_the_baseline_line_says_what_must_be_beaten() -> None:
     )
 
 
+def test_a_notice_of_the_baseline_has_a_line_of_its_own() -> None:
+    event = BASELINE | {"train_rows": 900, "limit": "20 s of reading"}
+    lines = shown(io.StringIO(), [event]).splitlines()
+    assert len(lines) == len(plain_lines(event)) > 1
+    assert not any("\\n" in line for line in lines)
+
+
 def test_the_epoch_line_says_every_number() -> None:
     assert epoch_line(EPOCH) == (
         "ep  3/30  loss .412  val acc .903 (+.012) f1 .899  1,204 img/s  data 3%  mem 7.1G  eta 4:10  *best"

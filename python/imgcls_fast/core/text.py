@@ -36,15 +36,13 @@ def printable(text: str, *, keep: str = "") -> str:
 
 def to_json(value: Any, *, indent: int | None = None) -> str:
     """JSON that any reader takes and that is safe to look at: what cannot be shown is escaped, other scripts stay readable."""
-    text = json.dumps(value, indent=indent, ensure_ascii=False)
-    return text if text.isprintable() else "".join(map(_json_safe, text))
+    # JSON has no bare line break inside of a string, so every line can be looked at alone; few need a look at characters
+    lines = json.dumps(value, indent=indent, ensure_ascii=False).split("\n")
+    return "\n".join(line if line.isprintable() else "".join(map(_json_safe, line)) for line in lines)
 
 
 def _json_safe(character: str) -> str:
-    # outside of strings JSON holds printable characters and line breaks only, and inside of them no bare line break
-    if character.isprintable() or character == "\n":
-        return character
-    return json.dumps(character)[1:-1]
+    return character if character.isprintable() else json.dumps(character)[1:-1]
 
 
 def to_csv(rows: Iterable[Sequence[Any]]) -> str:
