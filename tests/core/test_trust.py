@@ -135,7 +135,7 @@ def test_own_code_that_was_exchanged_alone_is_damaged(home: Path, bundle_of: Any
     assert refused.value.code == "E001" and opened == []
 
 
-@pytest.mark.parametrize("target", ["aoti", "trt", "pt2", "torchscript", "triton"])
+@pytest.mark.parametrize("target", ["onnx", "aoti", "trt", "pt2", "torchscript", "triton"])
 def test_what_a_stranger_made_is_not_handed_over_as_an_export_of_ours(target: str, home: Path, bundle_of: Any) -> None:
     bundle = bundle_of()
     export = export_of(bundle, target)

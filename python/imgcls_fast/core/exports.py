@@ -27,7 +27,7 @@ from typing import Any
 from .bundle import Bundle
 from .errors import ExportError
 from .files import explained_write, read_sealed, sha256_file, sha256_json, sync_directory, write_sealed
-from .trust import NATIVE, PROGRAMS, demand_own_code, is_own, signed
+from .trust import NATIVE, demand_own_code, is_own, signed
 
 INDEX = "index.json"
 META = "meta.json"
@@ -233,7 +233,7 @@ def find_key(exports: Path, bundle: Bundle, target: str, precision: str, key: st
         found = read_export(exports / f"{target}-{precision}-{key}")
     except (OSError, ValueError):
         return None
-    if target in PROGRAMS and not is_own(found.meta):  # what holds code is made again, not handed over as if it were ours
+    if not is_own(found.meta):  # a stranger's is made again, not built upon nor handed over as if it were ours
         return None
     return found if found.meta.get("bundle") == bundle.digest and _intact(found) and _judged_whole(found) else None
 

@@ -21,7 +21,6 @@ from .files import sha256_json
 KEY = "exports.key"
 SIGNATURE = "signature"  # in meta.json, over everything else in it, the digest of the file among it
 NATIVE = ("aoti", "trt")  # targets that we open and whose files hold native code
-PROGRAMS = (*NATIVE, "pt2", "torchscript", "triton")  # targets whose files hold code, or may hold some; only handed over
 _BYTES = 32
 
 
