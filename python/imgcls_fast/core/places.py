@@ -37,6 +37,6 @@ def others_files(directory: Path) -> list[str]:
     try:
         if lock.is_file() and (not lock.stat().st_size or lock.read_bytes()[:4] == b"pid "):
             return []
-        return sorted(name for name in RUN_NAMES if os.path.lexists(directory / name))
-    except OSError:
+    except NotADirectoryError:
         return []  # making the directory will say what is wrong with it
+    return sorted(name for name in RUN_NAMES if os.path.lexists(directory / name))

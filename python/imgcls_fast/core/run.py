@@ -111,9 +111,9 @@ class Run:
             raise self._unreadable(name, error) from error
 
     def _unreadable(self, name: str, error: Exception) -> DataError:
-        return DataError(
-            "D016", f"{name} of the run {self.directory} cannot be read: {error}", try_=f"rm {self.directory / name}"
-        )
+        # a file that the disk does not hand out may be whole: it must not be thrown away
+        remedy = "look at the disk, then repeat the command" if isinstance(error, OSError) else f"rm {self.directory / name}"
+        return DataError("D016", f"{name} of the run {self.directory} cannot be read: {error}", try_=remedy)
 
     @property
     def epochs(self) -> list[dict[str, Any]]:
@@ -232,8 +232,13 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether training ended and the bundle was written."""
-        return (self.bundle_path / "bundle.json").exists()
+        """Whether training ended and the bundle was written.
+
+        Raises:
+            HardwareError: H003 when the disk does not answer.
+        """
+        with explained_write(self.bundle_path):
+            return (self.bundle_path / "bundle.json").exists()
 
     # writers
     @classmethod
@@ -246,13 +251,15 @@ class Run:
             HardwareError: H003 when it cannot be made.
         """
         run = cls(directory)
-        if is_run(directory):
+        with explained_write(directory):
+            whole, taken = is_run(directory), others_files(directory)
+        if whole:
             raise UsageError(
                 "U002",
                 f"{directory} already holds a run",
                 try_=f"imgcls-fast train {directory} --resume   (or another --out)",
             )
-        if taken := others_files(directory):
+        if taken:
             raise UsageError(
                 "U002",
                 f"{directory} is not a run, and holds files that a run would replace: {', '.join(taken)}",
@@ -265,7 +272,8 @@ class Run:
 
     def demand_own_places(self) -> None:
         """`places.demand_no_links` of this run."""
-        demand_no_links(self.directory)
+        with explained_write(self.directory):
+            demand_no_links(self.directory)
 
     def lock(self) -> None:
         """Become the single writer until `unlock` or the end of the process, however it ends.

@@ -76,10 +76,10 @@ def save_checkpoint(
     Raises:
         HardwareError: H003; the former checkpoint is intact.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".new.{os.getpid()}"
     state = {"schema": SCHEMA, "progress": asdict(progress), "environment": environment}
     with explained_write(folder):
+        folder.mkdir(parents=True, exist_ok=True)
         _sweep(folder)
         temporary.mkdir()
         try:
@@ -201,10 +201,20 @@ def _is_being_replaced(path: Path, number: int | None) -> bool:
 
 
 def has_checkpoint(folder: Path) -> bool:
-    """Whether anything was saved, intact or not."""
-    if folder.is_dir():
-        _sweep(folder)
-    return any((folder / name).exists() for name in _NAMES)
+    """Whether anything was saved, intact or not.
+
+    Raises:
+        HardwareError: H003 when the disk does not answer.
+    """
+    return bool(_present(folder))
+
+
+def _present(folder: Path) -> list[str]:
+    """The names that are there, the newest first, after leftovers have been cleared."""
+    with explained_write(folder):
+        if folder.is_dir():
+            _sweep(folder)
+        return [name for name in _NAMES if (folder / name).exists()]
 
 
 def find_checkpoint(folder: Path) -> tuple[Path, tuple[dict[str, Tensor], Progress, dict[str, Any]], list[str]] | None:
@@ -214,14 +224,11 @@ def find_checkpoint(folder: Path) -> tuple[Path, tuple[dict[str, Tensor], Progre
         ModelError: M005 when checkpoints exist and none of them is intact.
     """
     wrong: list[str] = []
-    if folder.is_dir():
-        _sweep(folder)
-    for name in _NAMES:
-        if (folder / name).exists():
-            try:
-                return folder / name, read_checkpoint(folder / name), wrong
-            except ModelError as error:
-                wrong.append(error.message)
+    for name in _present(folder):
+        try:
+            return folder / name, read_checkpoint(folder / name), wrong
+        except ModelError as error:
+            wrong.append(error.message)
     if wrong:
         raise ModelError(
             "M005",
