@@ -17,7 +17,7 @@ def test_the_page_on_security_shows_the_bounds_that_the_code_holds() -> None:
 
 
 def test_the_page_shows_the_bounds_of_images() -> None:
-    from imgcls_fast.data import bounds
+    from imgcls_fast.core import image_bounds as bounds
 
     page = (DOCS / "security.md").read_text("utf-8")
     for value, unit in (

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from imgcls_fast import _C
-from imgcls_fast.data import bounds
+from imgcls_fast.core import image_bounds as bounds
 from imgcls_fast.data.decode import READABLE, Undecodable, decode_pixels, largest_file
 from imgcls_fast.data.loader import dali_missing
 from imgcls_fast.data.proof import prove

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from imgcls_fast.core.image_bounds import webp_is_sound
 from imgcls_fast.data import shelter
 from imgcls_fast.data.decode import Undecodable, decode_pixels
-from imgcls_fast.data.shelter import is_needed, webp_is_sound
+from imgcls_fast.data.shelter import is_needed
 
 PICTURE = Image.fromarray(np.random.default_rng(2).integers(0, 256, (31, 45, 3), dtype=np.uint8))
 

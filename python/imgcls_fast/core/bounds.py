@@ -36,7 +36,7 @@ TABLE_COLUMNS = 1000
 TABLE_PATH_CHARACTERS = 4096
 TABLE_PROBLEMS = 10_000  # a table with more of them is no list of images
 
-# images: data/bounds.py
+# images: image_bounds.py
 
 # weights
 TENSOR_HEADER_BYTES = 16 * MIB

@@ -30,8 +30,8 @@ import numpy as np
 # The plugins are named so that Pillow does not import all forty when a TIFF or WebP comes along.
 from PIL import BmpImagePlugin, GifImagePlugin, Image, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
 
+from ..core.image_bounds import MAX_EXTRA_BYTES, excess
 from . import reach, shelter
-from .bounds import MAX_EXTRA_BYTES, excess
 
 Color = Literal["gray", "rgb", "rgba"]
 ExifPolicy = Literal["apply", "ignore"]

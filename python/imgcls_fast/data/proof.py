@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..core.errors import HardwareError
-from .bounds import MAX_JPEG_SCANS, MAX_PNG_TEXT_BYTES, jpeg_head_excess, png_chunk_limit
+from ..core.image_bounds import MAX_JPEG_SCANS, MAX_PNG_TEXT_BYTES, jpeg_head_excess, png_chunk_limit
 
 JPEG, PNG, TIFF, GIF = 1, 2, 5, 6  # the probe's `format`
 PNG_START = b"\x89PNG\r\n\x1a\n"

@@ -24,6 +24,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from ..core import child
+from ..core.image_bounds import is_odd
 
 TIMEOUT_S = 30.0  # for one image
 START_S = 60.0  # more for the first one of a child: its imports, on a busy machine
@@ -46,9 +47,7 @@ class Fate(Exception):
 
 def is_needed(kind: str, content: bytes) -> bool:
     """Whether to decode this file in a child; False in a child."""
-    if _inside:
-        return False
-    return (kind == "WEBP" and not webp_is_sound(content)) or (kind == "TIFF" and not _is_raw_tiff(content))
+    return not _inside and is_odd(kind, content)
 
 
 def enter() -> None:
@@ -64,43 +63,6 @@ def decode(content: bytes, color: str, exif: str, max_megapixels: float) -> tupl
         Fate: the reason why there are none.
     """
     return _shelter().decode(content, {"color": color, "exif": exif, "max_megapixels": max_megapixels})
-
-
-def webp_is_sound(content: bytes) -> bool:
-    """Whether the container of a WebP (RFC 9649) is well-formed: sizes, chunks, and one picture of a stated size."""
-    size = int.from_bytes(content[4:8], "little") + 8
-    if content[:4] != b"RIFF" or content[8:12] != b"WEBP" or size % 2 or size > len(content):
-        return False
-    at, names = 12, []
-    while at + 8 <= size:
-        name, length = content[at : at + 4], int.from_bytes(content[at + 4 : at + 8], "little")
-        if at + 8 + length > size or (name == b"VP8 " and content[at + 11 : at + 14] != b"\x9d\x01\x2a"):
-            return False
-        if name == b"VP8L" and content[at + 8 : at + 9] != b"\x2f":
-            return False
-        names.append(name)
-        at += 8 + length + length % 2
-    pictures = sum(name in (b"VP8 ", b"VP8L") for name in names)
-    known = {b"VP8X", b"VP8 ", b"VP8L", b"ALPH", b"ICCP", b"EXIF", b"XMP "}
-    simple = len(names) == 1 or (names[:1] == [b"VP8X"] and b"VP8X" not in names[1:])
-    return at == size and pictures == 1 and simple and set(names) <= known  # an animation is not
-
-
-def _is_raw_tiff(content: bytes) -> bool:
-    """Whether the first directory states no compression: then Pillow reads the pixels without libtiff."""
-    order = "<" if content[:2] == b"II" else ">"
-    try:
-        version, at = struct.unpack_from(order + "HI", content, 2)
-        (count,) = struct.unpack_from(order + "H", content, at)
-        if version != 42:
-            return False
-        for k in range(count):
-            tag, kind, number, value = struct.unpack_from(order + "HHIH", content, at + 2 + 12 * k)
-            if tag == 259:
-                return bool((kind, number, value) == (3, 1, 1))
-    except struct.error:
-        return False
-    return False
 
 
 # ---------------------------------------------------------------- this side

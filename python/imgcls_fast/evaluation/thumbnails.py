@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from ..core.image_bounds import excess, is_odd, kind_of
+
 SIDE = 160  # pixels, the longer side
 MAX_PIXELS = 64_000_000  # a larger image is not opened for a picture of 160 pixels
 MAX_BYTES = 64_000_000
@@ -31,23 +33,30 @@ def thumbnail(path: Path, *, partial: bool = False) -> str | None:
 
     Args:
         path: any file.
-        partial: of a truncated JPEG, show the part that can be decoded.
+        partial: the file was refused: of a truncated JPEG show the part that can be decoded, and open nothing on which
+            decoders crash.
     """
+    content = b""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the scan has reported what is odd about this file
         try:
             if not path.is_file() or path.stat().st_size > MAX_BYTES:
                 return None
-            return _encode(_open(path))
+            content = path.read_bytes()
+            kind = kind_of(content)
+            # what makes endless work or crashes decoders is not opened here; what was judged has been decoded before
+            if not kind or (partial and is_odd(kind, content)) or excess(kind, content, MAX_PIXELS / 1e6):
+                return None
+            return _encode(_open(io.BytesIO(content)))
         except _BROKEN:
             pass
         try:
-            return _encode(_open_part(path)) if partial else None
+            return _encode(_open_part(content)) if partial else None
         except _BROKEN:
             return None
 
 
-def _open(source: Path | io.BytesIO) -> Image.Image:
+def _open(source: io.BytesIO) -> Image.Image:
     with Image.open(source, formats=FORMATS) as image:
         _check_size(image)
         image.draft("RGB", (2 * SIDE, 2 * SIDE))  # lets a JPEG decode at 1/8 of its size
@@ -55,12 +64,11 @@ def _open(source: Path | io.BytesIO) -> Image.Image:
         return image.copy()
 
 
-def _open_part(path: Path) -> Image.Image:
+def _open_part(content: bytes) -> Image.Image:
     """What a JPEG holds up to its break: with an end marker behind it the decoder fills the rest with gray.
 
     Pillow's LOAD_TRUNCATED_IMAGES does the same, but for the whole process.
     """
-    content = path.read_bytes()
     if not content.startswith(JPEG_START):
         raise ValueError("only of a JPEG can a part be shown")
     image = _open(io.BytesIO(content + JPEG_END))

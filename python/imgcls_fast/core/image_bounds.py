@@ -166,3 +166,65 @@ def _tiff(content: bytes, max_megapixels: float) -> str | None:
 
 
 _CHECKS = {"JPEG": _jpeg, "PNG": _png, "WEBP": _webp, "GIF": _gif, "TIFF": _tiff}
+
+
+# ---------------------------------------------------------------- what is decoded in a child only
+
+
+def is_odd(kind: str, content: bytes) -> bool:
+    """Whether a decoder of others would meet what it may crash on: a malformed WebP, or a TIFF that libtiff expands."""
+    return (kind == "WEBP" and not webp_is_sound(content)) or (kind == "TIFF" and not _is_raw_tiff(content))
+
+
+def webp_is_sound(content: bytes) -> bool:
+    """Whether the container of a WebP (RFC 9649) is well-formed: sizes, chunks, and one picture of a stated size."""
+    size = int.from_bytes(content[4:8], "little") + 8
+    if content[:4] != b"RIFF" or content[8:12] != b"WEBP" or size % 2 or size > len(content):
+        return False
+    at, names = 12, []
+    while at + 8 <= size:
+        name, length = content[at : at + 4], int.from_bytes(content[at + 4 : at + 8], "little")
+        if at + 8 + length > size or (name == b"VP8 " and content[at + 11 : at + 14] != b"\x9d\x01\x2a"):
+            return False
+        if name == b"VP8L" and content[at + 8 : at + 9] != b"\x2f":
+            return False
+        names.append(name)
+        at += 8 + length + length % 2
+    pictures = sum(name in (b"VP8 ", b"VP8L") for name in names)
+    known = {b"VP8X", b"VP8 ", b"VP8L", b"ALPH", b"ICCP", b"EXIF", b"XMP "}
+    simple = len(names) == 1 or (names[:1] == [b"VP8X"] and b"VP8X" not in names[1:])
+    return at == size and pictures == 1 and simple and set(names) <= known  # an animation is not
+
+
+def _is_raw_tiff(content: bytes) -> bool:
+    """Whether the first directory states no compression: then Pillow reads the pixels without libtiff."""
+    order = "<" if content[:2] == b"II" else ">"
+    try:
+        version, at = struct.unpack_from(order + "HI", content, 2)
+        (count,) = struct.unpack_from(order + "H", content, at)
+        if version != 42:
+            return False
+        for k in range(count):
+            tag, kind, number, value = struct.unpack_from(order + "HHIH", content, at + 2 + 12 * k)
+            if tag == 259:
+                return bool((kind, number, value) == (3, 1, 1))
+    except struct.error:
+        return False
+    return False
+
+
+_STARTS = (
+    (b"\xff\xd8\xff", "JPEG"),
+    (b"\x89PNG\r\n\x1a\n", "PNG"),
+    (b"GIF8", "GIF"),
+    (b"BM", "BMP"),
+    (b"II", "TIFF"),
+    (b"MM", "TIFF"),
+)
+
+
+def kind_of(content: bytes) -> str:
+    """Which of the six formats a file begins as, or ""."""
+    if content[:4] == b"RIFF" and content[8:12] == b"WEBP":
+        return "WEBP"
+    return next((kind for start, kind in _STARTS if content.startswith(start)), "")
