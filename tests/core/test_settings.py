@@ -336,7 +336,8 @@ def test_every_setting_has_a_description_that_fits_one_line() -> None:
 
 def test_free_settings_are_exactly_those_that_do_not_shape_the_weights() -> None:
     assert free_settings() == {
-        "out", "train.workers", "train.baseline", "train.save_every", "train.log_every", "evaluate.top_k", "evaluate.bootstrap",
+        "out", "data.max_bad", "train.workers", "train.baseline", "train.save_every", "train.log_every",
+        "evaluate.top_k", "evaluate.bootstrap",
         "evaluate.batch_size", "evaluate.calibrate", *(f"export.{name}" for name in ExportConfig.model_fields),
     }  # fmt: skip
 
