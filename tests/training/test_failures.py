@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from imgcls_fast.core.bundle import read_bundle
 from imgcls_fast.core.errors import DataError, HardwareError, ImgclsError, Interrupted, ModelError
 from imgcls_fast.core.run import Run
 from imgcls_fast.data import reach
@@ -287,6 +288,31 @@ class TestValidationRows:
         kept[0].write_bytes(kept[1])
         session.resume(run, {})
         same_result(straight, run)
+
+
+def test_a_validation_row_that_goes_bad_before_judging_stops_it_and_restoring_it_changes_nothing(
+    configure: Callable[..., Any], own_data: Path, monkeypatch: Patch
+) -> None:
+    straight = session.start(configure({}, own_data))
+    original, kept = session._finish, list[Any]()
+
+    def spoiled_first(stage: Any, baseline: Any) -> None:
+        path = stage.manifest.path(int(stage.manifest.rows("val")[4]))
+        kept.extend([path, path.read_bytes()])
+        spoil(path)
+        original(stage, baseline)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(session, "_finish", spoiled_first)
+        run, error, _ = failed(configure({}, own_data), DataError)
+    assert error.code == "D010"
+    assert str(kept[0]) in error.where
+    assert not run.finished
+    assert not read_quarantine(run.directory / "quarantine.csv")
+    kept[0].write_bytes(kept[1])
+    session.resume(run, {})
+    assert read_bundle(run.bundle_path).temperature == read_bundle(straight.bundle_path).temperature
+    assert (run.evaluation("val") / "metrics.json").read_text() == (straight.evaluation("val") / "metrics.json").read_text()
 
 
 @pytest.mark.usefixtures("no_judging")

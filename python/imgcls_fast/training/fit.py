@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core.batch import Batch
-from ..core.errors import DataError, ImgclsError, Interrupted, ModelError
-from ..core.manifest import SPLITS, Manifest
+from ..core.errors import ImgclsError, Interrupted, ModelError
+from ..core.manifest import Manifest
 from ..core.run import Run
 from ..data.loader import Loader, open_loader
 from ..data.sampler import Sampler, forward_passes
@@ -31,7 +31,7 @@ from .objectives import CrossEntropy, class_weights
 from .optim import Averaged, Schedule, build_optimizer, set_rates
 from .plan import Plan, Start, starting_model
 from .progress import Pace, is_better, memory_mb, monitored
-from .quarantined import Quarantined
+from .quarantined import Quarantined, require_same_validation
 from .rewind import Rewind
 from .signals import StopRequest
 
@@ -120,16 +120,10 @@ class Fit:
         )
 
     def _on_bad(self, row: int, reason: str, epoch: int) -> None:
-        path = self.manifest.paths[row]
-        if SPLITS[self.manifest.split[row]] == "val" and self.progress.history:
-            raise DataError(
-                "D010",
-                f"the validation image {path} cannot be decoded any more: {reason}",
-                where=str(self.manifest.path(row)),
-                why="the best epoch so far was chosen with it, and leaving it out now would compare different images",
-                try_=f"restore the file, then {self.run_directory.resume_command}",
-            )
+        if self.progress.history:
+            require_same_validation(self.run_directory, self.manifest, row, reason)
         self.progress.quarantined[str(row)] = reason
+        path = self.manifest.paths[row]
         self.emit({"event": "quarantine", "path": path, "reason": reason, "epoch": epoch + 1, "row": row})
         self.quarantined.add(row, reason, f"epoch {epoch + 1}")
 

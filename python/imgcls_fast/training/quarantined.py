@@ -79,3 +79,20 @@ class Quarantined:
             why=f"at most {self._max_bad:g}{share} may be bad (--max-bad)",
             try_=f"look at {self._path}; to go on without these images: {self._run.resume_command} --max-bad N",
         )
+
+
+def require_same_validation(run: Run, manifest: Manifest, row: int, reason: str) -> None:
+    """Raise when a row that has just turned out to be undecodable is one that epochs have been compared by.
+
+    Raises:
+        DataError: D010 for a validation image.
+    """
+    if SPLITS[manifest.split[row]] != "val":
+        return
+    raise DataError(
+        "D010",
+        f"the validation image {manifest.paths[row]} cannot be decoded any more: {reason}",
+        where=str(manifest.path(row)),
+        why="the best epoch so far was chosen with it, and leaving it out now would compare different images",
+        try_=f"restore the file, then {run.resume_command}",
+    )

@@ -36,7 +36,7 @@ from .identity import WARN_ONLY, require_same_trajectory, trajectory
 from .judging import best_model, calibrated, make_bundle, score_rows
 from .last_words import watched
 from .plan import Plan, look_at_machine, make_plan, starting_model
-from .quarantined import Quarantined
+from .quarantined import Quarantined, require_same_validation
 from .reporting import against_baseline, next_commands, report_run
 from .signals import signal_as_interrupt
 
@@ -325,6 +325,7 @@ def _finish(stage: _Stage, baseline: dict[str, Any] | None) -> None:
     bad = quarantined.rows()
 
     def on_bad(row: int, reason: str, epoch: int) -> None:
+        require_same_validation(run, manifest, row, reason)
         bad[row] = reason
         stage.emit(
             {"event": "quarantine", "path": manifest.paths[row], "reason": reason, "epoch": progress.epoch, "row": row}
