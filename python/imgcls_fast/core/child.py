@@ -11,6 +11,7 @@ if __name__ == "__main__":  # before anything else is imported: Python reads -P 
     sys.path[:] = [place for place in sys.path if place not in ("", ".")]
 
 import subprocess
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -25,11 +26,47 @@ def command(module: str, *words: str, options: tuple[str, ...] = ()) -> list[str
     return [sys.executable, "-P", *options, __file__, module, *words]
 
 
-def start(module: str, *words: str, options: tuple[str, ...] = (), **arguments: Any) -> "subprocess.Popen[bytes]":
-    """`subprocess.Popen` of a module of this package; `arguments` are Popen's, without `env`."""
+def start(
+    module: str,
+    *words: str,
+    options: tuple[str, ...] = (),
+    variables: Mapping[str, str] | None = None,
+    **arguments: Any,
+) -> "subprocess.Popen[bytes]":
+    """`subprocess.Popen` of a module of this package.
+
+    Args:
+        module, words, options: as for `command`.
+        variables: of the environment, beside this process's own.
+        arguments: Popen's, without `env`.
+    """
     from .env import child_environment
 
-    return subprocess.Popen(command(module, *words, options=options), env=child_environment(), **arguments)
+    environment = {**child_environment(), **(variables or {})}
+    return subprocess.Popen(command(module, *words, options=options), env=environment, **arguments)
+
+
+def run(
+    module: str, *words: str, options: tuple[str, ...] = (), timeout: float | None = None
+) -> "subprocess.CompletedProcess[bytes]":
+    """`start`, until its end, with all that it wrote; never left alive, at Ctrl-C neither.
+
+    Args:
+        module, words, options: as for `command`.
+        timeout: seconds.
+
+    Raises:
+        subprocess.TimeoutExpired: it was killed because it took longer.
+    """
+    pipe = subprocess.PIPE
+    with start(module, *words, options=options, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe) as process:
+        try:
+            out, errors = process.communicate(timeout=timeout)
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+    return subprocess.CompletedProcess(process.args, process.returncode, out, errors)
 
 
 def start_alone(file: str, *words: str, **arguments: Any) -> "subprocess.Popen[bytes]":

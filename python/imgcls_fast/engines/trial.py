@@ -11,7 +11,7 @@ import re
 import sys
 from importlib import import_module
 from pathlib import Path
-from subprocess import PIPE, TimeoutExpired
+from subprocess import TimeoutExpired
 
 from ..core import child
 from ..core.bounds import TRIAL_BYTES, TRIAL_SECONDS
@@ -38,13 +38,10 @@ def demand_survivable(path: Path, digest: str, runtime: str, pixels: Pixels, bat
         return
     shape = [batch or 1, pixels.size, pixels.size, pixels.channels]
     task = {"path": str(path), "runtime": runtime, "shape": shape, "bytes": TRIAL_BYTES + _FILE_TIMES * path.stat().st_size}
-    process = child.start("engines.trial", json.dumps(task), options=("-W", "ignore"), stdout=PIPE, stderr=PIPE)
     try:
-        _, words = process.communicate(timeout=2 * TRIAL_SECONDS)
-        status = process.returncode
+        ended = child.run("engines.trial", json.dumps(task), options=("-W", "ignore"), timeout=2 * TRIAL_SECONDS)
+        status, words = ended.returncode, ended.stderr
     except TimeoutExpired:
-        process.kill()
-        process.communicate()
         status, words = -24, b""  # as the limit on CPU time ends it
     last = next((line for line in reversed(words.decode("utf-8", "replace").splitlines()) if line.strip()), "")
     if status == 0 or (status == 1 and not re.search(r"alloc|MemoryError", last)):  # 1: refused in the runtime's own words

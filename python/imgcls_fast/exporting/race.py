@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from subprocess import PIPE
 from typing import Any
 
 import numpy as np
@@ -48,10 +47,10 @@ def ratios(
     }  # fmt: skip
     runs: list[dict[str, list[float]]] = []
     for _ in range(PROCESSES):
-        process = child.start("exporting.race", json.dumps(task), options=("-W", "ignore"), stdout=PIPE, stderr=PIPE)
-        out, errors = (stream.decode("utf-8", "replace") for stream in process.communicate())
-        if process.returncode:
-            return {}, f"the process that compares failed: {_ending(process.returncode, errors)}"
+        ended = child.run("exporting.race", json.dumps(task), options=("-W", "ignore"))
+        out, errors = (stream.decode("utf-8", "replace") for stream in (ended.stdout, ended.stderr))
+        if ended.returncode:
+            return {}, f"the process that compares failed: {_ending(ended.returncode, errors)}"
         runs.append(json.loads(out.strip().splitlines()[-1]))
     return {name: summed([run[name] for run in runs]) for name in runs[0]}, ""
 
