@@ -465,3 +465,35 @@ def test_after_a_run_no_watcher_is_left_and_the_fault_handler_is_as_before(confi
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)
     assert faulthandler.is_enabled() == before
+
+
+def test_a_finished_run_ends_though_a_process_of_a_c_library_holds_the_watcher_s_pipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from imgcls_fast.training import last_words
+
+    start, begun = last_words._start, []
+    monkeypatch.setattr(last_words, "_start", lambda words: begun.append(start(words)) or begun[-1])  # type: ignore[func-returns-value]
+    with last_words.watched(tmp_path, "x"):
+        holder = subprocess.Popen(["sleep", "30"], pass_fds=[begun[0].stdin.fileno()])
+    assert holder.poll() is None and begun[0].returncode == 0, "it read on until everybody had closed the pipe"
+    holder.kill()
+    holder.wait()
+    assert list(tmp_path.iterdir()) == [], "nothing is reported"
+
+
+def test_a_watcher_that_does_not_end_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from imgcls_fast.training import last_words
+
+    start, begun = last_words._start, []
+
+    def stopped(words: list[str]) -> Any:
+        begun.append(start(words))
+        begun[0].send_signal(signal.SIGSTOP)
+        return begun[0]
+
+    monkeypatch.setattr(last_words, "_start", stopped)
+    monkeypatch.setattr(last_words, "_PATIENCE_S", 0.2)
+    with last_words.watched(tmp_path, "x"):
+        pass
+    assert begun[0].returncode == -signal.SIGKILL

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import IO
 
 _ORDERLY = b"\nin order\n"
+_PATIENCE_S = 10.0  # for the watcher's end
 _MOST_BYTES = 1 << 18  # of a traceback of all threads
 _SIGNALS = {
     "Segmentation fault": "SIGSEGV", "Bus error": "SIGBUS", "Aborted": "SIGABRT", "Illegal instruction": "SIGILL",
@@ -60,7 +61,11 @@ def watched(directory: Path, command: str) -> Iterator[None]:
             pipe.flush()
         with contextlib.suppress(OSError):
             pipe.close()
-        watcher.wait()
+        try:
+            watcher.wait(timeout=_PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            watcher.kill()
+            watcher.wait()
 
 
 def _start(words: list[str]) -> subprocess.Popen[bytes] | None:
@@ -82,13 +87,13 @@ def _forget(pipe: IO[bytes] | None) -> None:
 
 
 def main(words: Sequence[str], stream: IO[bytes]) -> None:
-    """The watcher's side: read until every writer is gone, then report, unless all was in order."""
+    """The watcher's side: read until work ended in order, or until every writer is gone, and then report."""
     directory, command = words
     victims, told = _killed_for_memory(), b""
-    while piece := stream.read(65536):
+    while piece := os.read(stream.fileno(), 65536):
         told = (told + piece)[-_MOST_BYTES:]
-    if told.endswith(_ORDERLY):
-        return
+        if told.endswith(_ORDERLY):  # no waiting for the end: a process that a C library forked may hold the pipe open
+            return
     reason, trace = explain(told.decode("utf-8", "replace"), for_memory=_killed_for_memory() > victims)
     text = f"the training process died: {reason}"
     stamp = time.strftime("%Y-%m-%d %H:%M:%S")
