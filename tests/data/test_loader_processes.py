@@ -234,6 +234,16 @@ def test_a_worker_killed_by_a_file_is_survived_and_the_file_named(kit, photos_wi
     kit.assert_same(batches, expected)
 
 
+def test_culprits_are_looked_for_in_as_many_children_as_there_were_workers(kit, photos_with_a_killer, monkeypatch):
+    root, names = photos_with_a_killer
+    asked = []
+    real = torch_loader.examine_isolated
+    monkeypatch.setattr(torch_loader, "examine_isolated", lambda *a, **k: asked.append(k["workers"]) or real(*a, **k))
+    loader = kit.open(kit.sampler(kit.manifest(root, names), 3), "torch", 2)
+    assert not loader._find_culprits(0, 0) and asked == [2]
+    loader.close()
+
+
 @pytest.mark.slow
 def test_a_worker_killed_by_something_else_is_replaced_and_no_bit_changes(
     kit, photos_with_a_killer, monkeypatch, tmp_path, caplog

@@ -90,6 +90,14 @@ def test_a_crash_a_hang_or_a_memory_bomb_is_a_reason_and_the_others_go_on(files,
     assert verdicts[2].reason == "empty file"
 
 
+def test_the_child_takes_no_memory_for_threads_that_it_does_not_need(files, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "2")
+    told = 'import os; raise quarantine.Undecodable(path, os.environ["OPENBLAS_NUM_THREADS"] + " thread")'
+    fake = child_that(tmp_path, told)
+    monkeypatch.setattr(child, "command", lambda module, *words, options=(): [sys.executable, str(fake), *words])
+    assert [v.reason for v in examine_isolated([tmp_path / "bad.png"])] == ["1 thread"]
+
+
 def test_the_child_needs_no_help_from_the_environment(files, monkeypatch):
     monkeypatch.delenv("PYTHONPATH", raising=False)
     assert sys.executable

@@ -57,6 +57,17 @@ def test_pixels_of_a_child_are_those_of_this_process(fresh, monkeypatch, color, 
     assert ours.flags.writeable and ours.flags.c_contiguous
 
 
+def test_a_child_takes_no_memory_for_threads_that_it_does_not_need(fresh, monkeypatch):
+    for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
+        monkeypatch.setenv(name, "2")
+    decode_pixels(encoded("TIFF", compression="tiff_lzw"))
+    (one,) = children_of(fresh)
+    assert {b"OPENBLAS_NUM_THREADS=1", b"OMP_NUM_THREADS=1"} <= set(
+        Path(f"/proc/{one}/environ").read_bytes().split(b"\0")
+    )
+    assert len(os.listdir(f"/proc/{one}/task")) == 1
+
+
 def test_one_child_serves_many_and_each_thread_has_its_own(fresh):
     content = encoded("TIFF", compression="tiff_lzw")
     for _ in range(3):

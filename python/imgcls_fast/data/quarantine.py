@@ -110,7 +110,9 @@ class _Child:
     def _examine_until_death(self, names: list[bytes]) -> tuple[list[Verdict], str]:
         """Verdicts until all are done (fate "") or the child died of the next file (fate: the reason)."""
         limits = str(self.max_megapixels), str(self.memory_mb)
-        process = child.start("data.quarantine", *limits, stdin=PIPE, stdout=PIPE, stderr=subprocess.DEVNULL)
+        process = child.start(
+            "data.quarantine", *limits, variables=shelter.ONE_THREAD, stdin=PIPE, stdout=PIPE, stderr=subprocess.DEVNULL
+        )
         assert process.stdin is not None and process.stdout is not None
         try:
             _feed(process, b"\0".join(names))

@@ -29,6 +29,8 @@ from ..core.image_bounds import is_odd
 TIMEOUT_S = 30.0  # for one image
 START_S = 60.0  # more for the first one of a child: its imports, on a busy machine
 MEMORY_MB = 4096  # address space of a child
+# of a child: OpenBLAS reserves 41 MB of address space a thread when numpy is imported, gigabytes on a machine with many cores
+ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 _HEAD = struct.Struct(">IQ")  # bytes of the words, bytes of the file
 _inside = False  # this process is such a child, and decodes itself
 
@@ -93,7 +95,9 @@ class _Shelter:
 
 class _Child:
     def __init__(self) -> None:
-        self.process = child.start("data.shelter", str(MEMORY_MB), stdin=PIPE, stdout=PIPE, stderr=subprocess.DEVNULL)
+        self.process = child.start(
+            "data.shelter", str(MEMORY_MB), variables=ONE_THREAD, stdin=PIPE, stdout=PIPE, stderr=subprocess.DEVNULL
+        )
         self._end = weakref.finalize(self, _end, self.process, os.getpid())
         self._allowance = TIMEOUT_S + START_S
 

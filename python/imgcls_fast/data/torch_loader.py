@@ -274,7 +274,8 @@ class TorchLoader:
         last = min(self.sampler.steps, index + self._workers * _AHEAD)
         rows = {int(row) for at in range(index, last) for row in self.sampler.rows_of(epoch, at)} - self.bad.keys()
         paths = [self.sampler.manifest.path(row) for row in sorted(rows)]
-        verdicts = examine_isolated(paths, max_megapixels=self.sampler.pixels.max_megapixels)
+        limit, at_once = self.sampler.pixels.max_megapixels, max(1, self._workers)
+        verdicts = examine_isolated(paths, max_megapixels=limit, workers=at_once)
         for path, verdict in zip(paths, verdicts, strict=True):
             if verdict.unreachable:
                 raise reach.unreachable(path, OSError(verdict.reason))
