@@ -19,8 +19,10 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 LOADERS = ("torch", "dali-cpu")
 SETTINGS = {
@@ -188,13 +190,24 @@ def finish(run: Path, data: Path, kills: int, outcome: Outcome, span_s: float, d
         return
 
 
+def save_figures(name: str, outcomes: Sequence[Any], **settings: Any) -> None:
+    """Write one outcome per loader to results/<machine>/<name>.json, beside what a reader needs to judge it."""
+    from imgcls_fast.core import env
+
+    path = Path(__file__).parent / "results" / env.machine_slug() / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figures = {**env.machine_facts(), **settings, "rows": [vars(outcome) for outcome in outcomes]}
+    path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
 def main() -> int:
     """Run the test and print the table; 0 when nothing was lost."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--kills", type=int, default=30, help="over all loaders")
-    parser.add_argument("--seed", type=int, default=0, help="of the instants")
+    parser.add_argument("--kills", type=int, default=30, help="number of kills over all loaders")
+    parser.add_argument("--seed", type=int, default=0, help="seed for the instants")
     parser.add_argument("--loaders", default=",".join(LOADERS))
     parser.add_argument("--keep", type=Path, help="folder for the runs; a temporary one if not given")
+    parser.add_argument("--save", action="store_true", help="write the figures to benchmarks/results/")
     options = parser.parse_args()
     loaders, draw = options.loaders.split(","), random.Random(options.seed)
     outcomes = []
@@ -212,6 +225,8 @@ def main() -> int:
         )
         for text in (*o.litter, *o.failures):
             print(f"  {text}")
+    if options.save:
+        save_figures("kills", outcomes, seed=options.seed)
     return 0 if all(o.ok for o in outcomes) else 1
 
 
