@@ -187,5 +187,6 @@ def test_every_fault_that_was_mended_is_held_by_a_test():
     text = (ROOT / "tests" / "README.md").read_text("utf-8")
     section = text.partition("## Faults mended")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| (?!point|---)(.*?) \|.*\| (.*) \|$", section, re.MULTILINE)
-    assert {int(point.split()[0]) for point, _ in rows if point[0].isdigit()} == set(range(1, 20))
+    points = {int(number) for point, _ in rows for number in re.findall(r"^\d+", point)}
+    assert points == set(range(1, 20))
     assert not [row for row in rows if "::test_" not in row[1]]

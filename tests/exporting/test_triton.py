@@ -528,7 +528,6 @@ def test_every_variant_of_the_flower_photos_is_within_two_levels(shared_data, ex
 
 
 @needs_dali
-@pytest.mark.slow
 def test_all_photos_are_within_two_levels_of_the_specification(shared_data):
     files = [path.read_bytes() for path in sorted((shared_data / "jpeg_full" / "images").iterdir())]
     found = differences(spec(), files)

@@ -434,7 +434,6 @@ SMALLEST_OF_TIMM: dict[str, tuple[str, tuple[int, int, int, int], int]] = {
     "VGG": ("timm/vgg11", (128, 256, 512, 512), 8),
 }
 ALL = [*SMALLEST.values(), *SMALLEST_OF_TIMM.values()]
-HEAVY = {"torchvision/densenet121", "timm/densenet121", "timm/vgg11", "torchvision/vgg11_bn", "timm/regnetv_040"}
 
 
 def spec_of(arch: str, *attention: str) -> ModelSpec:
@@ -514,7 +513,7 @@ def test_every_module_acts_in_every_block(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("arch", "channels", "blocks"),
-    [pytest.param(*row, id=row[0], marks=[pytest.mark.slow] if row[0] in HEAVY else []) for row in ALL],
+    [pytest.param(*row, id=row[0]) for row in ALL],
 )
 def test_stages_end_and_blocks_lie_where_the_table_says(
     arch: str, channels: tuple[int, ...], blocks: int, monkeypatch: pytest.MonkeyPatch

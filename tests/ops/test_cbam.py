@@ -512,7 +512,6 @@ def test_an_exported_graph_holds_standard_operators_only() -> None:
     torch.testing.assert_close(program.module()(x), block(x))
 
 
-@pytest.mark.slow
 def test_onnx_runtime_agrees() -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

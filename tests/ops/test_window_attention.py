@@ -521,7 +521,6 @@ def test_autocast_runs_in_its_type_and_the_bias_stays_float32(block: Block) -> N
     assert error(out, block(x)) < 2e-2
 
 
-@pytest.mark.slow
 def test_exported_graphs_hold_standard_operators_and_run_in_onnx_runtime(block: Block, tmp_path: Any) -> None:
     onnx, runtime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
     block.eval()
