@@ -154,7 +154,7 @@ class TestMeasured:
             return seconds[name]
 
         monkeypatch.setattr(layout, "_step_s", step)
-        config = build_config({"train.precision": "fp32", "train.threads": 1})
+        config = build_config({"train.precision": "fp32", "train.threads": 1, "model.kernels": "off"})
         spec = ModelSpec("small-cnn", num_outputs=3, image_size=32, arch_args={"width": 4}).to_dict()
         return layout.faster_format(spec, config, 4), steps
 
@@ -172,7 +172,32 @@ class TestMeasured:
 
     def test_a_slow_network_is_timed_once_only(self, monkeypatch: pytest.MonkeyPatch) -> None:
         _, steps = self.ask(monkeypatch, {"channels-last": 9.0, "contiguous": 8.0})
-        assert steps == ["channels-last", "contiguous"] * 2
+        assert steps == ["channels-last", "contiguous"]
+
+    def test_it_is_announced_before_it_begins_and_times_what_training_builds(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        happened: list[str] = []
+        monkeypatch.setattr(layout, "use_kernels", lambda model, mode: happened.append(f"kernels {mode}"))
+        monkeypatch.setattr(layout, "_step_s", lambda model, name, *more: happened.append(name) or 9.0)
+        config = build_config({"train.precision": "fp32", "train.threads": 1, "model.kernels": "off"})
+        spec = ModelSpec("small-cnn", num_outputs=3, image_size=32, arch_args={"width": 4}).to_dict()
+        layout.faster_format(spec, config, 4, happened.append)
+        assert happened[0].startswith("timing two memory formats of small-cnn")
+        assert happened[1:] == ["kernels off", "channels-last", "contiguous"]
+
+    def test_a_network_without_convolutions_but_its_patches_is_not_timed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from dataclasses import replace
+
+        def answer(*arguments: Any) -> tuple[str, str]:
+            raise AssertionError("it was timed")
+
+        monkeypatch.setattr(layout, "faster_format", answer)
+        may = replace(LAPTOP, measures=True)
+        plan = plan_of({"model.arch": "timm/vit_tiny_patch16_224", "model.init": "scratch"}, machine=may)
+        assert plan.config.train.memory_format == "channels-last"
+        assert not outline_of(ModelSpec("torchvision/swin_t", num_outputs=3)).convolves
+        assert outline_of(ModelSpec("torchvision/convnext_tiny", num_outputs=3)).convolves
 
     @pytest.mark.parametrize("text", ["", "[]", "{", '{"k": 1}', "\x00"])
     def test_a_damaged_memory_is_measured_anew(
@@ -188,7 +213,7 @@ class TestMeasured:
         torch.manual_seed(5)
         before = torch.get_rng_state(), torch.get_num_threads()
         spec = ModelSpec("small-cnn", num_outputs=3, image_size=32, arch_args={"width": 4}).to_dict()
-        found = layout.measure(spec, 2, "fp32", 2)
+        found = layout.measure(spec, 2, "fp32", 2, "off")
         assert set(found) == {"channels-last", "contiguous"}
         assert min(found.values()) > 0
         assert torch.equal(torch.get_rng_state(), before[0])
@@ -199,7 +224,7 @@ class TestMeasured:
 
         asked: list[str] = []
 
-        def answer(spec: dict[str, Any], config: Any, micro: int) -> tuple[str, str]:
+        def answer(spec: dict[str, Any], config: Any, micro: int, notice: Any) -> tuple[str, str]:
             asked.append(spec["arch"])
             return "contiguous", "measured"
 

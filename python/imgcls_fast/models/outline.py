@@ -27,6 +27,7 @@ class Outline:
         token_like: a transformer or a network built like one (ConvNeXt): trained with AdamW by its authors.
         breaks_channels_last: name of a convolution whose backward pass on a CPU overwrites memory in the layout
             channels-last; "" when there is none.
+        convolves: it has a 2-D convolution beside its patch embedding.
     """
 
     drop_rate: float
@@ -34,6 +35,7 @@ class Outline:
     batch_norm: bool
     token_like: bool
     breaks_channels_last: str
+    convolves: bool
 
 
 def outline_of(spec: ModelSpec) -> Outline:
@@ -53,7 +55,14 @@ def outline_of(spec: ModelSpec) -> Outline:
         any(isinstance(module, _BatchNorm) for module in network.modules()),
         token_like,
         breaks_channels_last(network),
+        any(isinstance(module, nn.Conv2d) and not _cuts_patches(module) for module in network.modules()),
     )
+
+
+def _cuts_patches(layer: nn.Conv2d) -> bool:
+    """Whether a convolution of all channels reads each pixel once, as the first layer of a transformer does."""
+    kernel = tuple(layer.kernel_size)
+    return kernel == tuple(layer.stride) and min(kernel) > 1 and layer.groups == 1
 
 
 def breaks_channels_last(network: nn.Module) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -14,25 +15,29 @@ from ..core.config import RunConfig
 from ..core.files import sha256_json, write_json
 from ..engines.runtimes import AUTOCAST
 from ..models.build import ModelSpec, build_model
+from ..models.kernels import use_kernels
 
 FORMATS = ("channels-last", "contiguous")
 _MARGIN = 0.95  # contiguous must be this much faster: below it one cannot tell on a busy machine
 _IMAGES = 8
-_LONG_S = 5.0  # a network whose step takes longer is timed once only
+_LONG_S = 5.0  # a network whose step takes longer is not asked again
 
 
-def faster_format(spec: dict[str, Any], config: RunConfig, micro_batch: int) -> tuple[str, str]:
+def faster_format(
+    spec: dict[str, Any], config: RunConfig, micro_batch: int, notice: Callable[[str], None] = lambda text: None
+) -> tuple[str, str]:
     """The format, and the reason as the plan shows it; kept in the cache, so that a machine always answers the same.
 
     Args:
         spec: `Plan.spec`.
         config: with precision and threads resolved.
         micro_batch: images per forward pass; at most 8 of them are measured.
+        notice: receives that a measurement begins.
     """
-    train = config.train
+    train, kernels = config.train, config.model.kernels
     images = min(micro_batch, _IMAGES)
     key = sha256_json(
-        [spec, images, str(train.precision), int(train.threads), env.cpu_name(), env.versions(("torch",))]
+        [spec, images, str(train.precision), int(train.threads), kernels, env.cpu_name(), env.versions(("torch",))]
     )
     place = env.cache_dir() / "memory-format.json"
     known: dict[str, Any] = {}
@@ -41,7 +46,8 @@ def faster_format(spec: dict[str, Any], config: RunConfig, micro_batch: int) -> 
         known = read if isinstance(read, dict) else {}
     found = known.get(key)
     if not (isinstance(found, dict) and all(isinstance(found.get(name), float) for name in FORMATS)):
-        found = measure(spec, images, str(train.precision), int(train.threads))
+        notice(f"timing two memory formats of {spec['arch']}, once on this machine")
+        found = measure(spec, images, str(train.precision), int(train.threads), kernels)
         with suppress(OSError):  # a cache that cannot be written costs a measurement the next time
             place.parent.mkdir(parents=True, exist_ok=True)
             write_json(place, {**known, key: found})
@@ -50,8 +56,8 @@ def faster_format(spec: dict[str, Any], config: RunConfig, micro_batch: int) -> 
     return chosen, f"{figures} ms per image, measured on this machine"
 
 
-def measure(spec: dict[str, Any], images: int, precision: str, threads: int) -> dict[str, float]:
-    """Seconds of a forward and backward pass in each format, the best of three."""
+def measure(spec: dict[str, Any], images: int, precision: str, threads: int, kernels: str) -> dict[str, float]:
+    """Seconds of a forward and backward pass in each format: the best of three, or the first where it takes long."""
     model_spec = ModelSpec.from_dict(spec)
     size = model_spec.image_size or 224
     before = torch.get_num_threads()
@@ -59,14 +65,16 @@ def measure(spec: dict[str, Any], images: int, precision: str, threads: int) -> 
     try:
         with torch.random.fork_rng(devices=[]):
             model = build_model(model_spec).train()
+            use_kernels(model, kernels)  # as in training
             pixels = torch.randint(0, 256, (images, size, size, model_spec.channels), dtype=torch.uint8)
-            first = {name: _step_s(model, name, pixels, precision) for name in FORMATS}  # memory, threads: not counted
-            rounds = 1 if max(first.values()) > _LONG_S else 3
+            first = {name: _step_s(model, name, pixels, precision) for name in FORMATS}
+            if max(first.values()) > _LONG_S:  # what a first step takes for memory and threads is little of it
+                return first
             return {
                 name: min(seconds)
                 for name, *seconds in zip(
                     FORMATS,
-                    *([_step_s(model, name, pixels, precision) for name in FORMATS] for _ in range(rounds)),
+                    *([_step_s(model, name, pixels, precision) for name in FORMATS] for _ in range(3)),
                     strict=True,
                 )
             }

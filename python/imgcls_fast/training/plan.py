@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,8 +84,13 @@ class Plan:
         )
 
 
-def make_plan(config: RunConfig, manifest: Manifest, machine: Machine) -> Plan:
+def make_plan(
+    config: RunConfig, manifest: Manifest, machine: Machine, notice: Callable[[str], None] = lambda text: None
+) -> Plan:
     """Resolve a configuration for this data on this machine.
+
+    Args:
+        notice: receives what is about to take long.
 
     Raises:
         ConfigError: C003 or C004 for settings that contradict each other or the data.
@@ -104,6 +110,6 @@ def make_plan(config: RunConfig, manifest: Manifest, machine: Machine) -> Plan:
     choose_class_weights(notes, manifest)
     choose_speed(notes, manifest, machine, device)
     spec = describe_model(notes, manifest, arch, start, pixels, recipe, outline)
-    choose_memory_format(notes, machine, device, spec, outline)
+    choose_memory_format(notes, machine, device, spec, outline, notice)
     resolved = replace_settings(config, notes.changes)
     return Plan(resolved, tuple(notes.rows), pixels, augment, spec, start)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -246,7 +247,9 @@ def describe_model(
     ).to_dict()
 
 
-def choose_memory_format(notes: Notes, machine: Machine, device: str, spec: dict[str, Any], outline: Outline) -> None:
+def choose_memory_format(
+    notes: Notes, machine: Machine, device: str, spec: dict[str, Any], outline: Outline, notice: Callable[[str], None]
+) -> None:
     """Channels-last on a GPU; on a CPU what is faster, and never what crashes."""
     name, broken = "train.memory_format", outline.breaks_channels_last
     if device != "cpu":
@@ -264,13 +267,15 @@ def choose_memory_format(notes: Notes, machine: Machine, device: str, spec: dict
         notes.decide(name, "channels-last", "what our attention kernels read")
     elif spec["arch"] == "small-cnn":
         notes.decide(name, "channels-last", "0.8 of the other's time, as measured")
+    elif not outline.convolves:
+        notes.decide(name, "channels-last", "usual; without convolutions the order makes no difference")
     elif notes.config.train.memory_format != "auto" or not machine.measures:
         notes.decide(name, "channels-last", "usual; not measured")
     else:
         from .layout import faster_format
 
         resolved = replace_settings(notes.config, notes.changes)
-        notes.decide(name, *faster_format(spec, resolved, int(notes.value("train.micro_batch"))))
+        notes.decide(name, *faster_format(spec, resolved, int(notes.value("train.micro_batch")), notice))
 
 
 def choose_attention(notes: Notes, arch: str, start: Start) -> None:
