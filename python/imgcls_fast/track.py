@@ -1,6 +1,6 @@
 """Where the events of training go: one table of sinks. A sink shows or stores what happened; it decides nothing.
 
-An event is a plain dict that JSON can hold, with its kind under "event": data, plan, baseline, start, progress, epoch,
+An event is a plain dict that JSON can hold, with its kind under "event": data, notice, plan, baseline, start, progress, epoch,
 validate, warning, quarantine, checkpoint, interrupted, failed, done. A sink ignores kinds that it does not know.
 """
 
@@ -99,7 +99,7 @@ class ConsoleSink:
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._handlers: dict[str, Callable[[Event], None]] = {
-            "data": self._data, "plan": self._plan, "baseline": self._baseline, "start": self._lines,
+            "data": self._data, "notice": self._lines, "plan": self._plan, "baseline": self._baseline, "start": self._lines,
             "progress": self._progress, "validate": self._validate, "epoch": self._epoch, "warning": self._warning,
             "quarantine": self._quarantine, "interrupted": self._interrupted, "failed": self._failed, "done": self._done,
         }  # fmt: skip
@@ -382,7 +382,16 @@ def _start_lines(event: Event) -> list[str]:
 def _failed_lines(event: Event) -> list[str]:
     facts = [f"  {name}: {event[name]}" for name in ("where", "why") if event.get(name)]
     saved = [f"saved in {event['path']}"] if event.get("path") else []
-    return [f"failed: error[{event['code']}]: {event['message']}", *facts, *saved, f"continue with: {event['command']}"]
+    return [f"failed: error[{event['code']}]: {event['message']}", *facts, *saved, *_continued(event)]
+
+
+def _interrupted_lines(event: Event) -> list[str]:
+    saved = f"saved in {event['path']}" if event.get("path") else "there is no checkpoint yet"
+    return [f"interrupted; {saved}", *_continued(event)]
+
+
+def _continued(event: Event) -> list[str]:
+    return [f"continue with: {event['command']}"] if event.get("command") else []
 
 
 def _done_lines(event: Event) -> list[str]:
@@ -394,6 +403,7 @@ def _done_lines(event: Event) -> list[str]:
 
 _PLAIN: dict[str, Callable[[Event], list[str]]] = {
     "data": _data_lines,
+    "notice": lambda event: [event["text"]],
     "plan": _plan_lines,
     "baseline": _baseline_lines,
     "start": _start_lines,
@@ -401,7 +411,7 @@ _PLAIN: dict[str, Callable[[Event], list[str]]] = {
     "warning": lambda event: [f"warning: {event['text']}"],
     "quarantine": lambda event: [f"{event['path']} cannot be decoded and was taken out: {event['reason']}"],
     "checkpoint": lambda event: [f"checkpoint {event['path']}"],
-    "interrupted": lambda event: [f"interrupted; saved in {event['path']}", f"continue with: {event['command']}"],
+    "interrupted": _interrupted_lines,
     "failed": _failed_lines,
     "done": _done_lines,
 }

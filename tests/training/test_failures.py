@@ -19,6 +19,7 @@ from imgcls_fast.core.errors import DataError, HardwareError, ImgclsError, Inter
 from imgcls_fast.core.run import Run
 from imgcls_fast.data import reach
 from imgcls_fast.data.quarantine import read_quarantine
+from imgcls_fast.track import plain_lines
 from imgcls_fast.training import checkpoint, session
 from imgcls_fast.training.fit import Fit
 
@@ -396,6 +397,53 @@ class TestEveryFailureLeavesATrace:
             session.start(config, [sink])
         assert sink.closed
         assert "LookupError: a fault of ours" in require_trace(Run(Path(config.out)), "X001")["message"]
+
+
+class Listener:
+    """A sink that remembers what it received, and whether it was closed."""
+
+    def __init__(self) -> None:
+        self.heard: list[dict[str, Any]] = []
+        self.closed = False
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        self.heard.append(event)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.mark.parametrize("phase", ["prepare", "make_plan", "_parameters", "Run.create"])
+def test_a_failure_before_there_is_a_run_is_an_event_and_closes_the_sinks(
+    phase: str, configure: Callable[..., Any], monkeypatch: Patch
+) -> None:
+    def fails(*arguments: Any) -> Any:
+        raise DataError("D013", "too many bad images", where="here")
+
+    owner, name = (Run, "create") if phase == "Run.create" else (session, phase)
+    monkeypatch.setattr(owner, name, fails)
+    sink, config = Listener(), configure()
+    with pytest.raises(DataError):
+        session.start(config, [sink])
+    assert sink.closed
+    end = sink.heard[-1]
+    assert (end["event"], end["code"], end["where"], end["path"]) == ("failed", "D013", "here", None)
+    assert plain_lines(end)[0] == "failed: error[D013]: too many bad images"
+    assert not any("continue with" in line for line in plain_lines(end))  # there is nothing to continue
+
+
+def test_an_interruption_while_a_run_is_begun_is_no_failure(configure: Callable[..., Any], monkeypatch: Patch) -> None:
+    def pressed(*arguments: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(session, "_write_beginning", pressed)
+    sink, config = Listener(), configure()
+    with pytest.raises(KeyboardInterrupt):
+        session.start(config, [sink])
+    assert sink.closed
+    assert [event["event"] for event in sink.heard] == ["data", "interrupted"]
+    assert plain_lines(sink.heard[-1]) == ["interrupted; there is no checkpoint yet"]
+    Run(Path(config.out)).lock()  # free again
 
 
 def test_a_refused_network_leaves_no_folder(configure: Callable[..., Any], tmp_path: Path) -> None:

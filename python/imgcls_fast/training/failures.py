@@ -19,11 +19,14 @@ class Recorded:
     """While entered, an error is recorded in the run before it goes on: as a `failed` event and in log.txt.
 
     An error that nobody raised on purpose, memory that ran out, goes on as one with a code; an interruption has been
-    recorded already.
+    recorded already, but for one that came before or after the work that is done under `signal_as_interrupt`.
+
+    Args:
+        run: None as long as there is none; `run` is set when it is made.
     """
 
-    def __init__(self, run: Run, emit: Callable[[dict[str, Any]], None]) -> None:
-        self._run, self._emit = run, emit
+    def __init__(self, run: Run | None, emit: Callable[[dict[str, Any]], None]) -> None:
+        self.run, self._emit = run, emit
 
     def __enter__(self) -> Recorded:
         return self
@@ -33,25 +36,31 @@ class Recorded:
     ) -> None:
         if error is None or isinstance(error, Interrupted | GeneratorExit):
             return
-        known = explained(error, self._run)
-        last = self._run.checkpoints / "last"
+        run = self.run
+        last = run.checkpoints / "last" if run else None
+        path = str(last) if last and last.exists() else None
+        command = run.resume_command if run and run.manifest_path.exists() else ""  # it is the last file of a beginning
+        if isinstance(error, KeyboardInterrupt):
+            self._emit({"event": "interrupted", "path": path, "command": command})
+            return
+        known = explained(error, run)
         self._emit({
             "event": "failed",
             "code": known.code if known else "X001",
             "message": known.message if known else f"{type(error).__name__}: {error}",
             "where": known.where if known else "",
             "why": known.why if known else "",
-            "path": str(last) if last.exists() else None,
-            "command": self._run.resume_command,
+            "path": path,
+            "command": command,
         })  # fmt: skip
         if known is not None and known is not error:
             raise known from error
 
 
-def explained(error: BaseException, run: Run) -> ImgclsError | None:
+def explained(error: BaseException, run: Run | None) -> ImgclsError | None:
     """The error with a code that tells a user what happened; None where nobody foresaw it."""
     if isinstance(error, ImgclsError):
-        if error.code == "D015":
+        if error.code == "D015" and run:
             error.try_ = f"bring the files back, then {run.resume_command}"
         return error
     text = str(error)
@@ -61,6 +70,7 @@ def explained(error: BaseException, run: Run) -> ImgclsError | None:
         return HardwareError(
             "H002",
             f"memory ran out: {text.splitlines()[0] if text else type(error).__name__}",
-            try_=f"free some memory, then {run.resume_command}   (or a new run with a smaller --batch-size or --model)",
+            try_=f"free some memory, then {run.resume_command if run else 'begin again'}"
+            "   (or a new run with a smaller --batch-size or --model)",
         )
     return None

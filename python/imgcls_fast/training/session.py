@@ -75,26 +75,31 @@ def start(config: RunConfig, sinks: Sequence[Callable[[Event], Any]] = (), comma
         early.append(event)
         listeners(event)
 
-    if config.model.arch != "auto":
-        resolve_arch(config.model.arch)  # a typing mistake should not cost the scan of a million files
-    prepared = prepare(config.data, config.pixels.exif, env.cache_dir())
-    tell({"event": "data", **prepared.facts()})
-    _require_splits(prepared)
-    plan = make_plan(config, prepared.manifest, look_at_machine())
-    parameters = _parameters(plan, prepared.manifest)  # a network that is refused leaves no folder
-    run = Run.create(Path(config.out) if config.out else new_run_path(config.data.source, plan.spec["arch"]))
+    record = Recorded(None, listeners)
     try:
-        log = LogSink(run)
-        for event in early:
-            log(event)
-        listeners.sinks.append(log)
-        stage = _Stage(plan, prepared.manifest, run, listeners)
-        with Recorded(run, listeners):
+        with record:
+            if config.model.arch != "auto":
+                resolve_arch(config.model.arch)  # a typing mistake should not cost the scan of a million files
+            prepared = prepare(config.data, config.pixels.exif, env.cache_dir())
+            tell({"event": "data", **prepared.facts()})
+            _require_splits(prepared)
+            plan = make_plan(
+                config, prepared.manifest, look_at_machine(), lambda text: tell({"event": "notice", "text": text})
+            )
+            parameters = _parameters(plan, prepared.manifest)  # a network that is refused leaves no folder
+            out = Path(config.out) if config.out else new_run_path(config.data.source, plan.spec["arch"])
+            run = record.run = Run.create(out)
+            log = LogSink(run)
+            for event in early:
+                log(event)
+            listeners.sinks.append(log)
+            stage = _Stage(plan, prepared.manifest, run, listeners)
             _write_beginning(stage, prepared, parameters, command)
             return _conduct(stage, resumed=False)
     finally:
         listeners.close()
-        run.unlock()
+        if record.run:
+            record.run.unlock()
 
 
 @as_found()
