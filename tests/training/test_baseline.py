@@ -78,6 +78,21 @@ def test_the_probe_is_fitted_to_every_row_that_time_allows_and_not_to_two_thousa
     assert fit_probe(x, y, 0, 0)[1] == 2000
 
 
+def test_the_first_fit_is_bounded_by_its_work_where_features_and_classes_are_many(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    draw = np.random.default_rng(0)
+    y = np.arange(3000) % 500
+    x = draw.normal(0, 1, (3000, 16)).astype(np.float32)
+    flop = 4 * 300 * 16  # of one row and class
+    monkeypatch.setattr(baseline, "_FIRST_FLOP", flop * 200 * 200)
+    assert fit_probe(x, y, 0, 0)[1] == 200  # as many classes as rows
+    monkeypatch.setattr(baseline, "_FIRST_FLOP", 1)
+    assert fit_probe(x, y, 0, 0)[1] == 100
+    monkeypatch.setattr(baseline, "_FIRST_FLOP", flop * 700 * 500)
+    assert fit_probe(x, y % 2, 0, 0)[1] == 2000
+
+
 def test_the_probe_of_a_run_sees_evaluation_pixels_never_augmented_ones(
     configure: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

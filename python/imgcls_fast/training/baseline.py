@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Generator
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
 READ_S, FIT_S, JUDGE_S = 20.0, 20.0, 20.0  # seconds: features of training images, fitting, features of judged images
 LEAST_ROWS = 500  # images that are read however long it takes
 _MOST_BYTES = 512 << 20  # of features
-_FIRST_FIT = 2000  # rows of the fit that tells how long more rows would take
+_FIRST_FIT, _FIRST_FLOP = 2000, 2e11  # most rows and work of the fit that tells how long more rows would take
+_LEAST_FIT = 100  # rows of it, whatever the work
+_ITERATIONS = 300
 _GRID = 8
 
 
@@ -163,17 +166,27 @@ def fit_probe(x: np.ndarray, y: np.ndarray, seconds: float, seed: int) -> tuple[
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    end, used = time.monotonic() + seconds, min(len(y), _FIRST_FIT)
+    # floating-point operations of a fit to the first rows: 2 products an iteration, with the classes that occur in them
+    classes = np.cumsum(np.bincount(np.unique(y, return_index=True)[1], minlength=len(y)))
+    work = 4.0 * _ITERATIONS * x.shape[1] * np.arange(1, len(y) + 1) * classes
+    end, used = time.monotonic() + seconds, _rows_within(work[:_FIRST_FIT], _FIRST_FLOP)
     while True:
         begin = time.monotonic()
-        probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=300, random_state=seed % 2**32))
-        probe.fit(x[:used], y[:used])
+        probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=_ITERATIONS, random_state=seed % 2**32))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The number of unique classes")  # so it is with few rows of many
+            probe.fit(x[:used], y[:used])
         now = time.monotonic()
         # the time grows with the rows, and a little faster where more of them take more steps
-        more = min(len(y), int(used * (end - now) / (1.5 * max(now - begin, 1e-3))))
+        more = _rows_within(work, work[used - 1] * (end - now) / (1.5 * max(now - begin, 1e-3)))
         if used == len(y) or more < min(2 * used, len(y)):
             return probe, used
         used = more
+
+
+def _rows_within(work: np.ndarray, most: float) -> int:
+    """How many rows can be fitted with this much work, given the work of each number of rows."""
+    return min(len(work), max(_LEAST_FIT, int(np.searchsorted(work, most, side="right"))))
 
 
 def answers(probe: Pipeline, x: np.ndarray, rows: np.ndarray, manifest: Manifest) -> Predictions:
