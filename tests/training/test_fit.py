@@ -400,3 +400,37 @@ class TestWholeRuns:
             fit.run()
             losses.append(fit.run_directory.epochs[0]["train_loss"])
         assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+def test_what_identifies_a_run_is_looked_up_once_however_many_checkpoints_it_writes(
+    make_fit: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from imgcls_fast.training import fit as module
+
+    asked: list[str] = []
+    for name in ("trajectory", "environment_key"):
+        original = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda *a, name=name, original=original: (asked.append(name), original(*a))[1]
+        )
+    make_fit({"train.save_every": 0, "train.epochs": 1}).run()
+    assert sorted(asked) == ["environment_key", "trajectory"]
+
+
+def test_the_undo_of_a_batch_copies_each_dtype_in_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    from imgcls_fast.training.rewind import Rewind
+
+    network = torch.nn.Sequential(torch.nn.BatchNorm1d(2), torch.nn.BatchNorm1d(2))
+    rewind, original, calls = Rewind(network), torch._foreach_copy_, list[set[torch.dtype]]()
+
+    def copying(into: list[torch.Tensor], source: list[torch.Tensor]) -> None:
+        calls.append({tensor.dtype for tensor in [*into, *source]})
+        original(into, source)
+
+    monkeypatch.setattr(torch, "_foreach_copy_", copying)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    rewind.keep()
+    assert calls == [{torch.float32}, {torch.int64}]
+    network(torch.randn(4, 2))
+    rewind.restore()
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())

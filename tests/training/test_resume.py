@@ -38,6 +38,17 @@ def interrupted(config: Any) -> Run:
     return run_of(config)
 
 
+def change_environment(run: Run, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change what the newest checkpoint recorded beside its tensors, with its digest."""
+    folder = run.checkpoints / "last"
+    state = json.loads((folder / checkpoint.STATE).read_text())
+    change(state["environment"])
+    (folder / checkpoint.STATE).write_text(json.dumps(state))
+    digests = json.loads((folder / checkpoint.DIGESTS).read_text())
+    digests[checkpoint.STATE] = hashlib.sha256((folder / checkpoint.STATE).read_bytes()).hexdigest()
+    (folder / checkpoint.DIGESTS).write_text(json.dumps(digests))
+
+
 WAYS = {
     "fp32-sgd-cosine-torch0": {"train.precision": "fp32", "optim.opt": "sgd", "optim.sched": "cosine"},
     "fp32-adamw-onecycle-torch2": {"optim.opt": "adamw", "optim.sched": "onecycle", "train.loader": "torch", "train.workers": 2},
@@ -214,17 +225,43 @@ class TestWhatMayChange:
         with pytest.raises(ModelError, match=f"layout of the {what} was 1 and is now 99"):
             session.resume(broken, {})
 
+    def test_names_that_an_earlier_version_did_not_record_do_not_refuse_resume(self, broken: Run) -> None:
+        def forget(environment: dict[str, Any]) -> None:
+            del environment["trajectory"]["optim.gamma"]  # a setting with a default, which the run has
+            del environment["trajectory"]["plan spec.drop_path"]
+
+        facts = broken.read_json("model.json")
+        forget(facts)
+        broken.write_json("model.json", facts)
+        change_environment(broken, forget)
+        heard: list[dict[str, Any]] = []
+        session.resume(broken, {}, [heard.append])
+        texts = [e["text"] for e in heard if e["event"] == "warning"]
+        assert len(texts) == 1
+        assert "plan spec.drop_path was not recorded, is 0" in texts[0]
+        assert "bitwise" in texts[0]
+
+    def test_an_unrecorded_setting_that_is_not_at_its_default_is_refused_by_name(self, broken: Run) -> None:
+        def forget(environment: dict[str, Any]) -> None:
+            environment["trajectory"].pop("optim.gamma")
+
+        facts = broken.read_json("model.json")
+        forget(facts)
+        broken.write_json("model.json", facts)
+        text = broken.config_path.read_text()
+        broken.config_path.write_text(text.replace("gamma: 0.1", "gamma: 0.2"))
+        with pytest.raises(ModelError, match=r"optim\.gamma was 0\.1 and is now 0\.2") as refused:
+            session.resume(broken, {})
+        assert refused.value.code == "M006"
+
     def test_a_checkpoint_of_an_earlier_version_resumes_with_a_warning(self, broken: Run) -> None:
+        def forget(environment: dict[str, Any]) -> None:
+            del environment["trajectory"], environment["versions"]["imgcls-fast"]
+
         facts = broken.read_json("model.json")
         facts.pop("trajectory")
         broken.write_json("model.json", facts)
-        folder = broken.checkpoints / "last"
-        state = json.loads((folder / checkpoint.STATE).read_text())
-        del state["environment"]["trajectory"], state["environment"]["versions"]["imgcls-fast"]
-        (folder / checkpoint.STATE).write_text(json.dumps(state))
-        digests = json.loads((folder / checkpoint.DIGESTS).read_text())
-        digests[checkpoint.STATE] = hashlib.sha256((folder / checkpoint.STATE).read_bytes()).hexdigest()
-        (folder / checkpoint.DIGESTS).write_text(json.dumps(digests))
+        change_environment(broken, forget)
         heard: list[dict[str, Any]] = []
         session.resume(broken, {}, [heard.append])
         texts = [e["text"] for e in heard if e["event"] == "warning"]

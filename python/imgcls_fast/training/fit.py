@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -167,9 +168,11 @@ class Fit:
             loader.close()
         self.train_loader, self.val_loader = self._loader("train"), self._loader("val")
 
-    def _environment(self) -> dict[str, Any]:
-        train = self.config.train
-        return environment_key(int(train.threads), self.config.model.kernels, str(self.device))
+    @cached_property
+    def _identity(self) -> dict[str, Any]:
+        """What a checkpoint records beside its tensors; a `Fit` changes none of it."""
+        key = environment_key(int(self.config.train.threads), self.config.model.kernels, str(self.device))
+        return key | {"trajectory": trajectory(self.plan, self.manifest)}
 
     def _require_same_run(self, environment: dict[str, Any], path: Path) -> list[str]:
         """What differs from the process that wrote a checkpoint, as notes; what must not differ is an error."""
@@ -177,10 +180,9 @@ class Fit:
         different = "the result will not be bitwise equal to an uninterrupted run"
         if before is None:
             return [f"{path.name} is of an earlier version, which did not record what shapes the weights: {different}"]
-        require_same_trajectory(
-            before, trajectory(self.plan, self.manifest), self.run_directory, path / checkpoint.STATE
-        )
-        differences = environment_differences(environment, self._environment())
+        now = dict(self._identity)
+        unknown = require_same_trajectory(before, now.pop("trajectory"), self.run_directory, path / checkpoint.STATE)
+        differences = unknown + environment_differences(environment, now)
         return [f"{'; '.join(differences)}: {different}"] if differences else []
 
     def save(self, *, best: bool = False) -> None:
@@ -195,8 +197,8 @@ class Fit:
             tensors |= {f"ema.{name}": value for name, value in self.averaged.model.state_dict().items()}
         tensors |= checkpoint.optimizer_tensors(self.optimizer, self.names) | checkpoint.random_states()
         tensors |= {"sum.loss": self.loss_sum, "sum.weight": torch.tensor(self.loss_weight, dtype=torch.float64)}
-        key = self._environment() | {"trajectory": trajectory(self.plan, self.manifest)}
-        path = checkpoint.save_checkpoint(self.run_directory.checkpoints, tensors, self.progress, key, best=best)
+        folder = self.run_directory.checkpoints
+        path = checkpoint.save_checkpoint(folder, tensors, self.progress, self._identity, best=best)
         self._saved_at, self._saved_step = time.monotonic(), self.progress.step
         self.emit({"event": "checkpoint", "path": str(path), "epoch": self.progress.epoch, "step": self.progress.step})
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..core import env
-from ..core.config import free_settings
+from ..core.config import RunConfig, free_settings
 from ..core.errors import ModelError
 from ..core.manifest import Manifest
 from ..core.settings import flatten
@@ -69,8 +69,10 @@ def environment_differences(before: dict[str, Any], now: dict[str, Any]) -> list
     ]
 
 
-def require_same_trajectory(before: dict[str, Any], now: dict[str, Any], run: Run, where: Path) -> None:
-    """Raise unless `now` would go on as `before` had begun.
+def require_same_trajectory(before: dict[str, Any], now: dict[str, Any], run: Run, where: Path) -> list[str]:
+    """Raise unless `now` would go on as `before` had begun; returns what cannot be known, one text each.
+
+    An earlier version recorded fewer names: a setting that it did not have counts as left at its default.
 
     Args:
         before, now: of `trajectory`.
@@ -79,9 +81,12 @@ def require_same_trajectory(before: dict[str, Any], now: dict[str, Any], run: Ru
     Raises:
         ModelError: M006, naming each difference.
     """
-    differing = [name for name in dict.fromkeys([*before, *now]) if before.get(name) != now.get(name)]
+    defaults = {name: value for name, value in flatten(RunConfig.model_validate({})).items() if value != "auto"}
+    unknown = [name for name in now if name not in before and name not in defaults]
+    before = {name: defaults[name] for name in now if name in defaults} | before
+    differing = [name for name in {**before, **now} if name not in unknown and before.get(name) != now.get(name)]
     if not differing:
-        return
+        return [f"{name} was not recorded, is {now[name]}" for name in unknown]
     texts = [f"{name} was {before.get(name)} and is now {now.get(name)}" for name in differing]
     raise ModelError(
         "M006",

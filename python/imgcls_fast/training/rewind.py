@@ -9,23 +9,26 @@ from torch import Tensor, nn
 class Rewind:
     """Buffers of a network (statistics of batch norms) and random states, as they were at `keep`.
 
-    A second copy of the buffers, written by one fused call per step.
+    A second copy of the buffers, written at each step by one fused call for each dtype: of lists with several dtypes PyTorch
+    copies tensor by tensor (batch norms count in int64 beside their float32 statistics).
 
     Args:
         model: on its device; its buffers keep their identity.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._live = list(model.buffers())
-        self._kept = [torch.empty_like(buffer) for buffer in self._live]
-        self._cuda = next((buffer.device for buffer in self._live if buffer.device.type == "cuda"), None)
+        live: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+        for buffer in model.buffers():
+            live.setdefault((buffer.dtype, buffer.device), []).append(buffer)
+        self._copies = [(buffers, [torch.empty_like(buffer) for buffer in buffers]) for buffers in live.values()]
+        self._cuda = next((device for _, device in live if device.type == "cuda"), None)
         self._random: tuple[Tensor, Tensor | None] | None = None
 
     @torch.no_grad()
     def keep(self) -> None:
         """Remember the present."""
-        if self._live:
-            torch._foreach_copy_(self._kept, self._live)
+        for live, kept in self._copies:
+            torch._foreach_copy_(kept, live)
         self._random = (
             torch.get_rng_state(),
             torch.cuda.get_rng_state(self._cuda) if self._cuda is not None else None,
@@ -35,8 +38,8 @@ class Rewind:
     def restore(self) -> None:
         """Go back to the last `keep`."""
         assert self._random is not None, "nothing was kept"
-        if self._live:
-            torch._foreach_copy_(self._live, self._kept)
+        for live, kept in self._copies:
+            torch._foreach_copy_(live, kept)
         host, device = self._random
         torch.set_rng_state(host)
         if device is not None and self._cuda is not None:
