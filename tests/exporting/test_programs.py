@@ -19,6 +19,7 @@ from imgcls_fast.core.config import ExportConfig
 from imgcls_fast.core.errors import ConfigError, ExportError, GateFailed
 from imgcls_fast.core.exports import find_export
 from imgcls_fast.core.files import read_sealed, write_sealed
+from imgcls_fast.core.trust import signed
 from imgcls_fast.engines.predictor import Predictor
 from imgcls_fast.engines.runtimes import open_engine
 from imgcls_fast.exporting import programs
@@ -111,7 +112,7 @@ def test_a_package_of_aotinductor_runs_with_any_number_of_threads_and_images(
 
     meta = read_sealed(export.folder / "meta.json")
     meta["host"]["instructions"].append("avx9000")
-    write_sealed(export.folder / "meta.json", meta)
+    write_sealed(export.folder / "meta.json", signed(meta))  # this user's own, from another machine
     with pytest.raises(ExportError) as foreign:
         open_engine(bundle, "aoti")
     assert (foreign.value.code, "avx9000" in foreign.value.message) == ("E005", True)
