@@ -200,14 +200,14 @@ class Murderer:
     def __init__(self, real, times: Path | None = None) -> None:
         self.real, self.times = real, times
 
-    def __call__(self, sampler, request, threads=1):
+    def __call__(self, sampler, request, **more):
         rows = request.rows.tolist()
         met = any("bad" in sampler.manifest.paths[row] for row in rows if row >= 0)
         if met and (self.times is None or not self.times.exists()):
             if self.times is not None:
                 self.times.touch()
             os.kill(os.getpid(), signal.SIGSEGV)
-        return self.real(sampler, request, threads)
+        return self.real(sampler, request, **more)
 
 
 @pytest.fixture

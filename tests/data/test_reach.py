@@ -177,6 +177,83 @@ def test_a_folder_that_comes_back_in_time_changes_no_bit(kit, photos, tmp_path, 
     kit.assert_same(batches, clean)
 
 
+@pytest.fixture
+def many(tmp_path, photo) -> Path:
+    """Ten batches of 32 files."""
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for k in range(4):
+        photo(k, 24, 20).save(folder / f"000{k}.jpg")
+    for k in range(4, 320):
+        os.link(folder / f"000{k % 4}.jpg", folder / f"{k:04}.jpg")
+    return folder
+
+
+@BACKENDS
+@pytest.mark.parametrize("part", [1, 2], ids=["all-away", "half-away"])
+def test_a_folder_that_stays_away_is_waited_for_as_long_as_one_file(kit, many, backend, workers, monkeypatch, part):
+    monkeypatch.setattr(reach, "WAITS_S", (0.5, 0.5, 0.5))
+    sampler = kit.sampler(kit.manifest(many, sorted(p.name for p in many.iterdir())), 32)
+    loader = kit.open(sampler, backend, workers)
+    running = loader.epoch(0)
+    next(running)
+    for path in list(many.iterdir())[::part]:
+        path.unlink()
+    begin = time.monotonic()
+    with pytest.raises(DataError) as caught:
+        list(running)
+    loader.close()
+    assert time.monotonic() - begin < 3 * 1.5
+    assert caught.value.code == "D015" and loader.bad == {}
+
+
+@BACKENDS
+def test_a_wait_for_files_can_be_called_off(kit, many, backend, workers, monkeypatch):
+    monkeypatch.setattr(reach, "WAITS_S", (60.0,))
+    sampler = kit.sampler(kit.manifest(many, sorted(p.name for p in many.iterdir())), 32)
+    loader = kit.open(sampler, backend, workers)
+    running = loader.epoch(0)
+    next(running)
+    many.rename(many.with_name("away"))
+    begin = time.monotonic()
+    threading.Timer(0.5, loader.hurry).start()
+    with pytest.raises(DataError, match="cannot be reached"):
+        list(running)
+    loader.close()
+    assert time.monotonic() - begin < 30
+
+
+def test_files_that_fail_one_after_the_other_are_each_waited_for_when_the_first_came_back(photos, monkeypatch):
+    monkeypatch.setattr(reach, "WAITS_S", (0.1, 0.1, 0.1))
+    shared = reach.Patience()
+    for name in ("03.jpg", "04.jpg", "06.jpg", "07.jpg"):
+        failing_open(monkeypatch, name, errno.EIO, 2)
+        assert reach.read(photos / name, patience=shared) == (photos / name).read_bytes()
+
+
+def test_in_an_outage_that_was_waited_for_no_further_file_is(photos, monkeypatch):
+    monkeypatch.setattr(reach, "WAITS_S", (0.1, 20.0))
+    shared, now = reach.Patience(), [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    slept: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        now[0] += seconds
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    for name in ("03.jpg", "04.jpg", "06.jpg"):
+        (photos / name).unlink()
+    for name in ("03.jpg", "04.jpg"):
+        with pytest.raises(DataError):
+            reach.read(photos / name, patience=shared)
+        assert sum(slept) == pytest.approx(20.1)
+    now[0] += 25.0
+    with pytest.raises(DataError):
+        reach.read(photos / "06.jpg", patience=shared)
+    assert sum(slept) == pytest.approx(40.2), "a new outage is waited for again"
+
+
 def classes(root: Path) -> Path:
     for c in "ab":
         (root / c).mkdir(parents=True)

@@ -7,6 +7,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -109,6 +111,26 @@ def test_files_out_of_reach_stop_training_at_a_checkpoint_and_nothing_is_lost(
     bring_back(own_data)
     session.resume(run, {})
     same_result(straight, run)
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.usefixtures("no_judging")
+def test_sigterm_while_files_are_waited_for_stops_training_at_once_and_in_order(
+    loader: str, configure: Callable[..., Any], own_data: Path, at_step: Any, monkeypatch: Patch
+) -> None:
+    monkeypatch.setattr(reach, "WAITS_S", (100.0,))
+
+    def outage(fit: Fit) -> None:
+        os.rename(own_data, away(own_data))
+        threading.Timer(1.0, os.kill, [os.getpid(), signal.SIGTERM]).start()
+
+    at_step(2, outage)
+    began = time.monotonic()
+    run, error, _ = failed(configure(LOADERS[loader], own_data), Interrupted)
+    assert error.code == "X130" and time.monotonic() - began < 90
+    assert checkpoint.read_checkpoint(run.checkpoints / "last")[1].step >= 2
+    bring_back(own_data)
+    session.resume(run, {})
 
 
 @pytest.mark.usefixtures("no_judging")
@@ -313,7 +335,9 @@ def test_a_validation_row_that_goes_bad_before_judging_stops_it_and_restoring_it
     kept[0].write_bytes(kept[1])
     session.resume(run, {})
     assert read_bundle(run.bundle_path).temperature == read_bundle(straight.bundle_path).temperature
-    assert (run.evaluation("val") / "metrics.json").read_text() == (straight.evaluation("val") / "metrics.json").read_text()
+    assert (run.evaluation("val") / "metrics.json").read_text() == (
+        straight.evaluation("val") / "metrics.json"
+    ).read_text()
 
 
 @pytest.mark.usefixtures("no_judging")

@@ -14,6 +14,8 @@ column), and bicubic overshoot at hard edges is clipped after both passes, not b
 from __future__ import annotations
 
 import io
+import math
+import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,6 +31,7 @@ from PIL import Image
 from ..core.batch import Batch
 from ..core.errors import DataError
 from ..core.pixels import Pixels
+from . import reach
 from .augment import NO_COLOR_CHANGE
 from .decode import Undecodable, read_file
 from .loader import OnBad, make_batch
@@ -49,16 +52,18 @@ class _Work:
     made: dict[int, np.ndarray] = field(default_factory=dict)  # position -> pixels by Pillow
     failed: dict[int, str] = field(default_factory=dict)  # position -> why it is bad
     error: DataError | None = None  # a file that cannot be reached
+    given_up: float = math.inf  # when that was found
 
     def encoded(self) -> dict[int, bytes]:
-        """Position -> what DALI decodes; waits for the threads and sorts what they made."""
+        """Position -> what DALI decodes; waits for the threads and sorts what they made, until a file is given up."""
         found: dict[int, bytes] = {}
         for position, job in self.jobs.items():
             try:
                 answer = job.result()
             except DataError as error:
-                self.error = self.error or error
-                continue
+                self.error, self.given_up = error, time.monotonic()
+                self.cancel()
+                break
             if isinstance(answer, bytes):
                 found[position] = answer
             elif isinstance(answer, str):
@@ -67,6 +72,10 @@ class _Work:
                 self.made[position] = answer
         self.jobs = {}
         return found
+
+    def cancel(self) -> None:
+        for job in self.jobs.values():
+            job.cancel()
 
 
 class DaliLoader:
@@ -97,12 +106,17 @@ class DaliLoader:
         self._ahead: deque[_Work] = deque()  # at DALI, not yet delivered
         self._next = (0, 0)  # what the threads get next
         self._pipeline: Any = None
+        self._patience = reach.Patience()
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         for index in range(start, self.sampler.steps):
             yield self._batch(epoch, index)
 
+    def hurry(self) -> None:
+        self._patience.call_off()
+
     def close(self) -> None:
+        self.hurry()  # else the threads go on waiting for files
         self._stop()
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
@@ -112,15 +126,14 @@ class DaliLoader:
         """Forget the pipeline and everything that is on its way."""
         self._pipeline = None
         for work in self._reading:
-            for job in work.jobs.values():
-                job.cancel()
+            work.cancel()
         self._reading.clear()
         self._ahead.clear()
 
     def _batch(self, epoch: int, index: int) -> Batch:
         """One batch; rebuilds the pipeline when it stands elsewhere, and after each failure of DALI's."""
         place = (epoch if self.sampler.training else 0, index)
-        away = False
+        asked, again = time.monotonic(), False
         for _ in range(self.sampler.batch_size + 3):  # each round but the last finds at least one row for Pillow
             if self._pipeline is None or not self._ahead or self._place_of(self._ahead[0]) != place:
                 self._build(place)
@@ -133,11 +146,13 @@ class DaliLoader:
                 continue
             work = self._ahead.popleft()
             if work.error is None:
+                if again:
+                    self._patience.over()
                 return self._deliver(work, outputs, epoch)
             self._stop()
-            if away:
+            if again or work.given_up >= asked:
                 raise work.error
-            away = True  # it may have been read long ago, behind the end of the epoch before: once more
+            again = True  # it was read ahead, perhaps long ago, behind the end of the epoch before
         raise RuntimeError(f"DALI failed again and again at epoch {epoch}, batch {index}")
 
     @staticmethod
@@ -162,12 +177,16 @@ class DaliLoader:
         """One file: its bytes when DALI may have them, else its pixels by Pillow, or why it is bad."""
         row = int(request.rows[position])
         try:
-            content = read_file(self.sampler.manifest.path(row), self.sampler.pixels.max_megapixels)
+            content = self._content(row)
             if self._for_dali(row, content):
                 return content
             return decode_row(self.sampler, request, position, content)
         except Undecodable as fault:
             return fault.reason
+
+    def _content(self, row: int) -> bytes:
+        path, limit = self.sampler.manifest.path(row), self.sampler.pixels.max_megapixels
+        return read_file(path, limit, patience=self._patience)
 
     def _for_dali(self, row: int, content: bytes) -> bool:
         """Whether DALI decodes these bytes safely, and as Pillow would."""
@@ -310,7 +329,7 @@ class DaliLoader:
         before, pipeline = len(self._pillow), None
         for row in rows[rows >= 0].tolist():
             try:
-                content = read_file(self.sampler.manifest.path(row), self.sampler.pixels.max_megapixels)
+                content = self._content(row)
             except Undecodable:
                 continue  # found again when its batch is read again
             if not self._for_dali(row, content):

@@ -161,7 +161,9 @@ def full_decode_reason(path: Path | str, *, max_megapixels: float = 50.0) -> str
     return None
 
 
-def read_file(path: Path | str, max_megapixels: float = 50.0, *, seen: bool = True) -> bytes:
+def read_file(
+    path: Path | str, max_megapixels: float = 50.0, *, seen: bool = True, patience: reach.Patience | None = None
+) -> bytes:
     """The bytes of an image file, whatever they are; waits for a file that was there and is out of reach.
 
     Raises:
@@ -170,7 +172,7 @@ def read_file(path: Path | str, max_megapixels: float = 50.0, *, seen: bool = Tr
         FileNotFoundError: as `reach.with_file`.
     """
     try:
-        return reach.read(path, seen=seen, most=largest_file(max_megapixels))
+        return reach.read(path, seen=seen, most=largest_file(max_megapixels), patience=patience)
     except reach.NotAFile as fault:
         raise Undecodable(str(path), fault.reason) from fault
 

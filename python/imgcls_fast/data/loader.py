@@ -34,6 +34,10 @@ class Loader(Protocol):
         """The batches of one epoch from index `start` on."""
         ...
 
+    def hurry(self) -> None:
+        """Wait no more for files that are out of reach: D015 follows at once. A signal handler may call this."""
+        ...
+
     def close(self) -> None:
         """Stop workers and free memory; the loader cannot be used afterwards."""
         ...

@@ -12,6 +12,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.sharedctypes import RawValue
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from ..core.errors import DataError, HardwareError
 from ..core.pixels import EXTREME_ASPECT, Pixels
 from . import reach
 from .augment import apply_color
-from .decode import Undecodable, decode_pixels
+from .decode import Undecodable, decode_pixels, read_file
 from .loader import OnBad, make_batch
 from .quarantine import examine_isolated
 from .sampler import Request, Sampler
@@ -86,18 +87,25 @@ def render(image: np.ndarray, request: Request, position: int, pixels: Pixels) -
     return out
 
 
-def decode_batch(sampler: Sampler, request: Request, threads: int = 1) -> tuple[np.ndarray, Request, dict[int, str]]:
+def decode_batch(
+    sampler: Sampler, request: Request, threads: int = 1, patience: reach.Patience | None = None
+) -> tuple[np.ndarray, Request, dict[int, str]]:
     """Decode a request with Pillow: pixels (B, S, S, C) uint8, the request as delivered, row -> reason of failures.
+
+    Args:
+        patience: shared with other batches; None: the files of this one are waited for together.
 
     Raises:
         DataError: D015 when a file cannot be reached.
     """
     pixels, size = sampler.pixels, len(request.rows)
+    shared = patience or reach.Patience()
     out = np.zeros((size, pixels.size, pixels.size, pixels.channels), np.uint8)
 
     def reason_against(k: int) -> str | None:
         try:
-            out[k] = decode_row(sampler, request, k)
+            path = sampler.manifest.path(int(request.rows[k]))
+            out[k] = decode_row(sampler, request, k, read_file(path, pixels.max_megapixels, patience=shared))
         except Undecodable as error:
             return error.reason
         return None
@@ -158,13 +166,15 @@ def _check_size(sampler: Sampler, row: int, image: np.ndarray) -> None:
 class _Batches(Dataset):
     """Key (epoch, index, bad rows) -> a finished batch, or the error that ends the epoch; lives in the workers."""
 
-    def __init__(self, sampler: Sampler) -> None:
-        self.sampler = sampler
+    def __init__(self, sampler: Sampler, called_off: Any) -> None:
+        self.sampler, self._called_off = sampler, called_off
+        self._patience: reach.Patience | None = None  # of this process: its lock stays in it
 
     def __getitem__(self, key: tuple[int, int, frozenset[int]]) -> tuple[Batch, dict[int, str]] | dict[str, str]:
         request = self.sampler.request(*key)
+        self._patience = self._patience or reach.Patience(self._called_off)
         try:
-            pixels, delivered, failed = decode_batch(self.sampler, request)
+            pixels, delivered, failed = decode_batch(self.sampler, request, patience=self._patience)
         except DataError as error:  # as plain values: an exception would cross the process border as mere text
             return error.to_dict()
         return make_batch(self.sampler.manifest, delivered, pixels), failed
@@ -200,6 +210,7 @@ class TorchLoader:
         self.sampler, self.bad, self._on_bad = sampler, bad, on_bad
         self._workers, self._pin = workers, pin
         self._keys = _Keys(sampler, bad)
+        self._called_off = RawValue("b", 0)  # seen by the workers; without a lock, which one that dies would keep
         self._loader: Any = self._open()
         # also at the end of the process, before multiprocessing waits for its children
         self._stop = weakref.finalize(self, _stop_workers, self._loader)
@@ -208,7 +219,7 @@ class TorchLoader:
         if self._workers:
             _spare_children()
         return DataLoader(
-            _Batches(self.sampler),
+            _Batches(self.sampler, self._called_off),
             batch_size=None,
             sampler=self._keys,
             num_workers=self._workers,
@@ -301,7 +312,11 @@ class TorchLoader:
         self._loader = self._open()
         self._stop = weakref.finalize(self, _stop_workers, self._loader)
 
+    def hurry(self) -> None:
+        self._called_off.value = 1
+
     def close(self) -> None:
+        self.hurry()
         self._stop()
         self._loader = None
 

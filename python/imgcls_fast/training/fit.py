@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.batch import Batch
-from ..core.errors import ImgclsError, Interrupted, ModelError
+from ..core.errors import DataError, ImgclsError, Interrupted, ModelError
 from ..core.manifest import Manifest
 from ..core.run import Run
 from ..data.loader import Loader, open_loader
@@ -218,9 +218,9 @@ class Fit:
             "resumed": progress.step > 0, "step": progress.step,
         })  # fmt: skip
         try:
-            with StopRequest() as stop, self._saved_when_it_fails():
+            with StopRequest(self._hurry) as stop, self._saved_when_it_fails():
                 while progress.epoch < epochs and not self._patience_is_over():
-                    self._epoch(stop)
+                    self._epoch_or_stop(stop)
                 if stop.requested:  # it came after the last step
                     self._interrupt()
         finally:
@@ -237,6 +237,19 @@ class Fit:
             if self._whole and self.progress.step > self._saved_step and isinstance(error, Exception) and not hopeless:
                 with suppress(ImgclsError, RuntimeError, MemoryError):  # a full disk, a GPU that answers no more
                     self.save()
+            raise
+
+    def _hurry(self) -> None:
+        """Called by a signal handler: a loader that waits for files gives up."""
+        self.train_loader.hurry()
+        self.val_loader.hurry()
+
+    def _epoch_or_stop(self, stop: StopRequest) -> None:
+        try:
+            self._epoch(stop)
+        except DataError as error:
+            if error.code == "D015" and stop.requested:
+                self._interrupt()
             raise
 
     def _patience_is_over(self) -> bool:

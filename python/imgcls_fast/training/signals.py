@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
@@ -31,10 +31,13 @@ class StopRequest:
     """While entered, the first SIGTERM or SIGINT only sets `requested`; a second one acts as it would have without us.
 
     Outside the main thread, where Python allows no handlers, `requested` stays False.
+
+    Args:
+        then: called by the handler, after `requested` is set.
     """
 
-    def __init__(self) -> None:
-        self.requested = False
+    def __init__(self, then: Callable[[], None] = lambda: None) -> None:
+        self.requested, self._then = False, then
         self._former: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -51,6 +54,7 @@ class StopRequest:
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
         self._restore()
+        self._then()
 
     def _restore(self) -> None:
         for number, handler in self._former.items():
