@@ -22,7 +22,7 @@ from imgcls_fast.core.run import Run
 from imgcls_fast.data import reach
 from imgcls_fast.data.quarantine import read_quarantine
 from imgcls_fast.track import plain_lines
-from imgcls_fast.training import checkpoint, session
+from imgcls_fast.training import checkpoint, quarantined, session
 from imgcls_fast.training.fit import Fit
 
 STEPS = 5  # of an epoch: 42 // 8
@@ -228,6 +228,32 @@ def test_a_row_found_bad_just_before_a_kill_stays_out_and_does_not_block_resume(
     assert not checkpoint.has_checkpoint(run.checkpoints)
     session.resume(run, {})
     same_result(straight, run)
+
+
+def test_each_bad_row_is_on_disk_at_once_at_the_cost_of_one_line(make_fit: Any, monkeypatch: Patch) -> None:
+    fit = make_fit({"data.max_bad": 1000.0})
+    whole: list[int] = []
+    original = quarantined.write_quarantine
+
+    def writing(path: Path, files: list[Any]) -> None:
+        whole.append(len(files))
+        original(path, files)
+
+    monkeypatch.setattr(quarantined, "write_quarantine", writing)
+    path, rows = fit.run_directory.directory / "quarantine.csv", fit.manifest.rows("train").tolist()
+    expected = [fit.manifest.paths[row] for row in rows]
+    for count, row in enumerate(rows, 1):
+        fit.quarantined.add(row, "cut, or \n worse", "epoch 1")
+        fit.quarantined.add(row, "again", "epoch 1")
+        assert [file.path for file in read_quarantine(path)] == expected[:count]
+    assert whole == [1]
+    with open(path, "ab") as file:
+        file.write(b"train/a/999.jpg,the machine stopp")
+    assert [file.path for file in read_quarantine(path)] == expected
+    later = quarantined.Quarantined(fit.run_directory, fit.manifest, 1000.0)
+    later.add(int(fit.manifest.rows("test")[0]), "bad", "judging")
+    assert [file.path for file in read_quarantine(path)] == [*expected, fit.manifest.paths[fit.manifest.rows("test")[0]]]
+    assert path.read_bytes().endswith(b",judging\n")
 
 
 def test_quarantine_csv_holds_rows_that_were_found_after_the_best_epoch(

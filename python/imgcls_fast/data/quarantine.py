@@ -7,6 +7,8 @@ raise what they like on damaged files, and some crash or hang, for which there i
 from __future__ import annotations
 
 import csv
+import errno
+import io
 import json
 import os
 import selectors
@@ -21,7 +23,7 @@ from typing import BinaryIO
 
 from imgcls_fast.core import child
 from imgcls_fast.core.errors import DataError
-from imgcls_fast.core.files import write_whole
+from imgcls_fast.core.files import explained_write, write_whole
 from imgcls_fast.core.text import to_csv
 
 from . import reach, shelter
@@ -178,8 +180,7 @@ def write_quarantine(path_csv: Path, rows: Iterable[BadFile]) -> None:
 
     Names that are not UTF-8 keep their bytes, so the file can be read back exactly.
     """
-    names = [f.name for f in fields(BadFile)]
-    blob = to_csv([names, *([getattr(row, name) for name in names] for row in rows)]).encode("utf-8", "surrogateescape")
+    blob = _lines([_COLUMNS, *(_cells(row) for row in rows)])
 
     def write(file: BinaryIO) -> None:
         file.write(blob)
@@ -187,15 +188,43 @@ def write_quarantine(path_csv: Path, rows: Iterable[BadFile]) -> None:
     write_whole(path_csv, write)
 
 
+def append_quarantine(path_csv: Path, row: BadFile) -> None:
+    """Add one line to what `write_quarantine` wrote, and sync it; the cost does not depend on the lines before it.
+
+    Raises:
+        HardwareError: H003 when it cannot be written; a part of the line may then be at the end of the file.
+    """
+    blob = _lines([_cells(row)])
+    with explained_write(path_csv), open(path_csv, "ab", buffering=0) as file:
+        if file.write(blob) != len(blob):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path_csv))
+        os.fsync(file.fileno())
+
+
+_COLUMNS = [f.name for f in fields(BadFile)]
+
+
+def _cells(row: BadFile) -> list[object]:
+    return [getattr(row, name) for name in _COLUMNS]
+
+
+def _lines(rows: Iterable[Sequence[object]]) -> bytes:
+    return to_csv(rows).encode("utf-8", "surrogateescape")
+
+
 def read_quarantine(path_csv: Path) -> list[BadFile]:
-    """Read what `write_quarantine` wrote; no file means no bad images."""
+    """Read what `write_quarantine` and `append_quarantine` wrote; no file means no bad images.
+
+    A last line that has no end was being appended when the machine stopped, and is left out.
+    """
     if not path_csv.exists():
         return []
     with open(path_csv, encoding="utf-8", errors="surrogateescape", newline="") as file:
-        return [
-            BadFile(row["path"], row["reason"], row["split"], row["label"], int(row["size_bytes"]), row["found"])
-            for row in csv.DictReader(file)
-        ]
+        whole = file.read().rpartition("\n")[0]
+    return [
+        BadFile(row["path"], row["reason"], row["split"], row["label"], int(row["size_bytes"]), row["found"])
+        for row in csv.DictReader(io.StringIO(whole, newline=""))
+    ]
 
 
 if __name__ == "__main__":

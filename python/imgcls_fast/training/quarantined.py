@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from contextlib import suppress
+from functools import cached_property
 
 from ..core.errors import DataError
 from ..core.manifest import SPLITS, Manifest
 from ..core.run import Run
-from ..data.quarantine import BadFile, read_quarantine, write_quarantine
+from ..data.quarantine import BadFile, append_quarantine, read_quarantine, write_quarantine
 
 
 class Quarantined:
@@ -23,14 +24,20 @@ class Quarantined:
     def __init__(self, run: Run, manifest: Manifest, max_bad: float) -> None:
         self._run, self._manifest, self._max_bad = run, manifest, max_bad
         self._path = run.directory / "quarantine.csv"
+        self._appendable = False  # the file is as this process wrote it
 
-    def files(self) -> list[BadFile]:
-        """Every file ever quarantined in this run, those that the scan found first."""
-        return read_quarantine(self._path)
+    @cached_property
+    def _files(self) -> dict[str, BadFile]:
+        """Every file ever quarantined in this run by its path, those that the scan found first; nobody else adds to it."""
+        return {file.path: file for file in read_quarantine(self._path)}
+
+    @cached_property
+    def _scanned(self) -> int:
+        return sum(file.found == "scan" for file in self._files.values())
 
     def rows(self) -> dict[int, str]:
         """Row and reason of the files that were found after the scan."""
-        found = {file.path: file.reason for file in self.files() if file.found != "scan"}
+        found = {file.path: file.reason for file in self._files.values() if file.found != "scan"}
         if not found:
             return {}
         return {row: found[path] for row, path in enumerate(self._manifest.paths) if path in found}
@@ -44,16 +51,26 @@ class Quarantined:
         Raises:
             DataError: D013 when there are too many bad images now.
         """
-        manifest, files = self._manifest, self.files()
+        manifest, files = self._manifest, self._files
         path = manifest.paths[row]
-        if all(file.path != path for file in files):
+        if path not in files:
             size = 0
             with suppress(OSError):
                 size = manifest.path(row).stat().st_size
             label = manifest.labels.classes[manifest.label[row]] if manifest.label[row] >= 0 else ""
-            files.append(BadFile(path, reason, SPLITS[manifest.split[row]], label, size, found))
-            write_quarantine(self._path, files)
-        self._require_few(files)
+            bad = BadFile(path, reason, SPLITS[manifest.split[row]], label, size, found)
+            self._write(bad)
+            files[path] = bad
+        self.require_few()
+
+    def _write(self, bad: BadFile) -> None:
+        """Whole the first time and after a failure, so that it ends with a line; then line by line."""
+        appendable, self._appendable = self._appendable, False
+        if appendable:
+            append_quarantine(self._path, bad)
+        else:
+            write_quarantine(self._path, [*self._files.values(), bad])
+        self._appendable = True
 
     def require_few(self) -> None:
         """Raise when there are too many bad images.
@@ -61,14 +78,12 @@ class Quarantined:
         Raises:
             DataError: D013, as the scan does.
         """
-        self._require_few(self.files())
-
-    def _require_few(self, files: list[BadFile]) -> None:
-        late = [file for file in files if file.found != "scan"]
-        total = len(self._manifest) + len(files) - len(late)
+        files = self._files
+        total = len(self._manifest) + self._scanned
         allowed = self._max_bad * total if self._max_bad < 1 else self._max_bad
-        if not late or len(files) <= allowed:
+        if len(files) == self._scanned or len(files) <= allowed:
             return
+        late = [file for file in files.values() if file.found != "scan"]
         reasons = Counter(file.reason.split(":")[0] for file in late).most_common(4)
         share = " of all" if self._max_bad < 1 else ""
         raise DataError(
