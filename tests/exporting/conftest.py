@@ -67,6 +67,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
             nn.init.kaiming_normal_(layer.weight)  # type: ignore[arg-type]
     images, classes = torch.from_numpy(x), torch.from_numpy(digits.target)
     optimizer = torch.optim.Adam(net.parameters(), 2e-3)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # too small for two, which take three times as long where another process has a core
     for epoch in range(6):
         for batch in np.array_split(np.random.default_rng(epoch).permutation(rows), len(rows) // 32):
             optimizer.zero_grad()
@@ -74,6 +76,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
                 net(images[batch].float().permute(0, 3, 1, 2) / 64 - 2), classes[batch]
             ).backward()
             optimizer.step()
+    torch.set_num_threads(threads)
     folder = tmp_path_factory.mktemp("trained")
     plain = write_onnx(net, folder / "plain.onnx")
     planted = []
