@@ -580,6 +580,19 @@ def test_a_finished_run_ends_though_a_process_of_a_c_library_holds_the_watcher_s
     assert list(tmp_path.iterdir()) == [], "nothing is reported"
 
 
+def test_many_runs_in_a_process_leave_one_callback_for_forks(tmp_path: Path, monkeypatch: Patch) -> None:
+    from imgcls_fast.training import last_words
+
+    with last_words.watched(tmp_path, "x"):
+        pass
+    monkeypatch.setattr(os, "register_at_fork", lambda **more: pytest.fail("one more callback"))
+    with last_words.watched(tmp_path, "x"):
+        pipes = [pipe.fileno() for pipe in last_words._pipes if not pipe.closed]
+        if (child := os.fork()) == 0:
+            os._exit(len([fd for fd in pipes if os.path.exists(f"/proc/self/fd/{fd}")]))
+        assert len(pipes) == 1 and os.waitpid(child, 0)[1] == 0
+
+
 def test_a_watcher_that_does_not_end_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from imgcls_fast.training import last_words
 

@@ -100,7 +100,7 @@ class DaliLoader:
         self._pool: ThreadPoolExecutor | None = None  # begun with the first batch, and ended by `close`
         color = sampler.augment is not None and sampler.augment.has_color
         self._factors = (2 if sampler.pixels.color == "gray" else 4) if color else 0  # gray has no hue, no saturation
-        self._pillow: set[int] = set()  # rows that DALI refuses
+        self._pillow: set[int] = set()  # rows that DALI refuses; a new loader finds them again, at the cost of one rebuild
         self._flagged = sampler.needs_pillow(np.arange(len(sampler.manifest)))
         self._reading: deque[_Work] = deque()  # at the threads
         self._ahead: deque[_Work] = deque()  # at DALI, not yet delivered

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import functools
 import json
 import os
 import re
@@ -24,6 +25,7 @@ from typing import IO
 _ORDERLY = b"\nin order\n"
 _PATIENCE_S = 10.0  # for the watcher's end
 _MOST_BYTES = 1 << 18  # of a traceback of all threads
+_pipes: weakref.WeakSet[IO[bytes]] = weakref.WeakSet()  # to watchers
 _SIGNALS = {
     "Segmentation fault": "SIGSEGV", "Bus error": "SIGBUS", "Aborted": "SIGABRT", "Illegal instruction": "SIGILL",
     "Floating-point exception": "SIGFPE", "Floating point exception": "SIGFPE",
@@ -46,9 +48,8 @@ def watched(directory: Path, command: str) -> Iterator[None]:
         yield
         return
     pipe, own = watcher.stdin, not faulthandler.is_enabled()
-    held = weakref.ref(pipe)
-    # a forked loader worker lives longer than a killed parent, and would keep the pipe open
-    os.register_at_fork(after_in_child=lambda: _forget(held()))
+    _forget_in_forks()
+    _pipes.add(pipe)
     if own:
         faulthandler.enable(pipe)
     try:
@@ -80,10 +81,20 @@ def _start(words: list[str]) -> subprocess.Popen[bytes] | None:
         return None
 
 
-def _forget(pipe: IO[bytes] | None) -> None:
-    if pipe is not None and not pipe.closed:
-        faulthandler.disable()
-        pipe.close()
+@functools.cache
+def _forget_in_forks() -> None:
+    """Once a process, since Python keeps such a callback for ever.
+
+    A forked loader worker lives longer than a killed parent, and would keep the pipe open.
+    """
+    os.register_at_fork(after_in_child=_forget)
+
+
+def _forget() -> None:
+    for pipe in list(_pipes):
+        if not pipe.closed:
+            faulthandler.disable()
+            pipe.close()
 
 
 def main(words: Sequence[str], stream: IO[bytes]) -> None:
