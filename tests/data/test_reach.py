@@ -245,7 +245,7 @@ def test_in_an_outage_that_was_waited_for_no_further_file_is(photos, monkeypatch
     for name in ("03.jpg", "04.jpg", "06.jpg"):
         (photos / name).unlink()
     for name in ("03.jpg", "04.jpg"):
-        with pytest.raises(DataError):
+        with pytest.raises(DataError, match="20 s of trying"):
             reach.read(photos / name, patience=shared)
         assert sum(slept) == pytest.approx(20.1)
     now[0] += 25.0

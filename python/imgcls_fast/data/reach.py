@@ -76,6 +76,11 @@ class Patience:
             self._last = now
             return 0.0 if self._called_off.value else self._begin + whole - now
 
+    def waited(self) -> float:
+        """Seconds for which this outage has been waited for."""
+        with self._lock:
+            return min(sum(WAITS_S), time.monotonic() - self._begin)
+
     def over(self) -> None:
         """What was out of reach is back."""
         with self._lock:
@@ -142,7 +147,7 @@ def with_file(
                 raise
             wait, most = next(left, None), patience.left(tried)
             if wait is None or most <= 0:
-                raise unreachable(path, error, time.monotonic() - begin) from error
+                raise unreachable(path, error, max(time.monotonic() - begin, patience.waited())) from error
             _warn(path, error)
         patience.sleep(min(wait, most))
 
