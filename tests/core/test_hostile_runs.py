@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from imgcls_fast.core.bundle import read_bundle
+from imgcls_fast.core.errors import DataError
 from imgcls_fast.core.manifest import LabelSpace, Manifest, PathList
 from imgcls_fast.core.predictions import Predictions
 from imgcls_fast.core.run import Run
@@ -129,3 +130,39 @@ def test_a_run_with_a_damaged_file_is_listed_beside_the_others(tmp_path: Path) -
         (folder / "data.json").write_text(text)
     data = {name: Run(tmp_path / name).brief()["data"] for name in ("good", "deep", "list")}
     assert data == {"good": "photos", "deep": "unreadable (D016)", "list": None}
+
+
+def test_hostile_lines_of_the_log_of_events_are_passed_over(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    good = json.dumps({"event": "done"})
+    (tmp_path / "events.jsonl").write_bytes(b"[" * 200_000 + b"\n" + b"\xff\n" + good.encode() + b"\n" + b'{"event": "fai')
+    ended = run.last_end()
+    assert ended is not None and ended["event"] == "done"
+
+
+def test_a_huge_log_of_events_is_read_from_its_end(tmp_path: Path) -> None:
+    huge(tmp_path / "events.jsonl")
+    with open(tmp_path / "events.jsonl", "ab") as file:
+        file.write(b'\n{"event": "done"}\n')
+    ended = Run(tmp_path).last_end()
+    assert ended is not None and ended["event"] == "done"
+
+
+def test_a_pipe_in_place_of_the_log_of_events_does_not_block(tmp_path: Path) -> None:
+    pipe(tmp_path / "events.jsonl")
+    assert Run(tmp_path).last_end() is None
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"path,reason\na.jpg,cut\n", b"path,reason,split,label,size_bytes,found\na.jpg,cut,train,a,many,scan\n",
+     b"path,reason,split,label,size_bytes,found\na.jpg\n\n", b'path,reason,split,label,size_bytes,found\n"a.jpg\n\n'],
+    ids=["columns gone", "no number", "cut line", "open quote"],
+)  # fmt: skip
+def test_a_damaged_list_of_bad_images_is_one_error(content: bytes, tmp_path: Path) -> None:
+    from imgcls_fast.data.quarantine import read_quarantine
+
+    (tmp_path / "quarantine.csv").write_bytes(content)
+    with pytest.raises(DataError) as refused:
+        read_quarantine(tmp_path / "quarantine.csv")
+    assert refused.value.code == "D016" and "quarantine.csv" in refused.value.message

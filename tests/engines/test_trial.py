@@ -82,3 +82,21 @@ def test_what_the_bytes_show_comes_before_the_child(exported: Any, monkeypatch: 
     unsigned(export)
     with pytest.raises(ExportError, match="garbled"):
         open_engine(bundle, "onnx", exports=exports, precision="fp32")
+
+
+@pytest.mark.parametrize("batch", ["x", -1, 10**9, None], ids=str)
+def test_no_batch_in_a_stranger_s_meta_gets_a_bomb_past_the_child(batch: Any, exported: Any) -> None:
+    bundle, exports, export = exported
+    bomb(export.path, bundle.pixels.size, bundle.labels.size)
+    unsigned(export)
+    write_sealed(export.folder / "meta.json", {**read_sealed(export.folder / "meta.json"), "batch": batch})
+    with pytest.raises(ExportError, match="a process that tried it"):
+        open_engine(bundle, "onnx", exports=exports, precision="fp32")
+
+
+def test_a_graph_that_loads_and_cannot_run_on_the_promised_pixels_is_refused(exported: Any) -> None:
+    bundle, exports, export = exported
+    bomb(export.path, 2 * bundle.pixels.size, bundle.labels.size)
+    unsigned(export)
+    with pytest.raises(ExportError, match="a process that tried it"):
+        open_engine(bundle, "onnx", exports=exports, precision="fp32")

@@ -53,12 +53,12 @@ TRIAL_SECONDS = 60  # its CPU time, for loading the runtime, opening the file, a
 # a run folder
 JSON_BYTES = 16 * MIB
 STATE_BYTES = 64 * MIB  # state.json of a checkpoint holds one entry per epoch and per quarantined row
-TEXT_BYTES = 64 * MIB  # metrics.csv
+TEXT_BYTES = 64 * MIB  # metrics.csv; the end of events.jsonl
+QUARANTINE_BYTES = GIB  # a line per bad image
 MANIFEST_BYTES = 4 * GIB
 MANIFEST_UNPACKED_BYTES = 8 * GIB
 MANIFEST_RATIO = 200
 MANIFEST_RATIO_FROM_BYTES = 64 * MIB
-SCORES_BYTES = 64 * GIB  # scores.npy: mapped, then copied
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,7 @@ BOUNDS: tuple[Bound, ...] = (
     Bound("JSON of a run, bundle or export", "size", JSON_BYTES, "bytes", "D016, M004, E001"),
     Bound("state.json of a checkpoint", "size", STATE_BYTES, "bytes", "M005"),
     Bound("metrics.csv of a run", "size", TEXT_BYTES, "bytes", "D016"),
+    Bound("quarantine.csv of a run", "size", QUARANTINE_BYTES, "bytes", "D016"),
     Bound("manifest.npz", "size", MANIFEST_BYTES, "bytes", "D009"),
     Bound("manifest.npz", "unpacked size", MANIFEST_UNPACKED_BYTES, "bytes", "D009"),
     Bound("manifest.npz", "bytes out per byte in, beyond 64 MiB", MANIFEST_RATIO, "", "D009"),

@@ -161,16 +161,31 @@ def read_bounded(path: Path | str, limit: int, dir_fd: int | None = None) -> byt
         OSError: it cannot be read.
         ValueError: it is larger, or no regular file.
     """
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=dir_fd), "rb") as file:
-        status = os.fstat(file.fileno())
-        if stat.S_ISDIR(status.st_mode):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError(f"{path} is a pipe or a device, not a file")
-        content = file.read(status.st_size + 1) if status.st_size <= limit else b""
-        if status.st_size > limit or len(content) > limit:
-            raise ValueError(f"{path} has {max(status.st_size, len(content)):,} bytes; at most {limit:,} are read")
+    with _open_regular(path, dir_fd) as file:
+        size = os.fstat(file.fileno()).st_size
+        content = file.read(size + 1) if size <= limit else b""
+        if size > limit or len(content) > limit:
+            raise ValueError(f"{path} has {max(size, len(content)):,} bytes; at most {limit:,} are read")
         return content
+
+
+def read_end(path: Path | str, limit: int) -> bytes:
+    """Read the last `limit` bytes of a file, as `read_bounded`; the first line may be half a line then."""
+    with _open_regular(path) as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - limit))
+        return file.read(limit)
+
+
+def _open_regular(path: Path | str, dir_fd: int | None = None) -> BinaryIO:
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=dir_fd)
+    file = open(handle, "rb")  # noqa: SIM115 - the caller closes it
+    mode = os.fstat(file.fileno()).st_mode
+    if stat.S_ISREG(mode):
+        return file
+    file.close()
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    raise ValueError(f"{path} is a pipe or a device, not a file")
 
 
 def parse_json(content: bytes | str) -> Any:

@@ -150,6 +150,6 @@ class Predictions:
                 targets[known, [column[table[k]["label"]] for k in known]] = 1
             rows = np.array([int(line["row"]) for line in table], np.int64)
             return cls(rows, scores, targets, labels, tuple(line["path"] for line in table), meta["fingerprint"])
-        except (OSError, ValueError, LookupError, TypeError, EOFError, AttributeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, EOFError, AttributeError, csv.Error) as error:
             message = f"no readable predictions in {directory}: {error}"
             raise DataError("D001", message, try_="imgcls-fast eval RUN") from error

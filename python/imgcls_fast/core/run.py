@@ -12,6 +12,7 @@ import shlex
 import shutil
 import time
 import weakref
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,7 +20,7 @@ from . import env
 from .bounds import TEXT_BYTES
 from .config import RunConfig
 from .errors import DataError, HardwareError, UsageError, near
-from .files import explained_write, read_bounded, read_json, write_json, write_text
+from .files import explained_write, parse_json, read_bounded, read_end, read_json, write_json, write_text
 from .manifest import Manifest
 from .places import demand_no_links, others_files
 from .predictions import Predictions
@@ -217,17 +218,15 @@ class Run:
         return f"last time {died}" if end["event"] == "failed" and died.startswith("the training process died") else ""
 
     def _events(self) -> list[dict[str, Any]]:
-        """events.jsonl; a line that a dying process left half is passed over."""
-        found = []
+        """events.jsonl, of a very long one the end; a line that a dying process left half is passed over."""
         try:
-            with open(self.directory / "events.jsonl", encoding="utf-8", errors="surrogateescape") as file:
-                for line in file:
-                    try:
-                        found.append(json.loads(line))
-                    except json.JSONDecodeError:
-                        continue
-        except FileNotFoundError:
+            content = read_end(self.directory / "events.jsonl", TEXT_BYTES)
+        except (FileNotFoundError, ValueError):  # ValueError: a pipe
             return []
+        found = []
+        for line in content.splitlines():
+            with suppress(ValueError):
+                found.append(parse_json(line))
         return [event for event in found if isinstance(event, dict)]
 
     @property

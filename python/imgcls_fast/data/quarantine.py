@@ -22,8 +22,9 @@ from subprocess import PIPE
 from typing import BinaryIO
 
 from imgcls_fast.core import child
+from imgcls_fast.core.bounds import QUARANTINE_BYTES
 from imgcls_fast.core.errors import DataError
-from imgcls_fast.core.files import explained_write, write_whole
+from imgcls_fast.core.files import explained_write, read_bounded, write_whole
 from imgcls_fast.core.text import to_csv
 
 from . import reach, shelter
@@ -216,15 +217,26 @@ def read_quarantine(path_csv: Path) -> list[BadFile]:
     """Read what `write_quarantine` and `append_quarantine` wrote; no file means no bad images.
 
     A last line that has no end was being appended when the machine stopped, and is left out.
+
+    Raises:
+        DataError: D016 when it is damaged, or larger than `bounds.QUARANTINE_BYTES`.
     """
     if not path_csv.exists():
         return []
-    with open(path_csv, encoding="utf-8", errors="surrogateescape", newline="") as file:
-        whole = file.read().rpartition("\n")[0]
-    return [
-        BadFile(row["path"], row["reason"], row["split"], row["label"], int(row["size_bytes"]), row["found"])
-        for row in csv.DictReader(io.StringIO(whole, newline=""))
-    ]
+    try:
+        text = read_bounded(path_csv, QUARANTINE_BYTES).decode("utf-8", "surrogateescape")
+        whole = text.rpartition("\n")[0]
+        return [
+            BadFile(row["path"], row["reason"], row["split"], row["label"], int(row["size_bytes"]), row["found"])
+            for row in csv.DictReader(io.StringIO(whole, newline=""), strict=True)
+        ]
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as fault:
+        raise DataError(
+            "D016",
+            f"{path_csv} is no readable list of bad images: {fault}",
+            where=str(path_csv),
+            try_="bring it back from a copy, or begin a new run",
+        ) from fault
 
 
 if __name__ == "__main__":

@@ -397,7 +397,7 @@ def open_export(
     place = Export(plain_path(export.folder), export.meta)
     if export.meta.get("target") == "onnx" and not is_own(export.meta):
         read_graph(place.path)  # what its bytes show comes first
-        demand_survivable(place.path, str(export.meta["sha256"]), runtime, bundle.pixels, export.meta.get("batch"))
+        demand_survivable(place.path, str(export.meta["sha256"]), runtime, bundle.pixels)
     return OPENERS[runtime][1](place, bundle, device, threads, most)
 
 

@@ -7,11 +7,14 @@ that is asked for that much ends its process, or the machine's others.
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from subprocess import TimeoutExpired
+from typing import Any
 
 from ..core import child
 from ..core.bounds import TRIAL_BYTES, TRIAL_SECONDS
@@ -19,32 +22,35 @@ from ..core.errors import ExportError
 from ..core.pixels import Pixels
 
 _FILE_TIMES = 16  # memory per byte of the file, beside TRIAL_BYTES
+_LOADED = b"loaded\n"  # the child writes it between opening the file and running it
 _passed: set[tuple[str, str]] = set()  # (runtime, SHA-256 of the file)
 
 
-def demand_survivable(path: Path, digest: str, runtime: str, pixels: Pixels, batch: int | None = None) -> None:
+def demand_survivable(path: Path, digest: str, runtime: str, pixels: Pixels) -> None:
     """Go on only with a file that a process like this one survives; once per file.
 
     Args:
         path: the file.
         digest: its SHA-256.
         runtime: onnx or openvino.
-        batch: the fixed batch of the file; None: it is tried with one image.
+        pixels: what the bundle promises to give it; the batch is the graph's own, else one image.
 
     Raises:
-        ExportError: E005 when the process died, or needed more than `bounds.TRIAL_BYTES` or `bounds.TRIAL_SECONDS`.
+        ExportError: E005 when the process died, could not run the file on such pixels, or needed more than
+            `bounds.TRIAL_BYTES` or `bounds.TRIAL_SECONDS`.
     """
     if (runtime, digest) in _passed:
         return
-    shape = [batch or 1, pixels.size, pixels.size, pixels.channels]
-    task = {"path": str(path), "runtime": runtime, "shape": shape, "bytes": TRIAL_BYTES + _FILE_TIMES * path.stat().st_size}
+    image = [pixels.size, pixels.size, pixels.channels]
+    task = {"path": str(path), "runtime": runtime, "image": image, "bytes": TRIAL_BYTES + _FILE_TIMES * path.stat().st_size}
     try:
         ended = child.run("engines.trial", json.dumps(task), options=("-W", "ignore"), timeout=2 * TRIAL_SECONDS)
-        status, words = ended.returncode, ended.stderr
+        status, words, loaded = ended.returncode, ended.stderr, ended.stdout.endswith(_LOADED)
     except TimeoutExpired:
-        status, words = -24, b""  # as the limit on CPU time ends it
+        status, words, loaded = -24, b"", False  # as the limit on CPU time ends it
     last = next((line for line in reversed(words.decode("utf-8", "replace").splitlines()) if line.strip()), "")
-    if status == 0 or (status == 1 and not re.search(r"alloc|MemoryError", last)):  # 1: refused in the runtime's own words
+    # what the runtime refuses to open, in words of its own, it refuses in this process as well
+    if status == 0 or (status == 1 and not loaded and not re.search(r"alloc|MemoryError", last)):
         _passed.add((runtime, digest))
         return
     how = f"signal {-status}" if status < 0 else last[:200] or f"exit code {status}"
@@ -57,26 +63,37 @@ def demand_survivable(path: Path, digest: str, runtime: str, pixels: Pixels, bat
     )
 
 
-def _try(task: dict[str, object]) -> None:
+def _try(task: dict[str, Any]) -> None:
     """In the child: open and run the file, within limits."""
     import resource
 
     import numpy as np
 
-    limit = int(str(task["bytes"]))
+    limit = int(task["bytes"])
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CPU, (TRIAL_SECONDS, TRIAL_SECONDS))
-    shape = task["shape"]
-    pixels = np.zeros(shape, np.uint8)  # type: ignore[call-overload]
-    if task["runtime"] == "openvino":
-        core = import_module("openvino").Core()
-        core.compile_model(core.read_model(str(task["path"])), "CPU", {"INFERENCE_NUM_THREADS": 1})([pixels])
-        return
+    batch, run = (_openvino if task["runtime"] == "openvino" else _onnxruntime)(str(task["path"]))
+    os.write(1, _LOADED)
+    run(np.zeros([batch, *task["image"]], np.uint8))
+
+
+def _openvino(path: str) -> tuple[int, Callable[[Any], Any]]:
+    """The batch that a file asks for, and a function that runs it."""
+    core = import_module("openvino").Core()
+    model = core.read_model(path)
+    first = model.input(0).get_partial_shape()[0]
+    compiled = core.compile_model(model, "CPU", {"INFERENCE_NUM_THREADS": 1})
+    return 1 if first.is_dynamic else first.get_length(), lambda pixels: compiled([pixels])
+
+
+def _onnxruntime(path: str) -> tuple[int, Callable[[Any], Any]]:
     onnxruntime = import_module("onnxruntime")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = 1, 3
-    session = onnxruntime.InferenceSession(str(task["path"]), options, providers=["CPUExecutionProvider"])
-    session.run(None, {session.get_inputs()[0].name: pixels})
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    entry = session.get_inputs()[0]
+    first = entry.shape[0] if entry.shape else 1
+    return first if isinstance(first, int) else 1, lambda pixels: session.run(None, {entry.name: pixels})
 
 
 if __name__ == "__main__":
