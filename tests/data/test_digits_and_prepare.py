@@ -14,6 +14,7 @@ from PIL import Image
 
 from imgcls_fast.core.config import DataConfig
 from imgcls_fast.core.errors import HardwareError
+from imgcls_fast.data import reach
 from imgcls_fast.data.decode import decode_pixels
 from imgcls_fast.data.digits import write_digits
 from imgcls_fast.data.prepare import changed_files, channel_statistics, prepare, statistics
@@ -134,7 +135,8 @@ def scanned(kit, tmp_path, photo):
 
 
 @pytest.mark.parametrize("threads", [0, 1, 4])
-def test_exactly_the_changed_files_are_named_in_order(scanned, threads):
+def test_exactly_the_changed_files_are_named_in_order(scanned, threads, monkeypatch):
+    monkeypatch.setattr(reach, "WAITS_S", (0.05,))
     assert changed_files(scanned, threads) == []
     flipped = scanned.path(130)
     content = bytearray(flipped.read_bytes())

@@ -158,6 +158,7 @@ sys.stdin.read()
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.slow
 def test_workers_die_with_their_parent(tmp_path, kit, photo, number):
     names = [f"{k}.jpg" for k in range(12)]
     for k, name in enumerate(names):

@@ -95,9 +95,9 @@ def test_a_reason_crosses_the_border_and_the_child_lives_on(fresh):
 @pytest.mark.parametrize("how", ["killed", "hung"])
 def test_a_child_that_dies_or_hangs_is_a_reason_and_the_next_image_gets_another(fresh, monkeypatch, how):
     content = encoded("TIFF", compression="tiff_lzw")
+    monkeypatch.setattr(shelter, "TIMEOUT_S", 0.2)  # the first image has START_S beside it
     decode_pixels(content)
     (pid,) = children_of(fresh)
-    monkeypatch.setattr(shelter, "TIMEOUT_S", 0.2)
     os.kill(pid, signal.SIGKILL if how == "killed" else signal.SIGSTOP)
     with pytest.raises(Undecodable) as caught:
         decode_pixels(content)

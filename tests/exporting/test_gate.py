@@ -352,6 +352,7 @@ def test_a_simulated_verdict_passes_no_plan_and_says_so(tmp_path):
 
 
 def test_the_100_validation_photos_are_too_few(shared_data: Path, bundle_of: Callable[..., Any]) -> None:
+    from imgcls_fast.core.undecoded import Undecoded
     from imgcls_fast.data.scan import ScanOptions, scan
     from imgcls_fast.engines.runtimes import open_engine
     from imgcls_fast.exporting.images import batches_of as photos_of
@@ -360,8 +361,9 @@ def test_the_100_validation_photos_are_too_few(shared_data: Path, bundle_of: Cal
     bundle = bundle_of(size=32, classes=5)
     data = gate_data(manifest, "val")
     assert len(data) == 100
+    left = Undecoded()
     gate = Gate(
-        data, open_engine(bundle), lambda rows: photos_of(bundle, data.manifest, rows), max_drop_pp=0.5, fraction=0.0
+        data, open_engine(bundle), lambda rows: photos_of(bundle, data.manifest, rows, left), max_drop_pp=0.5, fraction=0.0
     )
     got = gate.verdict("onnx-fp16", open_engine(bundle), simulated=False)
     assert (got.rows, got.agreement, got.verdict) == (100, 1.0, "underpowered")

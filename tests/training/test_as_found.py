@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = """
 import faulthandler, json, os, random, resource, signal, sys, threading, warnings
 from pathlib import Path
@@ -62,6 +64,7 @@ after("resume", lambda: ic.train(resume=run))
 """
 
 
+@pytest.mark.slow
 def test_nothing_of_the_callers_process_is_changed(tiny_data: Path, tmp_path: Path) -> None:
     words = [sys.executable, "-c", SCRIPT, str(tiny_data), str(tmp_path / "run"), str(Path(__file__).parent)]
     done = subprocess.run(words, capture_output=True, text=True, timeout=400, env=os.environ, cwd=tmp_path)

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 
 from imgcls_fast.core.errors import DataError, Interrupted, ModelError
 from imgcls_fast.core.run import Run
+from imgcls_fast.data import reach
 from imgcls_fast.training import checkpoint, session
 from imgcls_fast.training.fit import Fit
 
@@ -313,17 +315,35 @@ class TestWhatMayChange:
         session.resume(broken, {}, [heard.append])
         assert not [e for e in heard if e["event"] == "warning"]
 
-    @pytest.mark.parametrize("change", ["deleted", "other bytes"])
-    def test_changed_files_are_refused_by_name(self, broken: Run, change: str) -> None:
+    @pytest.mark.parametrize(("change", "code"), [("deleted", "D015"), ("other bytes", "D010"), ("both", "D010")])
+    def test_changed_files_are_refused_by_name(
+        self, broken: Run, change: str, code: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(reach, "WAITS_S", (0.05,))
         victim = broken.manifest.path(int(broken.manifest.rows("train")[3]))
         if change == "deleted":
             victim.unlink()
         else:
             victim.write_bytes(victim.read_bytes() + b"x")
+        if change == "both":
+            broken.manifest.path(int(broken.manifest.rows("train")[4])).unlink()
         with pytest.raises(DataError) as refused:
             session.resume(broken, {})
-        assert refused.value.code == "D010"
+        assert refused.value.code == code
         assert victim.name in refused.value.where
+
+    def test_files_that_come_back_while_resume_looks_for_them_are_no_change(
+        self, broken: Run, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(reach, "WAITS_S", (0.1,) * 200)
+        victim = broken.manifest.path(int(broken.manifest.rows("train")[3]))
+        aside = victim.rename(victim.with_suffix(".away"))
+        back = threading.Timer(0.5, aside.rename, [victim])
+        back.start()
+        heard: list[dict[str, Any]] = []
+        session.resume(broken, {}, [heard.append])
+        back.join()
+        assert heard[-1]["event"] not in ("failed", "interrupted") and any(e["event"] == "epoch" for e in heard)
 
 
 def damage(path: Path, how: str) -> None:

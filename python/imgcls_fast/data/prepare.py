@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from ..core.config import DataConfig
+from ..core.errors import DataError
 from ..core.manifest import SPLITS, LabelSpace, Manifest
 from ..core.pixels import CHANNELS, Pixels
 from . import reach
@@ -89,7 +90,7 @@ def prepare(config: DataConfig, exif: str, cache: Path) -> Prepared:
 
 
 def changed_files(manifest: Manifest, threads: int, without: Collection[int] = ()) -> list[str]:
-    """Paths of the manifest whose file is gone or has other bytes than at the scan.
+    """Paths of the manifest whose file has other bytes than at the scan, or is gone and does not come back in time.
 
     Args:
         manifest: images with digests.
@@ -99,11 +100,17 @@ def changed_files(manifest: Manifest, threads: int, without: Collection[int] = (
     Raises:
         DataError: D015 when a file is there and the disk does not hand it out.
     """
+    patience = reach.Patience()  # of all files together
 
     def differs(row: int) -> bool:
+        path = manifest.path(row)
         try:
-            found = reach.with_file(manifest.path(row), _sha256, seen=False)
-        except (FileNotFoundError, NotADirectoryError, reach.NotAFile):
+            found = reach.with_file(path, _sha256, patience=patience)
+        except reach.NotAFile:
+            return True
+        except DataError:
+            if path.exists():
+                raise
             return True
         return found[:16] != manifest.digest[row].tobytes()
 

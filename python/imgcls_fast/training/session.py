@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ from ..core.predictions import Predictions
 from ..core.run import Run, new_run_path
 from ..core.settings import flatten, replace_settings
 from ..core.undecoded import Undecoded
+from ..data import reach
 from ..data.prepare import Prepared, changed_files, prepare
 from ..data.quarantine import write_quarantine
 from ..data.split import write_split_csv
@@ -227,9 +230,22 @@ def _changed_config(run: Run, changes: dict[str, Any]) -> RunConfig:
 
 
 def _require_same_files(run: Run, manifest: Manifest) -> None:
-    """Quarantined files are not compared: they are left out, whatever has become of them."""
+    """Quarantined files are not compared: they are left out, whatever has become of them.
+
+    Raises:
+        DataError: D015 when files are missing and the others are as they were, D010 when there are changed ones.
+    """
     late = Quarantined(run, manifest, run.config.data.max_bad).rows()
     changed = changed_files(manifest, env.usable_cpus(), without=late)
+    away = [path for path in changed if not (manifest.root / path).exists()]
+    if changed and len(away) == len(changed):  # a disk that is not there, much rather than as many deleted files
+        missing = FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        error = reach.unreachable(manifest.root / away[0], missing, sum(reach.WAITS_S), others=len(away) - 1)
+        error.try_ = (
+            f"bring the files back, then {run.resume_command}"
+            f"   (gone for good: imgcls-fast train {manifest.source} --init {run.directory})"
+        )
+        raise error
     if changed:
         raise DataError(
             "D010",
