@@ -20,6 +20,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # not there under PYTHONSAFEPATH
+
 from kill_test import LOADERS, STATE, events, fingerprints, litter, save_figures, start, write_images
 
 UNREACHABLE = "D015"
