@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from imgcls_fast import api
+from imgcls_fast.api import runs as api
 from imgcls_fast.cli import app
 from imgcls_fast.cli.app import main
 from imgcls_fast.core.errors import (

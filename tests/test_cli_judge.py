@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from imgcls_fast import api
+from imgcls_fast.api import export, judge, runs
 from imgcls_fast.cli.app import main
 from imgcls_fast.core.exports import Export
 
@@ -43,7 +43,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         kept.update(run=run, images=images, **options)
         return kept["answers"]
 
-    monkeypatch.setattr(api, "predict", predict)
+    monkeypatch.setattr(judge, "predict", predict)
     return kept
 
 
@@ -130,7 +130,7 @@ def test_an_operator_set_outside_the_schema_is_refused_before_anything_is_export
 ) -> None:
     asked: list[Any] = []
     made = Export(tmp_path, {"file": "model.onnx", "target": "onnx", "precision": "fp32"})
-    monkeypatch.setattr(api, "export", lambda run, target, **options: asked.append(options["overrides"]) or made)
+    monkeypatch.setattr(export, "export", lambda run, target, **options: asked.append(options["overrides"]) or made)
     _make_run(tmp_path / "runs" / "mine")
     for opset in ("17", "99", "x"):
         assert main(["export", "mine", "--opset", opset]) == 2
@@ -146,7 +146,7 @@ def test_a_run_shows_its_date_to_people_and_its_seconds_to_programs(
     monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     made = os.stat(".").st_mtime
-    monkeypatch.setattr(api, "show_run", lambda name: {"name": name, "created": made})
+    monkeypatch.setattr(runs, "show_run", lambda name: {"name": name, "created": made})
     assert main(["runs", "show", "mine", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["created"] == made
     assert main(["runs", "show", "mine"]) == 0

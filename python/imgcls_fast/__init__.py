@@ -14,17 +14,30 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-_HOMES = {
-    "train": "api", "plan": "api", "evaluate": "api", "predict": "api", "export": "api", "report": "api",
-    "load_model": "api", "Predictor": "api", "demo": "api", "doctor": "api",
-    "check_data": "api", "split_data": "api", "data_stats": "api", "list_runs": "api", "show_run": "api", "verify": "api", "deploy": "api",
-    "benchmark": "api", "bench_report": "api", "bench_compare": "api",
-    "attention": "models", "use_kernels": "models.kernels",
-    "Run": "core.run", "RunConfig": "core.config",
-    "ImgclsError": "core.errors", "UsageError": "core.errors", "ConfigError": "core.errors", "DataError": "core.errors",
-    "ModelError": "core.errors", "HardwareError": "core.errors", "ExportError": "core.errors", "GateFailed": "core.errors",
-    "Interrupted": "core.errors",
-}  # fmt: skip
+_OFFERED = {  # file -> the names that it offers here
+    "api.train": ("train", "plan", "demo"),
+    "api.judge": ("evaluate", "predict", "Predictor", "load_model", "report"),
+    "api.export": ("export", "verify", "deploy"),
+    "api.bench": ("benchmark", "bench_report", "bench_compare"),
+    "api.data": ("check_data", "split_data", "data_stats"),
+    "api.runs": ("list_runs", "show_run", "doctor"),
+    "models": ("attention",),
+    "models.kernels": ("use_kernels",),
+    "core.run": ("Run",),
+    "core.config": ("RunConfig",),
+    "core.errors": (
+        "ImgclsError",
+        "UsageError",
+        "ConfigError",
+        "DataError",
+        "ModelError",
+        "HardwareError",
+        "ExportError",
+        "GateFailed",
+        "Interrupted",
+    ),
+}
+_HOMES = {name: file for file, names in _OFFERED.items() for name in names}
 
 __all__ = ["__version__", *_HOMES]
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import imgcls_fast as ic
-from imgcls_fast import api
+from imgcls_fast.api import bench as api
 from imgcls_fast.cli.app import main
 from imgcls_fast.core.bundle import read_bundle
 from imgcls_fast.core.errors import ConfigError, ExportError, HardwareError, ModelError

@@ -17,7 +17,7 @@ _HEADS = ("area", "case", "contender / rival", "before", "after", "change", "bou
 def bench(request: Request, session: Session) -> Answer:
     """Time the engines of a run, or one of its exports beside torch."""
     batches, duration_s = _batches(request), _duration(request)
-    from .. import api
+    from ..api import bench as api
 
     device = request.get("device", "auto")
     named = " ".join(request.get("runtime") or ()) or (request.thing() or "")
@@ -92,7 +92,7 @@ def _duration(request: Request) -> float:
 
 def report(request: Request, session: Session) -> Answer:
     """Draw the results of the suite."""
-    from .. import api
+    from ..api import bench as api
 
     found = api.bench_report([Path(thing) for thing in request.things], request.get("out") or "bench")
 
@@ -108,7 +108,7 @@ def report(request: Request, session: Session) -> Answer:
 def compare(request: Request, session: Session) -> Answer:
     """Compare two results; what became slower is exit code 5."""
     before, after = request.things
-    from .. import api
+    from ..api import bench as api
 
     found = api.bench_compare(before, after)
     if request.get("out"):

@@ -12,7 +12,7 @@ from .show import facts, say
 def check(request: Request, session: Session) -> Answer:
     """All problems of the data at once; exit code 3 if it cannot be trained on as it is."""
     _, arguments = settings_of(request, request.thing())
-    from .. import api
+    from ..api import data as api
 
     found = plain(api.check_data(request.thing(), **arguments))
     return _answer(found, exit_code=0 if found.get("ok", True) else 3)
@@ -21,7 +21,7 @@ def check(request: Request, session: Session) -> Answer:
 def split(request: Request, session: Session) -> Answer:
     """Write split.csv."""
     _, arguments = settings_of(request, request.thing())
-    from .. import api
+    from ..api import data as api
 
     return _answer(plain(api.split_data(request.thing(), out=request.get("out"), **arguments)))
 
@@ -29,7 +29,7 @@ def split(request: Request, session: Session) -> Answer:
 def stats(request: Request, session: Session) -> Answer:
     """Count classes, sizes and formats."""
     _, arguments = settings_of(request, request.thing())
-    from .. import api
+    from ..api import data as api
 
     return _answer(plain(api.data_stats(request.thing(), **arguments)))
 

@@ -39,7 +39,7 @@ def export(request: Request, session: Session) -> Answer:
     named = _asked(arguments)
     asked = {name: value for name, value in flatten(config).items() if name in named}
     run, _ = run_and_rest(request.things, data=False)
-    from .. import api
+    from ..api import export as api
 
     made = api.export(
         run, target, precision=precision, overrides=asked, out=request.get("out"), say=session.note,
@@ -65,7 +65,7 @@ def export(request: Request, session: Session) -> Answer:
 def verify(request: Request, session: Session) -> Answer:
     """Compare pixels between loaders and scores between runtimes."""
     run, _ = run_and_rest(request.things, data=False)
-    from .. import api
+    from ..api import export as api
 
     found = api.verify(run, out=request.get("out"), trust=trusted(request, run or ""))
 
@@ -84,7 +84,7 @@ def deploy(request: Request, session: Session) -> Answer:
     """Write a manifest for Kubernetes or KServe."""
     kind, *rest = request.things
     run, _ = run_and_rest(rest, data=False)
-    from .. import api
+    from ..api import export as api
 
     named = {name: request.get(name) for name in ("name", "image", "storage") if request.get(name)}
     text = api.deploy(run, kind, **named)
@@ -93,7 +93,9 @@ def deploy(request: Request, session: Session) -> Answer:
         from ..core.files import write_text
 
         write_text(Path(out), text)
-    return Answer({"kind": kind, "manifest": text, "out": out}, lambda console: block(console, out or text), out or text)
+    return Answer(
+        {"kind": kind, "manifest": text, "out": out}, lambda console: block(console, out or text), out or text
+    )
 
 
 def _target(request: Request) -> str:

@@ -22,7 +22,7 @@ def evaluate(request: Request, session: Session) -> Answer:
     run, rest = run_and_rest(request.things)
     if len(rest) > 1:
         raise UsageError("U003", f"{request.things[0]} is not a run", try_="imgcls-fast runs list")
-    from .. import api
+    from ..api import judge as api
     from ..track import counted
 
     split, runtime = request.get("split", "test"), request.get("runtime", "torch")
@@ -57,7 +57,7 @@ def predict(request: Request, session: Session) -> Answer:
         raise UsageError(
             "U002", f"{run} is a run; predict needs images as well", try_=f"imgcls-fast predict {run} IMAGES..."
         )
-    from .. import api
+    from ..api import judge as api
     from ..track import counted
 
     answers = plain(
@@ -92,7 +92,7 @@ def predict(request: Request, session: Session) -> Answer:
 def report(request: Request, session: Session) -> Answer:
     """Write report.html again."""
     run, _ = run_and_rest(request.things, data=False)
-    from .. import api
+    from ..api import judge as api
 
     path = str(api.report(run))
     return Answer({"run": run or "last", "report": path}, lambda console: say(console, path), path)

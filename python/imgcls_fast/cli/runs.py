@@ -11,7 +11,7 @@ from .show import facts, say, share, table, text
 
 def listing(request: Request, session: Session) -> Answer:
     """Every run, the newest last."""
-    from .. import api
+    from ..api import runs as api
 
     runs = plain(api.list_runs())
     heads = ("name", "data", "model", "epochs", "accuracy", "split", "finished")
@@ -30,7 +30,7 @@ def listing(request: Request, session: Session) -> Answer:
 
 def show(request: Request, session: Session) -> Answer:
     """One run."""
-    from .. import api
+    from ..api import runs as api
 
     found = plain(api.show_run(request.thing() or "last"))
     made = found.get("created")
@@ -44,7 +44,7 @@ def show(request: Request, session: Session) -> Answer:
 
 def doctor(request: Request, session: Session) -> Answer:
     """What works here, and what to do about the rest."""
-    from .. import api
+    from ..api import runs as api
 
     found = api.doctor()
     sections = [{"name": name, "items": [_item(*item) for item in items]} for name, items in found["sections"]]

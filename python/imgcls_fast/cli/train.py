@@ -26,7 +26,7 @@ def train(request: Request, session: Session) -> Answer:
         _refuse_a_run_as_data(thing)
     if request.get("dry_run"):
         return _plan(thing, arguments)
-    from .. import api
+    from ..api import train as api
 
     sink = _sink(session)
     command = ["imgcls-fast", *request.words]
@@ -40,7 +40,7 @@ def train(request: Request, session: Session) -> Answer:
 
 def demo(request: Request, session: Session) -> Answer:
     """Train on the embedded digits."""
-    from .. import api
+    from ..api import train as api
 
     sink = _sink(session)
     try:
@@ -51,7 +51,7 @@ def demo(request: Request, session: Session) -> Answer:
 
 
 def _plan(source: str | None, arguments: dict[str, Any]) -> Answer:
-    from .. import api
+    from ..api import train as api
     from ..track import clock, interesting, plan_line
 
     plan = plain(api.plan(source, **arguments))

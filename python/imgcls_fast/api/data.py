@@ -1,0 +1,50 @@
+"""Check, divide and describe images before they are trained on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..core import env
+from .common import config_of
+
+
+def check_data(data: str | Path | None = None, **arguments: Any) -> dict[str, Any]:
+    """Scan images as `train` would, and tell everything that is wrong with them; changes nothing.
+
+    Returns:
+        ok, line (the summary), problems, quarantine (path and reason of each), notices, classes and counts.
+    """
+    from ..data.digits import write_digits
+    from ..data.prepare import scan_options
+    from ..data.scan import inspect
+
+    config = config_of(data, arguments)
+    source = Path(config.data.source) if config.data.source else write_digits(env.cache_dir())
+    found = inspect(source, scan_options(config.data, config.pixels.exif, env.cache_dir()))
+    return found.to_dict()
+
+
+def split_data(data: str | Path | None = None, *, out: str | Path | None = None, **arguments: Any) -> dict[str, Any]:
+    """Divide images into train, val and test, and write split.csv, which `train` takes as data.
+
+    Returns:
+        path of the file, images of each split, notices.
+    """
+    from ..data.prepare import prepare
+    from ..data.split import write_split_csv
+
+    config = config_of(data, arguments)
+    prepared = prepare(config.data, config.pixels.exif, env.cache_dir())
+    path = Path(out) if out else Path("split.csv")
+    write_split_csv(path, prepared.manifest, replace=out is not None)
+    names = ("images", "splits", "quarantined", "duplicates_removed", "notices")
+    return {"path": str(path), **{name: prepared.facts()[name] for name in names}}
+
+
+def data_stats(data: str | Path | None = None, **arguments: Any) -> dict[str, Any]:
+    """Counts of classes and splits, image sizes, aspect ratios, channel means."""
+    from ..data.prepare import prepare, statistics
+
+    config = config_of(data, arguments)
+    return statistics(prepare(config.data, config.pixels.exif, env.cache_dir()))

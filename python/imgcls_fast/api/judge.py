@@ -1,0 +1,142 @@
+"""Judge a run, ask its model about images, write its report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..core import env
+from .common import RunLike, run_of, say_warning, usual_device
+
+if TYPE_CHECKING:
+    from ..engines.predictor import Predictor as _Predictor
+    from ..evaluation.metrics import Metrics
+
+
+def evaluate(
+    run: RunLike = None,
+    data: str | Path | None = None,
+    *,
+    split: str = "test",
+    runtime: str = "torch",
+    precision: str | None = None,
+    batch_size: int | None = None,
+    out: str | Path | None = None,
+    trust: bool = False,
+) -> Metrics:
+    """Judge a run on one of its own splits, or on other labelled images; each row counts exactly once.
+
+    Args:
+        data: other images, in any form that `train` takes; their classes must be classes of the model.
+        split: train, val or test; with `data`, all of its images are judged.
+        runtime: torch, compile, aoti, onnx, openvino, trt or auto.
+        precision: of the export that the runtime opens; None: the chosen one.
+        out: folder for metrics.json, per_class.csv, confusion.csv and predictions.csv.
+        trust: open native code (aoti, trt) that this user has not exported; here and below.
+
+    Raises:
+        DataError: D001..D014; ModelError M004, M005; ExportError E001.
+    """
+    from ..data.loader import usual_loader
+    from ..evaluation.metrics import judge, without
+    from ..evaluation.report import claim_folder, write_evaluation
+    from ..training.judging import engine_and_rows, score_rows
+
+    claim_folder(out)
+    found = run_of(run)
+    device = usual_device()
+    images = None if data is None else Path(data)
+    engine, note, manifest, rows, left, said = engine_and_rows(found, images, split, runtime, device, precision, trust)
+    settings = found.config.evaluate
+    predictions = score_rows(
+        engine, manifest, rows, batch_size=batch_size or int(settings.batch_size), on_bad=left.of(manifest),
+        loader=usual_loader(engine.pixels, device), workers=min(4, env.usable_cpus()),
+    )  # fmt: skip
+    engine.close()
+    metrics = judge(predictions, top_k=settings.top_k, bootstrap=settings.bootstrap, seed=found.config.train.seed)
+    metrics = without(metrics, left, said)
+    if out is not None:
+        write_evaluation(Path(out), predictions, metrics, Path(out) / "plots")
+    say_warning(note)
+    return metrics
+
+
+def predict(
+    run: RunLike = None,
+    images: Sequence[Any] | str | Path = (),
+    *,
+    runtime: str = "torch",
+    precision: str | None = None,
+    top_k: int = 1,
+    batch_size: int | None = None,
+    trust: bool = False,
+) -> list[dict[str, Any]]:
+    """Name the class of images.
+
+    Args:
+        images: files and folders (and bytes, Pillow images, arrays).
+
+    Returns:
+        One dict an image, in order: path, label, confidence and top (class, probability); or path and error.
+
+    Raises:
+        DataError: D001 for a path that does not exist, D002 when a folder holds no image.
+    """
+    from ..engines.predictor import files_of
+
+    listed: list[Any] = []
+    for image in [images] if isinstance(images, str | Path) else images:
+        listed += files_of(Path(image)) if isinstance(image, str | Path) else [image]
+    predictor = Predictor(run, runtime=runtime, precision=precision, batch=batch_size or 32, top_k=top_k, trust=trust)
+    try:
+        return [answer.to_dict() for answer in predictor.stream(listed)]
+    finally:
+        predictor.close()
+
+
+def Predictor(
+    run: RunLike = None,
+    *,
+    runtime: str = "torch",
+    precision: str | None = None,
+    batch: int = 32,
+    top_k: int = 1,
+    device: str | None = None,
+    trust: bool = False,
+) -> _Predictor:
+    """A loaded model that answers about paths, bytes, Pillow images, arrays, lists and folders.
+
+    Args:
+        run: a run, or the folder of a bundle.
+        runtime: torch, compile, aoti, onnx, openvino, trt or auto.
+        precision: of the export that the runtime opens; None: the chosen one.
+        batch: images per forward pass.
+        top_k: classes in each answer.
+        device: of the torch runtime; None: a GPU if there is one.
+
+    Raises:
+        ModelError: M004, M005 without a usable model; ExportError E001 without an export for `runtime`.
+    """
+    from ..engines.predictor import Predictor as Loaded
+    from ..training.judging import open_model
+
+    engine, note = open_model(run, runtime, device or usual_device(), precision, trust)
+    say_warning(note)
+    return Loaded(engine, batch=batch, top_k=top_k, threads=min(8, env.usable_cpus()))
+
+
+def load_model(run: RunLike = None, *, runtime: str = "torch", trust: bool = False) -> _Predictor:
+    """The model of a run: `.predict(images)`, `.embed(images)`, `.classes`, `.preprocess(image)`. See `Predictor`."""
+    return Predictor(run, runtime=runtime, trust=trust)
+
+
+def report(run: RunLike = None) -> Path:
+    """Write report.html of a run again, from its directory alone.
+
+    Raises:
+        UsageError: U003 when the run was not judged yet.
+    """
+    from ..training.reporting import report_run
+
+    return report_run(run_of(run))
