@@ -11,20 +11,9 @@ from typing import Any
 import pytest
 
 from imgcls_fast.core.run import Run
-from imgcls_fast.track import (
-    ConsoleSink,
-    LogSink,
-    Sinks,
-    clock,
-    counted,
-    done_facts,
-    done_line,
-    epoch_line,
-    make_console,
-    plain_lines,
-    short,
-    size,
-)
+from imgcls_fast.tracking.console import ConsoleSink, make_console
+from imgcls_fast.tracking.lines import clock, counted, done_facts, done_line, epoch_line, plain_lines, short, size
+from imgcls_fast.tracking.sinks import LogSink, Sinks
 
 Event = dict[str, Any]
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")

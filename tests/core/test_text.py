@@ -162,7 +162,7 @@ def test_a_library_that_takes_only_utf8_gets_a_link(tmp_path: Path) -> None:
 def test_the_command_line_shows_names_without_harm(capsys: pytest.CaptureFixture[str]) -> None:
     from imgcls_fast.cli.answer import Answer, Session
     from imgcls_fast.cli.show import facts, say, table
-    from imgcls_fast.track import ConsoleSink
+    from imgcls_fast.tracking.console import ConsoleSink
 
     out = io.StringIO()
     session = Session(stdout=out)

@@ -21,7 +21,7 @@ from imgcls_fast.core.errors import DataError, HardwareError, ImgclsError, Inter
 from imgcls_fast.core.run import Run
 from imgcls_fast.data import reach
 from imgcls_fast.data.quarantine import read_quarantine
-from imgcls_fast.track import plain_lines
+from imgcls_fast.tracking.lines import plain_lines
 from imgcls_fast.training import checkpoint, quarantined, session
 from imgcls_fast.training.fit import Fit
 

@@ -80,7 +80,7 @@ class Session:
         elif found.text:
             print(printable(found.text, keep="\n"), file=self.stdout)
         elif found.show is not None:
-            from ..track import make_console
+            from ..tracking.console import make_console
 
             found.show(make_console(self.stdout))
         self.stdout.flush()

@@ -23,7 +23,7 @@ def evaluate(request: Request, session: Session) -> Answer:
     if len(rest) > 1:
         raise UsageError("U003", f"{request.things[0]} is not a run", try_="imgcls-fast runs list")
     from ..api import judge as api
-    from ..track import counted
+    from ..tracking.lines import counted
 
     split, runtime = request.get("split", "test"), request.get("runtime", "torch")
     precision = request.get("engine_precision")
@@ -58,7 +58,7 @@ def predict(request: Request, session: Session) -> Answer:
             "U002", f"{run} is a run; predict needs images as well", try_=f"imgcls-fast predict {run} IMAGES..."
         )
     from ..api import judge as api
-    from ..track import counted
+    from ..tracking.lines import counted
 
     answers = plain(
         api.predict(

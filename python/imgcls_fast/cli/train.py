@@ -52,7 +52,7 @@ def demo(request: Request, session: Session) -> Answer:
 
 def _plan(source: str | None, arguments: dict[str, Any]) -> Answer:
     from ..api import train as api
-    from ..track import clock, interesting, plan_line
+    from ..tracking.lines import clock, interesting, plan_line
 
     plan = plain(api.plan(source, **arguments))
 
@@ -77,7 +77,7 @@ def _refuse_a_run_as_data(thing: str | None) -> None:
 
 
 def _sink(session: Session) -> Any:
-    from ..track import ConsoleSink
+    from ..tracking.console import ConsoleSink
 
     return ConsoleSink(quiet=session.quiet, json=session.json)
 

@@ -31,7 +31,7 @@ from ..evaluation.plots import training_curves
 from ..evaluation.report import write_evaluation, write_plots
 from ..models.build import ModelSpec, build_model, resolve_arch, sketch_model
 from ..models.kernels import use_kernels
-from ..track import LogSink, Sinks
+from ..tracking.sinks import LogSink, Sinks
 from .baseline import fit_baseline
 from .failures import Recorded
 from .fit import Fit

@@ -1,0 +1,1 @@
+"""What happens while something runs: events, and the sinks that show or store them."""

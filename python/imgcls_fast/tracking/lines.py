@@ -1,0 +1,240 @@
+"""What events say, in words: lines without colour, for the console, the log and the final box."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from .events import Event
+
+
+def plain_lines(event: Event) -> list[str]:
+    """What an event says, as lines without colour; none for events that are only live."""
+    return _PLAIN.get(event["event"], lambda event: [])(event)
+
+
+def epoch_line(event: Event, width: int = 0) -> str:
+    """One epoch in one line; in a terminal of `width` columns the least important parts are left out (0: keep all)."""
+    delta = event.get("delta")
+    accuracy = f"val acc {short(event.get('val_accuracy'))}" + (f" ({_signed(delta)})" if delta is not None else "")
+    parts = [  # (importance, text)
+        (9, f"ep {event['epoch']:>{len(str(event['epochs']))}}/{event['epochs']}"),
+        (8, f"loss {short(event.get('train_loss'))}"),
+        (9, f"{accuracy} f1 {short(event.get('val_macro_f1'))}"),
+        (5, rate(event.get("images_per_s"))),
+        (4, f"data {share(event.get('data_share'))}" if event.get("data_share") is not None else ""),
+        (3, f"mem {size(event['memory_mb'])}" if event.get("memory_mb") else ""),
+        (6, f"eta {clock(event.get('eta_s'))}" if event.get("eta_s") is not None else ""),
+        (9, "*best" if event.get("best") else ""),
+    ]
+    parts = [part for part in parts if part[1]]
+    while width and len("  ".join(text for _, text in parts)) > width and min(parts)[0] < 9:
+        parts.remove(min(parts))
+    return "  ".join(text for _, text in parts)
+
+
+def plan_line(event: Event) -> str:
+    """Size and place of what is about to be trained."""
+    parts = [f"{event['parameters'] / 1e6:.1f} M parameters" if event.get("parameters") else ""]
+    parts += [
+        f"about {size(event['memory_mb'])} of memory" if event.get("memory_mb") else "",
+        str(event.get("device") or ""),
+    ]
+    facts = ", ".join(part for part in parts if part)
+    return f"plan: {facts}" + (f" -> {event['run']}" if event.get("run") else "")
+
+
+def interesting(rows: Iterable[Sequence[Any]]) -> list[tuple[str, str, str]]:
+    """The rows of a plan that have a reason, as text."""
+    return [(str(name), _value(value), str(reason)) for name, value, reason in rows if reason]
+
+
+def done_facts(event: Event) -> list[tuple[str, str]]:
+    """The lines of the final box."""
+    facts = [("accuracy", f"{_fixed(event['accuracy'])}{_interval(event.get('ci'))}")]
+    baseline = event.get("baseline")
+    if baseline is not None:
+        facts.append(("baseline", f"{_fixed(baseline)}, {_against(event, baseline)}"))
+    facts.append(("macro F1", _fixed(event.get("macro_f1"))))
+    facts.append(("calibration", f"ECE {_fixed(event.get('ece'))} (0: confidence and accuracy agree)"))
+    worst = [f"{name} F1 {_fixed(f1)} ({counted(support, 'image')})" for name, f1, support in event.get("worst") or ()]
+    if worst:
+        facts.append(("worst", "\n".join(worst)))
+    facts.append(("time", clock(event.get("seconds"))))
+    return facts
+
+
+def _against(event: Event, baseline: float) -> str:
+    """Better or worse than the baseline on the same images, or neither."""
+    against = event.get("against")
+    if not against:
+        return f"a difference of {event['accuracy'] - baseline:+.3f}"
+    gain, low, high = against["gain"], against.get("low"), against.get("high")
+    found = f"on the same {counted(against['rows'], 'image')}"
+    if low is not None and high is not None:
+        found = f"[{low:+.3f}, {high:+.3f}] {found}"
+    if against["verdict"] == "even":
+        return f"cannot be told apart: {gain:+.3f} {found}"
+    return f"so {abs(gain):.3f} {against['verdict']}: {found}"
+
+
+def done_line(event: Event) -> str:
+    """The result in one line."""
+    found = f"{_fixed(event['accuracy'])}{_interval(event.get('ci'))}"
+    return f"{event['split']} accuracy {found} on {counted(event['n'], 'image')} -> {event['run']}"
+
+
+def _data_lines(event: Event) -> list[str]:
+    classes = len(event["classes"])
+    parts = [
+        counted(event["images"], "image"),
+        f"{classes:,} class{'es' * (classes != 1)}",
+        f"smallest {event['smallest']:,}",
+    ]
+    if event.get("quarantined"):
+        parts.append(f"{event['quarantined']:,} quarantined")
+    if event.get("duplicates_removed"):
+        parts.append(f"{counted(event['duplicates_removed'], 'duplicate')} across splits removed")
+    splits = "  ".join(f"{name} {count:,}" for name, count in (event.get("splits") or {}).items())
+    return [
+        ", ".join(parts),
+        *([f"  {splits}"] if splits else []),
+        *(f"  {notice}" for notice in event.get("notices") or ()),
+    ]
+
+
+def _plan_lines(event: Event) -> list[str]:
+    return [
+        plan_line(event),
+        *(f"  {name} = {value}   ({reason})" for name, value, reason in interesting(event["rows"])),
+    ]
+
+
+def _baseline_lines(event: Event) -> list[str]:
+    seconds = event.get("seconds")
+    took = (
+        f" in {seconds:.0f} s"
+        if seconds is not None and seconds >= 1
+        else f" in {seconds:.1f} s"
+        if seconds is not None
+        else ""
+    )
+    found = f"{_fixed(event['accuracy'])}{_interval(event.get('ci'))}{took}"
+    lines = [f"linear probe on {event['features']}: {found} - your model must beat this"]
+    if event.get("limit"):
+        rows = f"{event['train_rows']:,} of {event['train_of']:,} training images"
+        lines.append(f"  fitted to {rows} (no more in {event['limit']})")
+    elif event.get("train_rows"):
+        lines.append(f"  fitted to {counted(event['train_rows'], 'training image')}")
+    return lines
+
+
+def _start_lines(event: Event) -> list[str]:
+    if event.get("resumed"):
+        return [
+            f"resumed in epoch {event['epoch']}/{event['epochs']} after step {event.get('step', 0)} of {event['steps_per_epoch']}"
+        ]
+    return [f"training for {counted(event['epochs'], 'epoch')} of {counted(event['steps_per_epoch'], 'step')}"]
+
+
+def _failed_lines(event: Event) -> list[str]:
+    facts = [f"  {name}: {event[name]}" for name in ("where", "why") if event.get(name)]
+    saved = [f"saved in {event['path']}"] if event.get("path") else []
+    return [f"failed: error[{event['code']}]: {event['message']}", *facts, *saved, *_continued(event)]
+
+
+def _interrupted_lines(event: Event) -> list[str]:
+    saved = f"saved in {event['path']}" if event.get("path") else "there is no checkpoint yet"
+    return [f"interrupted; {saved}", *_continued(event)]
+
+
+def _continued(event: Event) -> list[str]:
+    return [f"continue with: {event['command']}"] if event.get("command") else []
+
+
+def _done_lines(event: Event) -> list[str]:
+    lines = [done_line(event)]
+    lines += [f"  {name}: {value.replace(chr(10), '; ')}" for name, value in done_facts(event)[1:]]
+    lines += [f"  note: {note}" for note in event.get("notes") or ()]
+    return [*lines, f"  report: {event.get('report') or '-'}"]
+
+
+_PLAIN: dict[str, Callable[[Event], list[str]]] = {
+    "data": _data_lines,
+    "notice": lambda event: [event["text"]],
+    "plan": _plan_lines,
+    "baseline": _baseline_lines,
+    "start": _start_lines,
+    "epoch": lambda event: [epoch_line(event)],
+    "warning": lambda event: [f"warning: {event['text']}"],
+    "quarantine": lambda event: [f"{event['path']} cannot be decoded and was taken out: {event['reason']}"],
+    "checkpoint": lambda event: [f"checkpoint {event['path']}"],
+    "interrupted": _interrupted_lines,
+    "failed": _failed_lines,
+    "done": _done_lines,
+}
+
+
+def short(number: float | None) -> str:
+    """0.4123 -> ".412", 1.5 -> "1.500", nothing or NaN -> "-"."""
+    return (
+        "-"
+        if _missing(number)
+        else _fixed(number).replace("0.", ".", 1)
+        if abs(number or 0) < 0.9995
+        else _fixed(number)
+    )
+
+
+def counted(number: int, noun: str) -> str:
+    """(1, "image") -> "1 image", (1200, "image") -> "1,200 images"."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
+def clock(seconds: float | None) -> str:
+    """250 -> "4:10", 3725 -> "1:02:05"."""
+    if _missing(seconds):
+        return "-"
+    whole = round(seconds or 0)
+    minutes, rest = divmod(whole, 60)
+    return f"{minutes}:{rest:02}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+
+
+def size(megabytes: float) -> str:
+    """7270 -> "7.1G", 812 -> "812M"."""
+    return f"{megabytes:.0f}M" if megabytes < 1000 else f"{megabytes / 1024:.1f}G"
+
+
+def _missing(number: float | None) -> bool:
+    return number is None or not math.isfinite(number)
+
+
+def _fixed(number: float | None) -> str:
+    return "-" if _missing(number) else f"{number:.3f}"
+
+
+def _signed(delta: float) -> str:
+    return ("-" if delta < 0 else "+") + short(abs(delta))
+
+
+def _interval(ci: Sequence[float | None] | None) -> str:
+    return f" [{ci[0]:.2f}, {ci[1]:.2f}]" if ci and not any(map(_missing, ci)) else ""
+
+
+def rate(images_per_s: float | None) -> str:
+    """1204.4 -> "1,204 img/s"."""
+    return "- img/s" if _missing(images_per_s) else f"{images_per_s:,.0f} img/s"
+
+
+def share(part: float | None) -> str:
+    """0.031 -> "3%"."""
+    return "-" if _missing(part) else f"{100 * (part or 0):.0f}%"
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, list | tuple):
+        return ", ".join(_value(item) for item in value)
+    return str(value)

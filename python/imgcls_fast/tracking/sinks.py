@@ -1,0 +1,65 @@
+"""Where the events of training go: one table of sinks. A sink shows or stores what happened; it decides nothing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from .console import ConsoleSink
+from .events import Event, Sink
+from .lines import plain_lines
+
+if TYPE_CHECKING:
+    from ..core.run import Run
+
+
+class Sinks:
+    """Several sinks as one. A sink that fails never stops training: that is said once, and the others go on."""
+
+    def __init__(self, sinks: Iterable[Callable[[Event], Any]]) -> None:
+        self.sinks = list(sinks)
+        self._failed: set[int] = set()
+
+    def __call__(self, event: Event) -> None:
+        for sink in self.sinks:
+            self._guarded(sink, lambda sink=sink: sink(event))  # type: ignore[misc]
+
+    def close(self) -> None:
+        """Close every sink that can be closed."""
+        for sink in self.sinks:
+            close = getattr(sink, "close", None)
+            if close is not None:
+                self._guarded(sink, close)
+
+    def _guarded(self, sink: Any, action: Callable[[], Any]) -> None:
+        try:
+            action()
+        except Exception as error:  # noqa: BLE001 - a tracker's network, a full disk: hours of work weigh more
+            if id(sink) in self._failed:
+                return
+            self._failed.add(id(sink))
+            text = f"{type(sink).__name__} failed and may miss events: {type(error).__name__}: {error}"
+            for other in self.sinks:
+                if id(other) not in self._failed:
+                    self._guarded(other, lambda other=other: other({"event": "warning", "text": text}))  # type: ignore[misc]
+
+
+class LogSink:
+    """events.jsonl (every event but the live ones) and log.txt (one readable line each) of a run directory."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def __call__(self, event: Event) -> None:
+        if event["event"] in ("progress", "validate"):
+            return
+        self.run.append_event(event)
+        for line in plain_lines(event):
+            self.run.append_log(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}")
+
+    def close(self) -> None:
+        """Nothing stays open between events."""
+
+
+SINKS: dict[str, Callable[..., Sink]] = {"console": ConsoleSink, "log": LogSink}
