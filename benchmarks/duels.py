@@ -28,6 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from imgcls_fast.core.env import install_hint
 from imgcls_fast.core.errors import ImgclsError
 from imgcls_fast.engines.timing import (
     PAUSE_S,
@@ -377,7 +378,7 @@ def _spent(call: Call, enough_s: float) -> float:
 def _reason(error: BaseException) -> str:
     """Why something cannot run, on one line."""
     if isinstance(error, ModuleNotFoundError):
-        return f"{error.name} is not installed: pip install 'imgcls-fast[bench]'"
+        return f"{error.name} is not installed: {install_hint('bench')}"
     if isinstance(error, ImgclsError):
         return f"{error.message}{f'; try: {error.try_}' if error.try_ else ''}"
     lines = str(error).strip().splitlines() or [""]

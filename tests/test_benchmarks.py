@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from imgcls_fast.core.env import install_hint
 from imgcls_fast.evaluation.benchreport import read_results
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -72,7 +73,7 @@ def test_each_contender_is_called_in_every_round(duels: Any) -> None:
 
 def test_a_rival_that_is_not_installed_is_absent_with_its_command(duels: Any) -> None:
     found = duels.measure(setup_of(duels, {"ours": nothing, "rival": missing_library, "other": nothing}), TASK)
-    assert found["absent"] == {"rival": "some_rival is not installed: pip install 'imgcls-fast[bench]'"}
+    assert found["absent"] == {"rival": f"some_rival is not installed: {install_hint('bench')}"}
     assert set(found["cases"]["case"]) == {"ours", "other"}
 
 

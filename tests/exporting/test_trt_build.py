@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from imgcls_fast.core.config import ExportConfig
+from imgcls_fast.core.env import install_hint
 from imgcls_fast.core.errors import ConfigError, ExportError, HardwareError, Interrupted
 from imgcls_fast.core.files import sha256_file
 from imgcls_fast.engines import trt_plan
@@ -431,7 +432,7 @@ def test_an_old_tensorrt_is_told_with_the_pip_line(world: Any, onnx: Path) -> No
     sys.modules["tensorrt"].__version__ = "10.9.0.34"  # type: ignore[attr-defined]
     with pytest.raises(HardwareError, match=r"TensorRT is 10\.9\.0\.34, and 10\.13 or later is needed") as caught:
         build_plan(onnx, onnx.with_name("model.plan"), OPTIONS)
-    assert caught.value.code == "H004" and caught.value.try_ == "pip install 'imgcls-fast[trt]'"
+    assert caught.value.code == "H004" and caught.value.try_ == install_hint("trt")
 
 
 @pytest.mark.parametrize(

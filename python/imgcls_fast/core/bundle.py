@@ -121,7 +121,7 @@ def read_bundle(directory: Path, *, verify: bool = True) -> Bundle:
         meta = read_sealed(directory / "bundle.json")
         if meta["schema"] > SCHEMA:
             raise ModelError("M004", f"{directory} was written by a newer imgcls-fast (schema {meta['schema']}, this one reads {SCHEMA})",
-                             try_="pip install --upgrade imgcls-fast")  # fmt: skip
+                             try_="read it with the version that wrote it, or a newer one")  # fmt: skip
         bundle = Bundle(
             directory,
             meta["arch"],

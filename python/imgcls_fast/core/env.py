@@ -15,6 +15,7 @@ LIBRARIES = (
     "torch", "torchvision", "timm", "nvidia-dali-cuda130", "numpy", "pillow", "scikit-learn", "safetensors",
     "pydantic", "onnx", "onnxscript", "onnxruntime", "openvino", "nvidia-modelopt", "tensorrt",
 )  # fmt: skip
+_NAME = "imgcls-fast"
 _COMMIT = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")
 _DRIVER = Path("/proc/driver/nvidia/version")
 # the libraries whose version can change the bits of a resumed run
@@ -124,7 +125,7 @@ def versions(names: tuple[str, ...] = LIBRARIES) -> dict[str, str | None]:
 
 def package_version() -> str:
     """The version of imgcls-fast itself."""
-    return versions(("imgcls-fast",))["imgcls-fast"] or "0+unknown"
+    return versions((_NAME,))[_NAME] or "0+unknown"
 
 
 def own_revision(package: Path | None = None) -> str | None:
@@ -168,6 +169,97 @@ def gpu_driver() -> str | None:
     return found.group() if found else None
 
 
+def install_hint(extra: str) -> str:
+    """The pip line that adds an extra to this very installation.
+
+    Nobody has registered the bare name on a public index, and whoever does so would be installed by it. So the line names what
+    this installation was made from (direct_url.json, PEP 610) while that is still there, the exact version where it came
+    from an index, and otherwise only the libraries that the extra asks for.
+    """
+    origin = _origin(f"[{extra}]")
+    return _pip(*(origin or _requirements(extra)))
+
+
+def reinstall_hint() -> str:
+    """The command that makes this installation once more, compiled half included."""
+    origin = _origin("")
+    return _pip("--force-reinstall", "--no-deps", *origin) if origin else "scripts/dev_build.sh, or pip install . in its checkout"
+
+
+def requirement_hint(name: str) -> str:
+    """The pip line for one of our own requirements, within the versions that we ask for."""
+    wanted = [line for line in _requirements("") if re.split(r"[^\w.-]", line)[0] == name]
+    return _pip(*(wanted or [name]))
+
+
+def _pip(*words: str) -> str:
+    import shlex
+
+    found = _distribution()
+    uv = found is not None and (found.read_text("INSTALLER") or "").strip() == "uv"
+    return f"{'uv ' if uv else ''}pip install {shlex.join(words)}"
+
+
+def _distribution() -> Any:
+    from importlib import metadata
+
+    try:
+        return metadata.distribution(_NAME)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _origin(extra: str) -> list[str]:
+    """The words that name what this installation was made from, with an extra in brackets; none where it is gone or not known."""
+    import json
+    from urllib.parse import urlsplit
+    from urllib.request import url2pathname
+
+    found = _distribution()
+    if found is None:
+        return []
+    text = found.read_text("direct_url.json")
+    if text is None:
+        asked = (found.read_text("INSTALLER") or "").strip() in ("pip", "uv")
+        return [f"{_NAME}{extra}=={found.version}"] if asked else []
+    origin = json.loads(text)
+    url = str(origin.get("url", ""))
+    path = Path(url2pathname(urlsplit(url).path)) if url.startswith("file:") else None
+    if "dir_info" in origin:
+        if path is None or not (path / "pyproject.toml").is_file():
+            return []
+        return [*(["-e"] if origin["dir_info"].get("editable") else []), f"{path}{extra}"]
+    if path is not None:  # a wheel or an archive on this disk
+        return [f"{path}{extra}"] if path.is_file() else []
+    vcs = origin.get("vcs_info")
+    return [f"{_NAME}{extra} @ {vcs['vcs']}+{url}@{vcs['commit_id']}" if vcs else f"{_NAME}{extra} @ {url}"]
+
+
+def _requirements(extra: str) -> list[str]:
+    """What an extra ("": no extra) requires, by the package's own metadata or the checkout's; extras of ours are followed."""
+    found = _distribution()
+    if found is not None:
+        lines = [tuple(line.partition(";")[::2]) for line in found.requires or []]
+        marked = [(line.strip(), re.search(r"""extra\s*==\s*["']([^"']+)""", marker)) for line, marker in lines]
+        wanted = [line for line, one in marked if (one.group(1) if one else "") == extra]
+    else:
+        wanted = [line.partition(";")[0].strip() for line in _checkout_requires(extra)]
+    plain = [line for line in wanted if not line.startswith(f"{_NAME}[")]
+    inner = [name for line in wanted if line.startswith(f"{_NAME}[") for name in line[len(_NAME) + 1 : -1].split(",")]
+    return list(dict.fromkeys([*(one for name in inner for one in _requirements(name.strip())), *plain]))
+
+
+def _checkout_requires(extra: str) -> list[str]:
+    import tomllib
+
+    package = Path(__file__).resolve().parents[1]
+    try:
+        project = tomllib.loads((package.parents[1] / "pyproject.toml").read_text("utf-8"))["project"]
+    except (OSError, LookupError, ValueError):
+        return []
+    return list(project["optional-dependencies"].get(extra, ()) if extra else project["dependencies"])
+
+
 def machine_facts() -> dict[str, Any]:
     """What a reader needs to judge a figure: interpreter, system, processor, versions."""
     return {
@@ -203,7 +295,7 @@ def build_info() -> dict[str, Any]:
         raise HardwareError(
             "H004",
             f"the compiled extension imgcls_fast._C cannot be loaded: {error}",
-            try_="pip install --force-reinstall imgcls-fast",
+            try_=reinstall_hint(),
         ) from error
     return dict(_C.build_info())
 
@@ -222,5 +314,5 @@ def require(module: str, extra: str, purpose: str) -> Any:
         raise HardwareError(
             "H004",
             f"{module.split('.')[0]} is not installed, and {purpose} needs it",
-            try_=f"pip install 'imgcls-fast[{extra}]'",
+            try_=install_hint(extra),
         ) from error

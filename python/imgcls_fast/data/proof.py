@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from ..core.env import reinstall_hint
 from ..core.errors import HardwareError
 from ..core.image_bounds import MAX_JPEG_SCANS, MAX_PNG_TEXT_BYTES, jpeg_head_excess, png_chunk_limit
 
@@ -61,7 +62,7 @@ def compiled():  # type: ignore[no-untyped-def]  # a module
         raise HardwareError(
             "H004",
             f"imgcls_fast._C, the compiled half that reads image headers, is missing: {error}",
-            try_="pip install --force-reinstall imgcls-fast",
+            try_=reinstall_hint(),
         ) from error
     return _C
 

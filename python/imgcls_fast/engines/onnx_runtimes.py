@@ -187,7 +187,7 @@ class _Gpu:
             raise HardwareError(
                 "H004",
                 f"the installed ONNX Runtime has no CUDA provider, and the runtime onnx on {device} needs it",
-                try_="pip install onnxruntime-gpu",
+                try_=env.requirement_hint("onnxruntime-gpu"),
             )
         import torch
 

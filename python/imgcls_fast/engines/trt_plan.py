@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..core.env import install_hint
 from ..core.errors import ExportError, HardwareError
 from ..core.manifest import LabelSpace
 
@@ -188,7 +189,7 @@ def require_trt(purpose: str, **explained: str) -> None:
     """
     code, missing = _missing()
     if code:
-        command = "pip install 'imgcls-fast[trt]'" if code == "H004" else "imgcls-fast doctor"
+        command = install_hint("trt") if code == "H004" else "imgcls-fast doctor"
         raise HardwareError(code, f"{missing}, and {purpose} needs it", try_=command, **explained)
 
 

@@ -131,7 +131,7 @@ def choose_quantizer(wanted: Quantizer = "auto") -> tuple[str, str]:
     missing = [module for module in _MODELOPT if not _installed(module)]
     if not _installed("onnxruntime"):
         raise HardwareError(
-            "H004", "onnxruntime is not installed, and INT8 quantisation needs it", try_="pip install 'imgcls-fast[int8]'"
+            "H004", "onnxruntime is not installed, and INT8 quantisation needs it", try_=env.install_hint("int8")
         )  # fmt: skip
     if wanted == "onnxruntime":
         return "onnxruntime", ""
@@ -139,11 +139,11 @@ def choose_quantizer(wanted: Quantizer = "auto") -> tuple[str, str]:
         return "modelopt", ""
     if wanted == "modelopt":
         raise HardwareError(
-            "H004", f"{', '.join(missing)} not installed, and the quantizer ModelOpt needs it", try_="pip install 'imgcls-fast[int8]'"
+            "H004", f"{', '.join(missing)} not installed, and the quantizer ModelOpt needs it", try_=env.install_hint("int8")
         )  # fmt: skip
     return "onnxruntime", (
         f"{', '.join(missing)} not installed: ONNX Runtime's static quantizer was used in place of NVIDIA ModelOpt "
-        "(pip install 'imgcls-fast[int8]')"
+        f"({env.install_hint('int8')})"
     )
 
 

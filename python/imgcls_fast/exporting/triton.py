@@ -264,7 +264,7 @@ def _no_decoder(bundle: Bundle, batch: int | None, options: TritonOptions) -> st
         raise ConfigError("C004", f"no decoder can be put in front of the model: {reason}")
     if not reason and (reason := dali_missing() or "") and options.dali:
         raise HardwareError(
-            "H004", f"a decoder for Triton needs DALI: {reason}", try_="pip install nvidia-dali-cuda130"
+            "H004", f"a decoder for Triton needs DALI: {reason}", try_=env.requirement_hint("nvidia-dali-cuda130")
         )
     return reason
 
@@ -353,7 +353,7 @@ def _write_decode(bundle: Bundle, folder: Path, plan: _Plan) -> dict[str, float]
             "E001",
             f"the decoder for Triton gives other pixels than the model was trained on: largest difference {found['largest']:.0f} "
             f"levels (allowed {LARGEST}), mean {found['mean']:.3f} (allowed {MEAN})",
-            try_="pip install 'nvidia-dali-cuda130>=2.4,<3'",
+            try_=env.requirement_hint("nvidia-dali-cuda130"),
         )  # fmt: skip
     options, side = plan.options, bundle.pixels.size
     picture = made_picture(120, 90, "JPEG")

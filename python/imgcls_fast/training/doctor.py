@@ -75,7 +75,7 @@ def _loaders() -> list[Row]:
     missing = dali_missing()
     if missing:
         return [
-            ("dali", missing, False, "pip install nvidia-dali-cuda130   (Linux x86-64)"),
+            ("dali", missing, False, f"{env.requirement_hint('nvidia-dali-cuda130')}   (Linux x86-64)"),
             ("torch", "ready", True, ""),
         ]
     import torch
@@ -96,8 +96,8 @@ def _libraries() -> list[Row]:
     rows: list[Row] = []
     for name, version in env.versions().items():
         if version is None:
-            wanted = f"'imgcls-fast[{extras[name]}]'" if name in extras else "imgcls-fast"
-            rows.append((name, "not installed", name in extras, f"pip install {wanted}"))
+            hint = env.install_hint(extras[name]) if name in extras else env.requirement_hint(name)
+            rows.append((name, "not installed", name in extras, hint))
         else:
             rows.append((name, version, True, ""))
     return rows
