@@ -14,7 +14,17 @@ import pytest
 
 from imgcls_fast.core.errors import HardwareError, UsageError
 from imgcls_fast.core.manifest import LabelSpace, Manifest, PathList
-from imgcls_fast.core.run import Run, find_run, is_run, list_runs, new_run_path
+from imgcls_fast.core.run import Run
+from imgcls_fast.core.runs import (
+    find_run,
+    is_run_folder,
+    last_begun,
+    left_unfinished,
+    list_runs,
+    mark_begun,
+    mark_last,
+    new_run_path,
+)
 from imgcls_fast.core.settings import build_config
 
 
@@ -38,7 +48,7 @@ def make_run(runs: Path) -> Callable[[str], Run]:
         run = Run.create(runs / name)
         run.save_config(build_config())
         manifest().save(run.manifest_path)
-        run.mark_last()
+        mark_begun(run)
         run.unlock()
         return run
 
@@ -115,7 +125,7 @@ def test_a_directory_that_holds_a_run_is_not_overwritten(make_run: Callable[[str
 def test_a_run_that_was_killed_at_birth_can_be_begun_again(runs: Path) -> None:
     Run.create(runs / "stillborn").save_config(build_config())
     again = Run(runs / "stillborn")
-    assert not is_run(again.directory)
+    assert not is_run_folder(again.directory)
     # the first process is gone, and with it its lock: here, the object
     import gc
 
@@ -156,6 +166,42 @@ def test_a_last_run_that_is_gone_or_was_never_there_is_u003(runs: Path, make_run
         find_run("last")
 
 
+def finish(run: Run) -> None:
+    run.bundle_path.mkdir()
+    (run.bundle_path / "bundle.json").write_text("{}")
+    mark_last(run)
+
+
+def test_a_run_that_failed_or_goes_on_is_not_the_last_one_but_the_one_to_resume(
+    runs: Path, make_run: Callable[[str], Run]
+) -> None:
+    finish(make_run("good"))
+    os.utime(runs / "good" / "bundle" / "bundle.json", (1, 1))
+    make_run("failed")
+    assert find_run(None).name == find_run("last").name == find_run(runs / "last").name == "good"
+    assert (runs / "last").resolve().name == "good"
+    assert last_begun().name == "failed"
+    left = left_unfinished(find_run(None))
+    assert left is not None
+    assert left.name == "failed"
+    finish(left)
+    assert find_run(None).name == last_begun().name == "failed"
+    assert left_unfinished(find_run(None)) is None
+
+
+def test_a_pointer_of_an_earlier_version_to_a_failed_run_means_the_newest_finished_one(
+    runs: Path, make_run: Callable[[str], Run]
+) -> None:
+    for age, name in ((10, "new"), (20, "old")):
+        finish(make_run(name))
+        os.utime(runs / name / "bundle" / "bundle.json", (1e9 - age, 1e9 - age))
+    make_run("failed")
+    (runs / "begun.txt").unlink()
+    (runs / "last.txt").write_text("failed\n# the last run; written by imgcls-fast\n")
+    assert find_run(None).name == "new"
+    assert last_begun().name == "failed"
+
+
 def test_last_is_a_link_that_follows_and_a_real_directory_of_that_name_stays(
     runs: Path, make_run: Callable[[str], Run]
 ) -> None:
@@ -182,7 +228,7 @@ def test_a_run_elsewhere_moves_last_of_the_runs_folder_and_touches_nothing_besid
     run = Run.create(home / "myrun")
     run.save_config(build_config())
     manifest().save(run.manifest_path)
-    assert run.mark_last() == ""
+    assert mark_last(run) == ""
     assert (home / "last.txt").read_text() == "my last will\n"
     assert sorted(path.name for path in home.iterdir()) == ["last.txt", "myrun"]
     assert find_run("last").directory.resolve() == run.directory.resolve()
@@ -194,7 +240,7 @@ def test_a_last_txt_that_we_have_not_written_stays(runs: Path, make_run: Callabl
         (runs / "last.txt").parent.mkdir(exist_ok=True)
         (runs / "last.txt").write_text(text)
         run = Run.create(runs / f"run{len(text)}")
-        assert "last.txt" in run.mark_last()
+        assert "last.txt" in mark_last(run)
         assert (runs / "last.txt").read_text() == text
         with pytest.raises(UsageError, match="no last run"):
             find_run("last")

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from imgcls_fast.core.manifest import LabelSpace
 from imgcls_fast.core.predictions import Predictions
 from imgcls_fast.core.run import Run
 from imgcls_fast.core.settings import build_config, replace_settings, to_yaml
-from imgcls_fast.core.text import printable, to_csv, to_json
+from imgcls_fast.core.text import command, printable, to_csv, to_json
 
 EVERY_BYTE = os.fsdecode(bytes(range(1, 256)))
 NAMES = {
@@ -186,3 +187,16 @@ def test_the_command_line_shows_names_without_harm(capsys: pytest.CaptureFixture
         sink({"event": "interrupted", "path": name, "command": name})
     told = out.getvalue() + "".join(capsys.readouterr())
     assert {character for character in told if not character.isprintable()} <= {"\n", "\t"}
+
+
+@pytest.mark.parametrize(
+    "word", ["my photos", "it's", "$HOME", "a;b", "*", "ünï cödé", "line\nbreak", "t\udce4st", "tab\tback\\slash'", "~/x"]
+)
+def test_a_printed_command_gives_the_shell_back_each_word(word: str) -> None:
+    line = command("train", word, "", None, "--resume")
+    assert line.isprintable()
+    told = subprocess.run(
+        ["bash", "-c", line.replace("imgcls-fast", "printf '%s\\0'", 1)], capture_output=True, check=True
+    ).stdout
+    assert told.split(b"\0")[:-1] == [b"train", os.fsencode(word), b"--resume"]
+    assert command("predict", "photos/a-1.jpg", "--lr=1e-3") == "imgcls-fast predict photos/a-1.jpg --lr=1e-3"

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.run import Run, find_run
+from ..core.run import Run
+from ..core.runs import find_run, left_unfinished
 
 if TYPE_CHECKING:
     from ..core.config import RunConfig
@@ -15,8 +16,14 @@ RunLike = Run | str | Path | None
 
 
 def run_of(run: RunLike) -> Run:
-    """The run that is meant by a path, a name, a Run, or None for the last one."""
-    return run if isinstance(run, Run) else find_run(run)
+    """The run that is meant by a path, a name, a Run, or None for the last finished one.
+
+    Warns where a later one was begun and is not finished.
+    """
+    found = run if isinstance(run, Run) else find_run(run)
+    if run in (None, "last") and (later := left_unfinished(found)):
+        say_warning(f"the last finished run is meant, {found.name}; {later.name}, begun later, is not finished")
+    return found
 
 
 def config_from(

@@ -121,7 +121,8 @@ def Predictor(
     from ..engines.predictor import Predictor as Loaded
     from ..training.judging import open_model
 
-    engine, note = open_model(run, runtime, device or usual_device(), precision, trust)
+    meant = run_of(run) if run in (None, "last") else run
+    engine, note = open_model(meant, runtime, device or usual_device(), precision, trust)
     say_warning(note)
     return Loaded(engine, batch=batch, top_k=top_k, threads=min(8, env.usable_cpus()))
 

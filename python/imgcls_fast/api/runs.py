@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..core import run as _runs
+from ..core import runs as _runs
 from .common import RunLike, run_of
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.run import Run
+from ..core.runs import last_begun
 from .common import RunLike, config_from, overrides_from, run_of
 
 
@@ -26,7 +27,7 @@ def train(
 
     Args:
         data: the images; None: the embedded handwritten digits.
-        resume: a run to continue instead ("last" for the last one).
+        resume: a run to continue instead ("last" for the one that was begun last).
         config: YAML file with the sections of RunConfig.
         preset: name of a shipped preset.
         sets: "section.field=value" strings.
@@ -47,7 +48,7 @@ def train(
     changes = overrides_from(overrides, settings)
     if resume is not None:
         changes |= from_sets(sets)
-        return session.resume(run_of(resume), changes, sinks)
+        return session.resume(last_begun() if resume == "last" else run_of(resume), changes, sinks)
     return session.start(config_from(data, config, preset, sets, changes), sinks, command)
 
 

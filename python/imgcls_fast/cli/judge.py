@@ -124,7 +124,7 @@ def run_and_rest(things: Sequence[str], *, data: bool = True) -> tuple[str | Non
         UsageError: U003 with the nearest run.
         DataError: D001 when the last word of a longer list does not exist either.
     """
-    from ..core.run import find_run
+    from ..core.runs import find_run
 
     if not things:
         return None, []

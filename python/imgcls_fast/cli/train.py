@@ -70,9 +70,9 @@ def _plan(source: str | None, arguments: dict[str, Any]) -> Answer:
 def _refuse_a_run_as_data(thing: str | None) -> None:
     from pathlib import Path
 
-    from ..core.run import is_run
+    from ..core.runs import is_run_folder
 
-    if thing and is_run(Path(thing)):
+    if thing and is_run_folder(Path(thing)):
         raise UsageError("U002", f"{thing} is a run, not data", try_=f"imgcls-fast train {thing} --resume")
 
 

@@ -14,6 +14,11 @@ RUN_NAMES = (
 )  # fmt: skip
 
 
+def is_run_folder(path: Path) -> bool:
+    """Whether a directory holds a run: the two files without which there is none."""
+    return (path / "config.yaml").is_file() and (path / "manifest.npz").is_file()
+
+
 def demand_no_links(directory: Path) -> None:
     """Go on only where everything that is written lies in this run: a link in a stranger's run leads into your files.
 

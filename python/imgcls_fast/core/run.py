@@ -1,4 +1,4 @@
-"""A run directory: who may write it, where everything in it lies, and how to find it again."""
+"""A run directory: who may write it, and where everything in it lies."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import io
 import json
 import os
 import re
-import shlex
 import shutil
 import time
 import weakref
@@ -16,21 +15,19 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-from . import env
 from .bounds import TEXT_BYTES
 from .config import RunConfig
-from .errors import DataError, HardwareError, UsageError, near
+from .errors import DataError, HardwareError, UsageError
 from .files import explained_write, parse_json, read_bounded, read_end, read_json, write_json, write_text
 from .manifest import Manifest
-from .places import demand_no_links, others_files
+from .places import demand_no_links, is_run_folder, others_files
 from .predictions import Predictions
 from .settings import build_config, save_config
-from .text import printable
+from .text import command, printable
 
 EFFICIENCY_SCHEMA = 1  # of bench/efficiency.json
 # everything that training, judging, exporting and timing write into the directory of a run
 _LEFTOVER = re.compile(r"\..+\.\d+\.tmp", re.DOTALL)  # of `files.write_whole`
-_POINTER_MARK = "# the last run; written by imgcls-fast"
 
 
 class Run:
@@ -82,7 +79,7 @@ class Run:
     @property
     def resume_command(self) -> str:
         """The command line that continues this run."""
-        return f"imgcls-fast train {shlex.quote(str(self.directory))} --resume"
+        return command("train", self.directory, "--resume")
 
     # readers
     @property
@@ -251,12 +248,12 @@ class Run:
         """
         run = cls(directory)
         with explained_write(directory):
-            whole, taken = is_run(directory), others_files(directory)
+            whole, taken = is_run_folder(directory), others_files(directory)
         if whole:
             raise UsageError(
                 "U002",
                 f"{directory} already holds a run",
-                try_=f"imgcls-fast train {directory} --resume   (or another --out)",
+                try_=f"{run.resume_command}   (or another --out)",
             )
         if taken:
             raise UsageError(
@@ -350,50 +347,6 @@ class Run:
         writer.writerows(epochs)
         write_text(self.directory / "metrics.csv", out.getvalue())
 
-    def mark_last(self) -> str:
-        """Let `last` in the folder of runs point here: last.txt, and a symlink where that is possible.
-
-        The pointer belongs to the folder of runs alone, wherever this run is, and no file of the user's is replaced.
-
-        Returns:
-            Why `last` could not be moved, or an empty string.
-        """
-        runs, inside = env.runs_dir(), self.directory.resolve()
-        target = inside.name if inside.parent == runs.resolve() else str(inside)
-        pointer, link = runs / "last.txt", runs / "last"
-        if pointer.exists() and _pointed_to(runs) is None:
-            return f"{pointer} is not ours and stays as it is, so `last` does not mean this run"
-        try:
-            runs.mkdir(parents=True, exist_ok=True)
-            write_text(pointer, f"{target}\n{_POINTER_MARK}\n")
-        except (OSError, HardwareError) as error:
-            return f"`last` does not mean this run: {error}"
-        if link.exists() and not link.is_symlink():
-            return ""
-        temporary = runs / f".last.{os.getpid()}"
-        try:
-            temporary.unlink(missing_ok=True)
-            temporary.symlink_to(target)
-            os.replace(temporary, link)
-        except OSError:
-            temporary.unlink(missing_ok=True)  # a file system without links: last.txt is enough
-        return ""
-
-
-def _pointed_to(runs: Path) -> str | None:
-    """What last.txt names: a directory of `runs` or an absolute path. None where the file is not ours.
-
-    Raises:
-        FileNotFoundError: there is no last.txt.
-    """
-    text = (runs / "last.txt").read_text("utf-8", "surrogateescape")
-    if text.endswith(f"\n{_POINTER_MARK}\n"):
-        return text.removesuffix(f"\n{_POINTER_MARK}\n")
-    name = text.removesuffix("\n")  # as earlier versions wrote it, without the mark
-    link = runs / "last"
-    written_by_us = (link.is_symlink() and os.readlink(link) == name) or is_run(runs / name)
-    return name if name and "\n" not in name and written_by_us else None
-
 
 def _lock_soon(file: IO[str], patience_s: float = 1.0) -> None:
     """Lock, or raise OSError. A worker that was just forked by a killed owner lets go as soon as it first runs."""
@@ -410,60 +363,6 @@ def _lock_soon(file: IO[str], patience_s: float = 1.0) -> None:
 def _close(file: IO[str] | None) -> None:
     if file is not None:
         file.close()
-
-
-def new_run_path(source: str | None, arch: str) -> Path:
-    """runs/<data>-<arch>-<time>: no spaces, never an existing directory."""
-    stem = re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(source).resolve().stem if source else "digits").strip("-.") or "data"
-    base = f"{stem}-{re.sub(r'[^A-Za-z0-9_.-]+', '-', arch.split('/')[-1])}-{time.strftime('%Y%m%d-%H%M%S')}"
-    path, k = env.runs_dir() / base, 1
-    while path.exists():
-        k += 1
-        path = env.runs_dir() / f"{base}-{k}"
-    return path
-
-
-def find_run(name: str | Path | None) -> Run:
-    """A run by path, by name inside the folder of runs, or the last one (None or "last").
-
-    Raises:
-        UsageError: U003, with the nearest name.
-    """
-    runs = env.runs_dir()
-    if name is None or str(name) in ("last", str(runs / "last")):
-        try:
-            target = _pointed_to(runs)
-        except FileNotFoundError:
-            target = None
-        if target is None:
-            raise UsageError("U003", f"there is no last run in {runs}", try_="imgcls-fast train DATA")
-        if is_run(runs / target):
-            return Run(runs / target)
-        raise UsageError("U003", f"the last run, {runs / target}, is not there any more", try_="imgcls-fast runs list")
-    for path in (Path(name), runs / name):
-        if is_run(path):
-            return Run(path)
-        if path.name == "bundle" and (path / "bundle.json").exists():
-            return Run(path.parent)
-    known = [run.name for run in list_runs()]
-    guess = near(str(name), known)
-    raise UsageError(
-        "U003", f"{name} is not a run", try_=f"imgcls-fast runs show {guess}" if guess else "imgcls-fast runs list"
-    )
-
-
-def is_run(path: Path) -> bool:
-    """Whether a directory holds a run."""
-    return (path / "config.yaml").is_file() and (path / "manifest.npz").is_file()
-
-
-def list_runs(folder: Path | None = None) -> list[Run]:
-    """All runs of a folder, the oldest first."""
-    folder = folder or env.runs_dir()
-    if not folder.is_dir():
-        return []
-    found = [Run(path) for path in folder.iterdir() if not path.is_symlink() and is_run(path)]
-    return sorted(found, key=lambda run: (run.config_path.stat().st_mtime, run.name))
 
 
 def _object(value: Any) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -32,6 +33,25 @@ def printable(text: str, *, keep: str = "") -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def command(*words: object) -> str:
+    """The command line `imgcls-fast WORDS` so that a shell takes each word as it is meant; empty words and None are left out.
+
+    A word that cannot be shown as itself (a byte that is not UTF-8, a line break) is written in bash's form, $'...'.
+    """
+    return " ".join(["imgcls-fast", *(quoted(str(word)) for word in words if word not in (None, ""))])
+
+
+def quoted(word: str) -> str:
+    """One word of a command line, quoted where a shell would take it apart."""
+    if word.isprintable():
+        return shlex.quote(word)
+    try:
+        content = word.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # no name of a file: from a JSON file, say
+        return shlex.quote(printable(word))
+    return "$'" + "".join(f"\\{b:03o}" if b < 32 or b > 126 or b in b"\\'" else chr(b) for b in content) + "'"
 
 
 def to_json(value: Any, *, indent: int | None = None) -> str:

@@ -16,7 +16,8 @@ from ..core.files import sha256_json
 from ..core.manifest import SPLITS, Manifest
 from ..core.pixels import Pixels
 from ..core.predictions import Predictions
-from ..core.run import Run, find_run
+from ..core.run import Run
+from ..core.runs import find_run
 from ..core.settings import flatten
 from ..core.undecoded import Undecoded
 from ..data.loader import open_loader

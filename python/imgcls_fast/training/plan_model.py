@@ -128,7 +128,7 @@ def _start(init: str) -> Start | None:
         return Start("file", path)
     if path.suffix in _WEIGHT_SUFFIXES and not path.is_file():
         raise ModelError("M003", f"no such weights file: {path}", try_="--init pretrained   (or scratch, or a run)")
-    from ..core.run import find_run
+    from ..core.runs import find_run
 
     folder = bundle_around(path) or (path if (path / "bundle.json").is_file() else find_run(init).bundle_path)
     bundle = read_bundle(folder)

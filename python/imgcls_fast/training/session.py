@@ -17,7 +17,8 @@ from ..core.errors import DataError, Interrupted, ModelError
 from ..core.manifest import Manifest
 from ..core.pixels import Pixels
 from ..core.predictions import Predictions
-from ..core.run import Run, new_run_path
+from ..core.run import Run
+from ..core.runs import mark_begun, mark_last, new_run_path
 from ..core.settings import flatten, replace_settings
 from ..core.undecoded import Undecoded
 from ..data import reach
@@ -266,7 +267,7 @@ def _write_beginning(stage: _Stage, prepared: Prepared, parameters: int, command
     run.write_json("model.json", {**plan.to_dict(), "parameters": parameters, "trajectory": shape})
     run.save_config(replace_settings(plan.config, {"out": None}))  # so that -c makes a new run of it
     manifest.save(run.manifest_path)
-    if note := run.mark_last():
+    if note := mark_begun(run):
         stage.emit({"event": "warning", "text": note})
 
 
@@ -363,6 +364,8 @@ def _finish(stage: _Stage, baseline: dict[str, Any] | None) -> None:
     bundle = (
         read_bundle(run.bundle_path) if run.finished else make_bundle(run, manifest, model, facts, progress, validation)
     )
+    if note := mark_last(run):
+        stage.emit({"event": "warning", "text": note})
     judged: dict[str, Metrics] = {}
     against = None
     for split in ("val", "test"):
