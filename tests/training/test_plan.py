@@ -341,3 +341,13 @@ def test_a_file_that_names_no_classes_is_taken_by_position_and_the_plan_says_so(
     lone.write_bytes(bundle_of().weights.read_bytes())
     plan = plan_of({"model.init": str(lone), "model.arch": "small-cnn", "model.args": {"width": 8}})
     assert "names no classes: a head of 3 outputs is taken as it is" in reason_of(plan, "model.init")
+
+
+# ---------------------------------------------------------------- threads
+
+
+def test_threads_and_workers_follow_the_count_and_the_plan_says_why() -> None:
+    why = "the CPU quota of the container: 1.5 of 64 cores, rounded up"
+    plan = plan_of(machine=Machine(cpus=2, why_cpus=why, dali=True))
+    assert (plan.config.train.threads, plan.config.train.workers) == (2, 2)
+    assert reason_of(plan, "train.threads") == why and reason_of(plan, "train.workers").endswith(why)

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from .cpus import Cpus, count_cpus
 from .errors import HardwareError
 
 LIBRARIES = (
@@ -30,9 +31,15 @@ def calm_threads() -> None:
     small-cnn at 32 pixels, 2 threads on 2 cores: 47 ms by default and 40 ms with this on a quiet machine; with 8 more
     runnable processes 5,140 ms by default, and with 4 more 196 ms with this. Never spinning at all
     (OMP_WAIT_POLICY=PASSIVE) took 132 ms on the quiet machine.
+
+    And let every library start as many threads as there are cores to run on: by themselves they count the whole machine's,
+    of which a container may use a share only (see `cpus`).
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    counted = cpus()
+    if counted.cores < (counted.asked or counted.affinity):
+        os.environ["OMP_NUM_THREADS"] = str(counted.threads)
 
 
 def distrust_folder() -> None:
@@ -86,9 +93,14 @@ def runs_dir() -> Path:
     return Path(os.environ.get("IMGCLS_RUNS", "runs"))
 
 
+def cpus() -> Cpus:
+    """What bounds the number of threads of this process: affinity mask, CPU quota of the container, OMP_NUM_THREADS."""
+    return count_cpus(os.environ.get("OMP_NUM_THREADS"))
+
+
 def usable_cpus() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    """Threads for any one piece of work: the only count of cores that the package makes."""
+    return cpus().threads
 
 
 def cpu_name() -> str:
@@ -266,7 +278,7 @@ def machine_facts() -> dict[str, Any]:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()}",
         "cpu": cpu_name(),
-        "cpus": usable_cpus(),
+        "cpus": cpus().cores,
         "imgcls_fast": package_version(),
         "libraries": versions(),
     }
@@ -274,7 +286,7 @@ def machine_facts() -> dict[str, Any]:
 
 def machine_slug(device: str | None = None) -> str:
     """A folder name for figures of this machine: "intel-xeon-processor-2core", or the GPU's name where one is given."""
-    text = device if device is not None else f"{cpu_name()} {usable_cpus()}core"
+    text = device if device is not None else f"{cpu_name()} {cpus().cores}core"
     return "-".join(re.sub(r"\((r|tm)\)|[^a-z0-9]", " ", text.lower()).split())
 
 

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from imgcls_fast.core import env
 from imgcls_fast.core.errors import DataError
 from imgcls_fast.core.manifest import FLAG_PILLOW, FLAG_SUSPECT
 
@@ -55,9 +56,7 @@ def scan(source: Path | str, options: ScanOptions = ScanOptions()) -> ScanResult
 
 def inspect(source: Path | str, options: ScanOptions = ScanOptions()) -> ScanResult:  # noqa: B008 (frozen)
     """As `scan`, but with the problems in the result instead of an error."""
-    threads = options.threads or (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
+    threads = options.threads or env.usable_cpus()
     listing = _list(Path(source), options)
     if options.group_by:
         notice = sources.group_by_pattern(listing, options.group_by)

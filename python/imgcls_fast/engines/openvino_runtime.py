@@ -57,6 +57,9 @@ class OpenVinoEngine(GraphEngine):
         read_graph(path)
         self.labels, self.pixels = labels, pixels
         settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": compute}
+        counted = env.cpus()
+        if not threads and counted.threads < counted.affinity:  # it counts the mask by itself, and no quota
+            threads = counted.threads
         if threads:
             settings["INFERENCE_NUM_THREADS"] = threads
         with explained(path, (RuntimeError,)), kept_signal_stack():

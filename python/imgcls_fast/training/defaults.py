@@ -113,7 +113,8 @@ RECIPES = {
 class Machine:
     """What the plan may count on; made by `look_at_machine`, or by a test."""
 
-    cpus: int = 2
+    cpus: int = 2  # threads for any one piece of work
+    why_cpus: str = "all usable cores"  # why that many
     gpu: str | None = None  # name of the GPU, None without one
     bf16: bool = False  # the GPU multiplies bf16 in hardware
     dali: bool = False
@@ -124,12 +125,13 @@ def look_at_machine() -> Machine:
     """Ask the system and torch, without starting CUDA where there is no GPU."""
     import torch
 
-    from ..core.env import usable_cpus
+    from ..core import env
     from ..data.loader import dali_missing
 
-    cuda = torch.cuda.is_available()
+    cuda, counted = torch.cuda.is_available(), env.cpus()
     return Machine(
-        cpus=usable_cpus(),
+        cpus=counted.threads,
+        why_cpus=counted.reason,
         gpu=torch.cuda.get_device_name() if cuda else None,
         bf16=cuda and torch.cuda.is_bf16_supported(including_emulation=False),
         dali=dali_missing() is None,

@@ -28,7 +28,7 @@ def choose_device(notes: Notes, machine: Machine) -> str:
     """ "cuda" or "cpu"; H001 when a GPU is asked for and there is none."""
     if notes.config.train.device == "cuda" and machine.gpu is None:
         raise HardwareError("H001", "train.device is cuda, and no usable GPU was found", try_="imgcls-fast doctor")
-    reason = f"{machine.gpu}" if machine.gpu else f"no GPU found; {machine.cpus} CPU cores"
+    reason = f"{machine.gpu}" if machine.gpu else f"no GPU found; {machine.cpus} CPU core{'s' * (machine.cpus != 1)}"
     return str(notes.decide("train.device", "cuda" if machine.gpu else "cpu", reason))
 
 
@@ -254,14 +254,15 @@ def choose_speed(notes: Notes, manifest: Manifest, machine: Machine, device: str
         device == "cuda",
         "on for a GPU" if device == "cuda" else "off: compiling costs more than a short CPU run",
     )
-    notes.decide("train.threads", machine.cpus, "all usable cores")
+    notes.decide("train.threads", machine.cpus, machine.why_cpus)
     kernels = ("off", "ours are not measured on a GPU yet") if device == "cuda" else ("proven", "where measured faster")
     notes.decide("model.kernels", *kernels)
     loader = notes.decide("train.loader", *_loader(manifest, machine, device, notes.value("pixels.color")))
     if loader == "dali-gpu" and device != "cuda":
         raise ConfigError("C004", "train.loader dali-gpu needs train.device cuda", try_="--loader dali-cpu")
     workers = min(16, max(1, machine.cpus - 1)) if device == "cuda" else min(4, machine.cpus)
-    notes.decide("train.workers", workers, "decoding " + ("processes" if loader == "torch" else "threads"))
+    why = "" if machine.why_cpus == Machine.why_cpus else f"; {machine.why_cpus}"
+    notes.decide("train.workers", workers, "decoding " + ("processes" if loader == "torch" else "threads") + why)
 
 
 def _loader(manifest: Manifest, machine: Machine, device: str, color: str) -> tuple[str, str]:
