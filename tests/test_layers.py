@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import imgcls_fast
+from imgcls_fast.core.flags import VERBS
 
 PACKAGE = Path(imgcls_fast.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -120,6 +122,19 @@ def unsafe_loads(text: str) -> list[str]:
     return found
 
 
+def commands_by_hand(text: str) -> list[str]:
+    """Command lines of ours into which a value is written as it is: a path with a space in it cannot be pasted."""
+    verbs = "|".join(sorted({verb.name.split()[0] for verb in VERBS}))
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        parts = node.values if isinstance(node, ast.JoinedStr) else []
+        for k, part in enumerate(parts):
+            begins = isinstance(part, ast.Constant) and re.search(rf"imgcls-fast ({verbs})\b[^\n]*$", str(part.value))
+            if begins and k + 1 < len(parts):
+                found.append(ast.unparse(node))
+    return found
+
+
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_a_room_imports_only_rooms_below_it(path: Path) -> None:
     room = room_of(path)
@@ -179,6 +194,13 @@ def test_functions_stay_under_80_lines_and_files_under_500(path: Path) -> None:
             assert (node.end_lineno or node.lineno) - node.lineno < 80, f"{node.name} in {name_of(path)}"
 
 
+def test_a_printed_command_is_quoted_for_a_shell() -> None:
+    for path in FILES:
+        text = path.read_text("utf-8")
+        found = commands_by_hand(text) if "imgcls-fast " in text else []
+        assert not found or name_of(path) == "core/trust.py", f"{name_of(path)}: {found}"  # there it is signed, not printed
+
+
 def test_only_env_reads_the_environment() -> None:
     for path in FILES:
         text = path.read_text("utf-8")
@@ -217,6 +239,11 @@ def test_every_way_to_unpickle_is_seen(text: str) -> None:
     assert not unsafe_loads("import pickle\ntry:\n    f()\nexcept pickle.UnpicklingError:\n    pass")
     assert unsafe_loads("import pickle\ntry:\n    pickle.load(f)\nexcept pickle.UnpicklingError:\n    pass")
     assert not unsafe_loads("torch.load(f, weights_only=True); np.load(f, allow_pickle=False); json.load(f)")
+
+
+def test_a_command_that_is_put_together_by_hand_is_seen() -> None:
+    assert commands_by_hand('f"try: imgcls-fast train {place} --resume"')
+    assert not commands_by_hand('f"try: {command(place)} or imgcls-fast doctor"; f"a newer imgcls-fast (schema {x})"')
 
 
 @pytest.mark.parametrize(

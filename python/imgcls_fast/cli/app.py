@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 from ..core.env import calm_threads, distrust_folder
 from ..core.errors import ImgclsError, Interrupted, UsageError, near
 from ..core.flags import LATER_FLAGS, LATER_VERBS, VERBS, Flag, Verb, flags_of
-from ..core.text import printable
+from ..core.text import command, printable
 from .answer import Answer, Request, Session
 from .old import is_old, modernize
 
@@ -120,7 +120,7 @@ def _verb(words: list[str]) -> tuple[Verb, list[str]]:
             "U001",
             f"unknown command {first}",
             why="it is a path; a command line begins with a verb",
-            try_=f"{PROGRAM} train {first}",
+            try_=command("train", first),
         )
     guess = near(first, tuple(sorted({name.split()[0] for name in table})))
     raise UsageError("U001", f"unknown command {first}", try_=f"{PROGRAM} {guess}" if guess else f"{PROGRAM} --help")
@@ -279,7 +279,7 @@ def _internal(error: Exception, words: list[str]) -> ImgclsError:
         f"{type(error).__name__}: {error}",
         where=f"{os.path.basename(last.filename)}, line {last.lineno}, in {last.name}",
         why="this is a mistake in imgcls-fast, not yours",
-        try_=f"run again with --debug: {PROGRAM} {' '.join([*words, '--debug'])}",
+        try_=f"run again with --debug: {command(*words, '--debug')}",
     )
 
 

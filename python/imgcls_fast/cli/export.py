@@ -8,6 +8,7 @@ from typing import Any
 
 from ..core.errors import ConfigError, UsageError
 from ..core.flags import PRECISIONS
+from ..core.text import command
 from .answer import Answer, Request, Session
 from .judge import run_and_rest, trusted
 from .settings import settings_of
@@ -103,7 +104,7 @@ def _target(request: Request) -> str:
     if len(named) > 1:
         both = " and ".join(f"--{name}" for name in named)
         raise UsageError(
-            "U002", f"{both} exclude each other: one export at a time", try_=f"imgcls-fast export --{named[0]}"
+            "U002", f"{both} exclude each other: one export at a time", try_=command("export", f"--{named[0]}")
         )
     return named[0] if named else "onnx"
 
@@ -115,7 +116,7 @@ def _precision(request: Request) -> str | None:
         raise UsageError(
             "U002",
             f"two precisions are asked for: {' and '.join(given)}",
-            try_=f"imgcls-fast export --precision {given[0]}",
+            try_=command("export", "--precision", given[0]),
         )
     return given[0] if given else None
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..core.errors import DataError, UsageError
 from ..core.files import write_text
-from ..core.text import to_csv, to_json
+from ..core.text import command, to_csv, to_json
 from .answer import Answer, Request, Session, plain
 from .settings import whole_number
 from .show import facts, say, share, table
@@ -55,7 +55,7 @@ def predict(request: Request, session: Session) -> Answer:
     run, images = run_and_rest(request.things)
     if not images:
         raise UsageError(
-            "U002", f"{run} is a run; predict needs images as well", try_=f"imgcls-fast predict {run} IMAGES..."
+            "U002", f"{run} is a run; predict needs images as well", try_=command("predict", run, "IMAGES...")
         )
     from ..api import judge as api
     from ..tracking.lines import counted

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Collection
 
 from ..core.errors import UsageError, near
+from ..core.text import command
 
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0", "none", "")
 _SCHEDULES = {"steplr": "step", "cosineannealinglr": "cosine", "cosineannealing": "cosine", "reducelronplateau": "plateau",
@@ -98,7 +99,7 @@ def _finish(reading: _Reading) -> list[str]:
         )
     if reading.root or reading.dataset:
         place = os.path.join(reading.root, reading.dataset) if reading.dataset else reading.root
-        reading.notes.append(f"--root and --dataset_name are now the first word: imgcls-fast train {place}")
+        reading.notes.append(f"--root and --dataset_name are now the first word: {command('train', place)}")
         return [place, *reading.words]
     return reading.words
 

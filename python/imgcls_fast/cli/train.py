@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..core.errors import UsageError
+from ..core.text import command
 from .answer import Answer, Request, Session, plain
 from .settings import settings_of
 from .show import say
@@ -15,7 +16,7 @@ def train(request: Request, session: Session) -> Answer:
     thing, resume = request.thing(), bool(request.get("resume"))
     if resume and (request.get("dry_run") or request.get("dump_config")):
         raise UsageError("U002", "--resume continues a run as it was planned; it goes with neither --dry-run nor --dump-config",
-                         try_=f"imgcls-fast train {thing or ''} --resume".replace("  ", " "))  # fmt: skip
+                         try_=command("train", thing, "--resume"))  # fmt: skip
     config, arguments = settings_of(request, None if resume else thing)
     if request.get("dump_config"):
         from ..core.settings import to_yaml
@@ -29,10 +30,9 @@ def train(request: Request, session: Session) -> Answer:
     from ..api import train as api
 
     sink = _sink(session)
-    command = ["imgcls-fast", *request.words]
     where: dict[str, Any] = {"data": None, "resume": thing or "last"} if resume else {"data": thing}
     try:
-        run = api.train(**where, **arguments, sinks=[sink], command=command)
+        run = api.train(**where, **arguments, sinks=[sink], command=["imgcls-fast", *request.words])
     finally:
         _finish(sink, session)
     return _trained(run)
@@ -73,7 +73,7 @@ def _refuse_a_run_as_data(thing: str | None) -> None:
     from ..core.runs import is_run_folder
 
     if thing and is_run_folder(Path(thing)):
-        raise UsageError("U002", f"{thing} is a run, not data", try_=f"imgcls-fast train {thing} --resume")
+        raise UsageError("U002", f"{thing} is a run, not data", try_=command("train", thing, "--resume"))
 
 
 def _sink(session: Session) -> Any:

@@ -27,6 +27,7 @@ from typing import Any
 from .bundle import Bundle
 from .errors import ExportError
 from .files import explained_write, read_sealed, sha256_file, sha256_json, sync_directory, write_sealed
+from .text import command, quoted
 from .trust import NATIVE, demand_own_code, is_own, signed
 
 INDEX = "index.json"
@@ -70,7 +71,7 @@ class Export:
             return None
         except (OSError, ValueError) as error:
             raise ExportError(
-                "E001", f"{self.folder / GATE} cannot be read: {error}", try_=f"rm -r {self.folder}   (and export again)"
+                "E001", f"{self.folder / GATE} cannot be read: {error}", try_=f"rm -r {quoted(str(self.folder))}   (and export again)"
             ) from error
 
     def write_gate(self, report: dict[str, Any]) -> None:
@@ -186,7 +187,7 @@ def find_export(exports: Path, bundle: Bundle, target: str, precision: str | Non
     Raises:
         ExportError: E001 when there is none, or it is damaged or of another model; with the command that makes it.
     """
-    again = f"imgcls-fast export {exports.parent} --{target}" + (f" --precision {precision}" if precision else "")
+    again = command("export", exports.parent, f"--{target}", *(("--precision", precision) if precision else ()))
     name = f"{target}-{precision}" if precision else target
     try:
         found = read_export(exports / _plain_name(_read_index(exports)[name]))
@@ -222,7 +223,7 @@ def demand_trusted(export: Export, *, trust: bool = False) -> None:
     """
     if export.meta.get("target") in NATIVE and not _intact(export):  # the signature covers the digest, not the file
         raise ExportError(
-            "E001", f"{export.path} is damaged", try_=f"imgcls-fast export {export.folder.parent.parent} --{export.meta['target']}"
+            "E001", f"{export.path} is damaged", try_=command("export", export.folder.parent.parent, f"--{export.meta['target']}")
         )  # fmt: skip
     demand_own_code(export.path, export.meta, trust=trust)
 

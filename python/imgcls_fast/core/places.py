@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from .errors import HardwareError
+from .text import quoted
 
 RUN_NAMES = (
     ".lock", "baseline.json", "bench", "bundle", "checkpoints", "config.yaml", "data.json", "env.json", "eval",
@@ -32,7 +33,7 @@ def demand_no_links(directory: Path) -> None:
             raise HardwareError(
                 "H003",
                 f"cannot write into {directory}: {name} in it is a link, and leads elsewhere",
-                try_=f"find {directory} -type l -ls   (shows where its links lead)",
+                try_=f"find {quoted(str(directory))} -type l -ls   (shows where its links lead)",
             )
 
 

@@ -23,7 +23,7 @@ from .manifest import Manifest
 from .places import demand_no_links, is_run_folder, others_files
 from .predictions import Predictions
 from .settings import build_config, save_config
-from .text import command, printable
+from .text import command, printable, quoted
 
 EFFICIENCY_SCHEMA = 1  # of bench/efficiency.json
 # everything that training, judging, exporting and timing write into the directory of a run
@@ -110,7 +110,7 @@ class Run:
 
     def _unreadable(self, name: str, error: Exception) -> DataError:
         # a file that the disk does not hand out may be whole: it must not be thrown away
-        remedy = "look at the disk, then repeat the command" if isinstance(error, OSError) else f"rm {self.directory / name}"
+        remedy = "look at the disk, then repeat the command" if isinstance(error, OSError) else f"rm {quoted(str(self.directory / name))}"
         return DataError("D016", f"{name} of the run {self.directory} cannot be read: {error}", try_=remedy)
 
     @property

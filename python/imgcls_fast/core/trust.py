@@ -17,6 +17,7 @@ from typing import Any
 from . import env
 from .errors import ExportError
 from .files import sha256_json
+from .text import command
 
 KEY = "exports.key"
 SIGNATURE = "signature"  # in meta.json, over everything else in it, the digest of the file among it
@@ -59,7 +60,7 @@ def demand_own_code(path: Path, meta: Mapping[str, Any], *, trust: bool) -> None
             "E006",
             f"{path} holds native code, and it was not exported by this user with the key in {env.config_dir() or 'no place'}",
             why=f"opening it runs that code; if you know who made it: --runtime {target} --trust",
-            try_=f"imgcls-fast export {run} --{target}",
+            try_=command("export", run, f"--{target}"),
         )
     warnings.warn(f"native code of unknown origin runs, because it was trusted: {path}", stacklevel=2)
 

@@ -22,6 +22,7 @@ from typing import IO
 from imgcls_fast.core import bounds
 from imgcls_fast.core.errors import DataError, HardwareError, near
 from imgcls_fast.core.files import explained_write, sha256_file
+from imgcls_fast.core.text import command
 from imgcls_fast.core.zips import HostileZip, ZipBounds, check_zip
 
 from .tar import HostileTar, TarMember, open_tar, read_members
@@ -132,7 +133,7 @@ def _similar(path: Path) -> str:
     if not path.parent.is_dir():
         return ""
     found = near(path.name, sorted(os.listdir(path.parent)))
-    return f"imgcls-fast data check {path.parent / found}" if found else ""
+    return command("data", "check", path.parent / found) if found else ""
 
 
 def _unpack_whole(path: Path, target: Path, limits: Limits) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 
 from imgcls_fast.core.errors import DataError
 from imgcls_fast.core.manifest import NO_SPLIT, SPLITS, LabelSpace, Manifest, PathList
+from imgcls_fast.core.text import command
 
 from . import decode, duplicates, fetch, sources
 from .quarantine import BadFile
@@ -100,7 +101,7 @@ class DataProblems(DataError):
             first.code,
             f"{len(problems):,} problems in {source}: {kinds}{lines}",
             where=first.where or source,
-            try_=first.try_ or f"imgcls-fast data check {source} --json",
+            try_=first.try_ or command("data", "check", source, "--json"),
         )
 
 
@@ -196,9 +197,9 @@ class Tabulation:
         count = f"{len(bad):,} of {total:,} images cannot be decoded"
         reasons = ", ".join(f"{n:,} x {r}" for r, n in Counter(b.reason.split(":")[0] for b in bad).most_common(4))
         if code == "D012":
-            fix = f"imgcls-fast train {self.source} --bad-images quarantine"
+            fix = command("train", self.source, "--bad-images", "quarantine")
             return Problem(code, kind, count, where=first + more, why=why, try_=fix)
-        fix = f"imgcls-fast train {self.source} --max-bad {len(bad)}"
+        fix = command("train", self.source, "--max-bad", len(bad))
         return Problem(code, kind, f"{count}: {reasons}", where=first + more, why=why, try_=fix)
 
     def _note_two_labels(self, rows: np.ndarray) -> None:
@@ -230,7 +231,7 @@ class Tabulation:
             return rows[keep]
         text = f"{len(lost):,} images are {what}s of images in another split, e.g. {self._path(int(lost[0]))}"
         if self.options.duplicates == "error":
-            fix = f"imgcls-fast train {self.source} --set data.duplicates=drop"
+            fix = command("train", self.source, "--set", "data.duplicates=drop")
             self.problems.append(Problem("D006", f"{what} across splits", text, try_=fix))
         else:
             self.notices.append(f"{text}: kept, so the test figures flatter the model")
@@ -292,7 +293,7 @@ class Tabulation:
                 "group across splits",
                 text,
                 why="the model would be judged on groups that it has learnt from",
-                try_=f"imgcls-fast data split {self.source}",
+                try_=command("data", "split", self.source),
             )
         )
 
@@ -360,7 +361,7 @@ def _elsewhere(source: Path) -> str:
     tables = [p for p in inside if sources.is_table(p) and p.suffix.lower() != ".txt"]
     folders = [p for p in inside if p.is_dir()]
     meant = tables[0] if len(tables) == 1 else folders[0] if len(folders) == 1 else None
-    return f"imgcls-fast data check {meant}" if meant else ""
+    return command("data", "check", meant) if meant else ""
 
 
 def _group_codes(groups: list[str] | None, n: int) -> tuple[np.ndarray, tuple[str, ...]]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from imgcls_fast.core.bounds import TABLE_PATH_CHARACTERS, TABLE_PROBLEMS
 from imgcls_fast.core.errors import DataError, near, shortened
 from imgcls_fast.core.manifest import NO_SPLIT
+from imgcls_fast.core.text import command
 
 from .fetch import SPLIT_FOLDERS, is_ignored
 from .spelling import Spellings, as_windows, class_name, is_text
@@ -201,9 +202,7 @@ def _no_classes(root: str, files: list[str]) -> Problem:
         "no class folders",
         f"{root} has no class folders (one folder of images for each class)",
         where=root,
-        try_=f"imgcls-fast data check {os.path.join(root, tables[0])}"
-        if tables
-        else f"imgcls-fast data check {os.path.dirname(root)}",
+        try_=command("data", "check", os.path.join(root, tables[0]) if tables else os.path.dirname(root)),
     )
 
 

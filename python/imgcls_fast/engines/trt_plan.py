@@ -22,6 +22,7 @@ from torch import Tensor
 from ..core.env import install_hint
 from ..core.errors import ExportError, HardwareError
 from ..core.manifest import LabelSpace
+from ..core.text import command
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -255,8 +256,8 @@ def check_plan(
 def foreign(plan: Path, reason: str, *, why: str = "") -> ExportError:
     """E005 of a plan; the command builds it again for the run that it lies in."""
     inside = len(plan.parents) > 2 and plan.parents[1].name == "exports"
-    run = f" {plan.parents[2]}" if inside else ""
-    return ExportError("E005", f"{plan} cannot be used: {reason}", why=why, try_=f"imgcls-fast export{run} --trt")
+    run = plan.parents[2] if inside else None
+    return ExportError("E005", f"{plan} cannot be used: {reason}", why=why, try_=command("export", run, "--trt"))
 
 
 def _other_version(meta: Mapping[str, Any], here: Mapping[str, Any]) -> str:

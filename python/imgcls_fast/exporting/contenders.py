@@ -12,6 +12,7 @@ from ..core.bundle import Bundle
 from ..core.errors import ExportError, HardwareError, ImgclsError
 from ..core.exports import Export, demand_own, demand_trusted, list_exports, read_export
 from ..core.flags import RUNTIMES
+from ..core.text import command
 from ..engines.base import Engine
 from ..engines.openvino_runtime import quiet_openvino
 from ..engines.runtimes import OPENERS, open_engine, open_export
@@ -126,8 +127,8 @@ def _listed(
     if "compile" in runtimes:
         yield Contender("compile", "compile")
     elif not runtimes and only is None:
-        command = f"imgcls-fast bench {run} --runtime compile"
-        yield Absent("compile", "it is timed only when it is named: compiling takes seconds to minutes", command)
+        again = command("bench", run, "--runtime", "compile")
+        yield Absent("compile", "it is timed only when it is named: compiling takes seconds to minutes", again)
     there = list_exports(exports) if only is None else [read_export(only)]
     for export in there:
         yield from _of_export(export, bundle, run, runtimes, strict=only is not None, trust=trust)
@@ -154,7 +155,7 @@ def _of_export(
             )
         return
     readers = [runtime for runtime in readers if not runtimes or runtime in runtimes]
-    again = f"imgcls-fast export {run} --{target} --precision {precision}"
+    again = command("export", run, f"--{target}", "--precision", precision)
     try:
         demand_own(export, bundle, again)
         trust = trust and (strict or target in runtimes)
@@ -179,7 +180,7 @@ def _unexported(runtime: str, target: str, run: str) -> Absent:
         _require(runtime)
     except HardwareError as error:
         return Absent.of(runtime, error)
-    return Absent(runtime, f"there is no {target} export", f"imgcls-fast export {run} --{target}")
+    return Absent(runtime, f"there is no {target} export", command("export", run, f"--{target}"))
 
 
 def _require(runtime: str) -> None:

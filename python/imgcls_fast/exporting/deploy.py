@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from ..core.errors import ConfigError, near
 from ..core.exports import Export
+from ..core.text import command
 
 KINDS = ("kserve", "k8s")
 HTTP, GRPC, METRICS = 8000, 8001, 8002
@@ -102,7 +103,7 @@ def render(
         raise ConfigError(
             "C003",
             f"a manifest is for one of {', '.join(KINDS)}, got {kind!r}",
-            try_=f"imgcls-fast deploy render {guess or KINDS[0]}",
+            try_=command("deploy", "render", guess or KINDS[0]),
         )
     meta, gate = (export.meta, export.gate) if isinstance(export, Export) else (export, None)
     if meta.get("target") != "triton":

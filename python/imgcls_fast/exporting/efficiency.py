@@ -43,6 +43,7 @@ from ..core.bundle import Bundle, read_bundle
 from ..core.errors import ConfigError, ExportError, HardwareError, ImgclsError, ModelError, near
 from ..core.files import explained_write, write_json
 from ..core.run import EFFICIENCY_SCHEMA, Run
+from ..core.text import command
 from ..engines.as_found import as_found
 from ..engines.base import Engine
 from ..engines.timing import (
@@ -114,7 +115,7 @@ def examine(
     """
     _check(runtimes, batches, duration_s, device)
     if not run.finished:
-        raise ModelError("M005", f"{run.directory} is not finished", try_=f"imgcls-fast train {run.directory} --resume")
+        raise ModelError("M005", f"{run.directory} is not finished", try_=run.resume_command)
     run.demand_own_places()
     bundle, name = read_bundle(run.bundle_path), str(run.directory)
     contenders, absent = contenders_of(bundle, run.exports, run=name, runtimes=runtimes, only=export, trust=trust)
@@ -173,7 +174,7 @@ def _nothing_reads(export: Path, absent: list[Absent], runtimes: tuple[str, ...]
     if absent:
         return ExportError("E001", absent[0].reason, try_="imgcls-fast bench RUN")
     named = " and ".join(runtimes)
-    return ConfigError("C004", f"{named} cannot read {export}", try_=f"imgcls-fast bench {export}")
+    return ConfigError("C004", f"{named} cannot read {export}", try_=command("bench", export))
 
 
 def _estimate_s(task: _Task, engines: int) -> float:

@@ -22,6 +22,7 @@ from ..core.errors import DataError, GateFailed
 from ..core.files import sha256_json
 from ..core.manifest import Manifest, PathList
 from ..core.predictions import Predictions
+from ..core.text import command
 from ..engines.base import Engine, predict
 from ..evaluation.paired import Judgement, judge
 
@@ -165,9 +166,9 @@ def demand(judgement: Judgement, name: str, *, run: str = "RUN", verdict_share: 
     if judgement.passed:
         return
     target, _, precision = name.partition("-")
-    command = f"imgcls-fast export {run} --{target}"
-    milder = f"{command} --precision {_NEXT[precision]}" if precision in _NEXT else f"imgcls-fast verify {run}"
-    more = f"{command} --precision {precision} --gate-data DATA"
+    again = command("export", run, f"--{target}")
+    milder = f"{again} --precision {_NEXT[precision]}" if precision in _NEXT else command("verify", run)
+    more = f"{again} --precision {precision} --gate-data DATA"
     drop, bound, lower, allowed, sure = (
         f"{100 * value:.4g}"
         for value in (

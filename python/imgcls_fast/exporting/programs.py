@@ -22,6 +22,7 @@ from ..core.bundle import Bundle
 from ..core.config import ExportConfig
 from ..core.errors import ConfigError, ExportError, near
 from ..core.exports import Export, choose, export_key, find_key, finish, new_export
+from ..core.text import command
 from ..engines.base import Engine, dominant
 from ..engines.packages import AotiEngine, aoti_host
 from ..engines.runtimes import (
@@ -275,7 +276,7 @@ def _verify(
             "E001",
             f"{RUNTIMES[target]} of {bundle.arch.get('arch')} does not run with {sorted({len(x) for x in listed})} images: "
             f"{last_line(error)}",
-            try_=f"imgcls-fast export --{target} --batch 1",
+            try_=command("export", f"--{target}", "--batch", 1),
         ) from error
     engine.close()
     judge_comparison(result, precision, settings.max_score_diff, RUNTIMES[target])

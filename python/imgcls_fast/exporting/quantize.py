@@ -20,6 +20,7 @@ from ..core import child, env
 from ..core.errors import ExportError, HardwareError
 from ..core.files import explained_write, sha256_json, sync_directory
 from ..core.manifest import Manifest
+from ..core.text import command
 from .qdq import UINT8, View, holds_quantisation, load, opset
 from .quantize_child import CALIBRATION, MADE, MODEL, REQUEST, RESULT
 
@@ -225,7 +226,7 @@ def _check_fallback(made_by: str, method: str, version: int) -> None:
         raise ExportError(
             "E003",
             f"ONNX Runtime's quantizer takes opset {_FALLBACK_OPSET} at most, and the graph has {version}",
-            try_=f"imgcls-fast export --onnx --precision int8 --opset {_FALLBACK_OPSET}",
+            try_=command("export", "--onnx", "--precision", "int8", "--opset", _FALLBACK_OPSET),
         )
     if made_by == "onnxruntime" and method != "max":
         raise ExportError(

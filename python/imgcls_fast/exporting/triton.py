@@ -24,6 +24,7 @@ from ..core.bundle import Bundle
 from ..core.errors import ConfigError, ExportError, HardwareError
 from ..core.exports import GATE, Export, choose, export_key, find_key, finish, new_export
 from ..core.files import explained_write, sha256_file, write_text, write_whole
+from ..core.text import command
 from ..data.loader import dali_missing
 from .triton_config import CONFIG, PIXELS, SCORES, Word, check_repository, label_lines, to_pbtxt
 
@@ -188,7 +189,7 @@ def _check_source(bundle: Bundle, export: Export, options: TritonOptions) -> Non
             f"Triton is given an ONNX or a TensorRT export, got {target!r}",
             try_="imgcls-fast export RUN --triton",
         )
-    again = f"imgcls-fast export {export.folder.parent.parent} --{target}"
+    again = command("export", export.folder.parent.parent, f"--{target}")
     if meta.get("bundle") != bundle.digest or meta.get("temperature") != bundle.temperature:
         raise ExportError("E001", f"{export.path} was made from another model than {bundle.directory}", try_=again)
     if not export.path.is_file() or sha256_file(export.path) != meta.get("sha256"):
@@ -199,7 +200,7 @@ def _check_source(bundle: Bundle, export: Export, options: TritonOptions) -> Non
         raise ExportError(
             "E001",
             "ONNX Runtime has no bfloat16 for most operators, so Triton cannot serve this file",
-            try_=f"imgcls-fast export {export.folder.parent.parent} --onnx --precision fp16",
+            try_=command("export", export.folder.parent.parent, "--onnx", "--precision", "fp16"),
         )
 
 

@@ -16,6 +16,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..core.errors import ExportError, HardwareError, ImgclsError, Interrupted
+from ..core.text import command
 from ..engines.trt_plan import Messages
 
 if TYPE_CHECKING:
@@ -74,11 +75,11 @@ def unreadable(onnx: Path, errors: Iterable[trt.ParserError], heard: Messages) -
 
 def failed(onnx: Path, heard: Messages, *, workspace_gb: float, largest: int) -> ImgclsError:
     """What to raise when the builder gave no plan."""
-    larger = f"imgcls-fast export --trt --set export.trt_workspace_gb={2 * workspace_gb:g}"
+    larger = command("export", "--trt", "--set", f"export.trt_workspace_gb={2 * workspace_gb:g}")
     if heard.out_of_memory:
         return HardwareError(
             "H002", f"the GPU has not the memory to build an engine from {onnx.name}", why=_short(heard.summary()),
-            try_=f"imgcls-fast export --trt --max-batch {max(1, largest // 2)}",
+            try_=command("export", "--trt", "--max-batch", max(1, largest // 2)),
         )  # fmt: skip
     layer = next((found for found in map(layer_of, heard.texts) if found), "")
     return ExportError(

@@ -22,6 +22,7 @@ from ..core.errors import DataError, GateFailed, ImgclsError
 from ..core.exports import list_exports
 from ..core.manifest import Manifest
 from ..core.pixels import Pixels
+from ..core.text import command
 from ..core.undecoded import Undecoded
 from ..data.loader import dali_missing, make_batch, open_loader
 from ..data.sampler import Sampler
@@ -173,7 +174,7 @@ def demand_same(result: Mapping[str, Any], *, run: str = "RUN") -> None:
         again = "imgcls-fast train DATA --loader torch"
     else:
         target = _TARGETS.get(first["name"].partition("-")[0])
-        again = f"imgcls-fast export {run} --{target}" if target else "imgcls-fast doctor"
+        again = command("export", run, f"--{target}") if target else "imgcls-fast doctor"
     others = ", ".join(entry["name"] for _, entry in failed[1:])
     known = result["pixels"]["known"] if first["name"].startswith("dali") else ""
     raise GateFailed(

@@ -13,6 +13,7 @@ from ..core.config import RunConfig, free_settings
 from ..core.errors import ModelError
 from ..core.manifest import Manifest
 from ..core.settings import flatten
+from ..core.text import command
 from ..data.augment import LAYOUT as AUGMENT_LAYOUT
 from ..data.sampler import LAYOUT as SAMPLER_LAYOUT
 
@@ -93,5 +94,5 @@ def require_same_trajectory(before: dict[str, Any], now: dict[str, Any], run: Ru
         f"{run.name} would not be the same run: {texts[0]}" + (f" (also: {'; '.join(texts[1:])})" if texts[1:] else ""),
         where=f"recorded in {where}",
         why=f"what shapes the weights has changed since: {run.config_path.name}, model.json, or this program",
-        try_=f"put it back, or begin a new run: imgcls-fast train DATA --init {run.directory}",
+        try_=f"put it back, or begin a new run: {command('train', 'DATA', '--init', run.directory)}",
     )

@@ -19,6 +19,7 @@ from ..core.predictions import Predictions
 from ..core.run import Run
 from ..core.runs import find_run
 from ..core.settings import flatten
+from ..core.text import command
 from ..core.undecoded import Undecoded
 from ..data.loader import open_loader
 from ..data.prepare import scan_to_judge
@@ -69,7 +70,7 @@ def best_model(run: Run) -> tuple[Classifier, dict[str, Any], Progress]:
     facts = run.read_json("model.json")
     if facts is None:
         raise ModelError(
-            "M005", f"{run.directory} has no model yet", try_=f"imgcls-fast train {run.directory} --resume"
+            "M005", f"{run.directory} has no model yet", try_=run.resume_command
         )
     tensors, progress = final_state(run)
     model = build_model(ModelSpec.from_dict(facts["spec"]))
@@ -142,7 +143,7 @@ def run_engine(
         raise ConfigError(
             "C004",
             f"{run.directory} is not finished, so only the runtime torch can answer",
-            try_=f"imgcls-fast train {run.directory} --resume",
+            try_=run.resume_command,
         )
     model, facts, progress = best_model(run)
     engine = TorchEngine(model.to(device), run.manifest.labels, Pixels.from_dict(facts["pixels"]), device=device)
@@ -190,6 +191,6 @@ def engine_and_rows(
     rows = run.manifest.rows(split)
     if not len(rows):
         raise DataError(
-            "D014", f"{run.name} has no {split} images", try_=f"imgcls-fast eval {run.directory} --split val"
+            "D014", f"{run.name} has no {split} images", try_=command("eval", run.directory, "--split", "val")
         )
     return engine, note, run.manifest, rows, Undecoded(), ()

@@ -9,6 +9,7 @@ from ..core.errors import UsageError
 from ..core.manifest import Manifest
 from ..core.predictions import Predictions
 from ..core.run import Run
+from ..core.text import command, quoted
 from ..data.quarantine import read_quarantine
 from ..evaluation.metrics import Metrics, judge
 from ..evaluation.paired import Difference, compare
@@ -47,9 +48,9 @@ def against_baseline(run: Run, manifest: Manifest, split: str, predictions: Pred
 def next_commands(run: Run) -> list[tuple[str, str]]:
     """(what, command line) of what one usually does after training."""
     return [
-        ("predict", f"imgcls-fast predict {run.directory} IMAGES"),
-        ("export", f"imgcls-fast export {run.directory} --onnx"),
-        ("evaluate", f"imgcls-fast eval {run.directory} OTHER_DATA"),
+        ("predict", command("predict", run.directory, "IMAGES")),
+        ("export", command("export", run.directory, "--onnx")),
+        ("evaluate", command("eval", run.directory, "OTHER_DATA")),
     ]
 
 
@@ -65,7 +66,7 @@ def report_run(run: Run) -> Path:
         raise UsageError(
             "U003",
             f"{run.directory} was not judged yet, so there is nothing to report",
-            try_=f"imgcls-fast train {run.directory} --resume",
+            try_=run.resume_command,
         )
     manifest = run.manifest
     data, environment, model = (
@@ -93,7 +94,7 @@ def report_run(run: Run) -> Path:
         temperature=bundle.get("temperature"),
         calibration=bundle.get("provenance", {}).get("calibration", ""),
         env=_environment(environment),
-        reproduce=f"imgcls-fast train {data.get('source') or ''} -c {run.config_path}".replace("  ", " "),
+        reproduce=command("train", data.get("source"), "-c", run.config_path),
         commands=[command for _, command in next_commands(run)],
         warnings=list(data.get("notices", [])),
         efficiency=run.efficiency,
@@ -122,4 +123,4 @@ def _baseline(run: Run) -> dict[str, Any] | None:
 def _environment(facts: dict[str, Any]) -> dict[str, Any]:
     flat = {key: value for key, value in facts.items() if key not in ("libraries", "command") and value is not None}
     flat |= {name: version for name, version in facts.get("libraries", {}).items() if version}
-    return flat | {"command": " ".join(facts.get("command", []))}
+    return flat | {"command": " ".join(map(quoted, facts.get("command", [])))}

@@ -20,6 +20,7 @@ from ..core.predictions import Predictions
 from ..core.run import Run
 from ..core.runs import mark_begun, mark_last, new_run_path
 from ..core.settings import flatten, replace_settings
+from ..core.text import command
 from ..core.undecoded import Undecoded
 from ..data import reach
 from ..data.prepare import Prepared, changed_files, prepare
@@ -129,7 +130,7 @@ def resume(run: Run, changes: dict[str, Any], sinks: Sequence[Callable[[Event], 
             raise ModelError(
                 "M005",
                 f"{run.directory} stopped before its plan was written",
-                try_=f"imgcls-fast train {manifest.source}",
+                try_=command("train", manifest.source),
             )
         plan = Plan.from_dict(facts, config)
         if "trajectory" in facts:
@@ -139,7 +140,7 @@ def resume(run: Run, changes: dict[str, Any], sinks: Sequence[Callable[[Event], 
         if death := run.unexplained_end():
             stage.emit({"event": "warning", "text": death})
         if run.finished and run.report_path.exists():
-            more = f"imgcls-fast train {manifest.source} --init {run.directory}"
+            more = command("train", manifest.source, "--init", run.directory)
             stage.emit(
                 {"event": "warning", "text": f"{run.name} is finished; to go on training, begin a new run: {more}"}
             )
@@ -223,7 +224,7 @@ def _changed_config(run: Run, changes: dict[str, Any]) -> RunConfig:
             "M006",
             f"{name} is {before[name]} in {run.name} and cannot become {after[name]}: it would not be the same run"
             + (f" (also: {', '.join(refused[1:])})" if refused[1:] else ""),
-            try_=f"imgcls-fast train DATA --init {run.directory}   (a new run that begins with these weights)",
+            try_=f"{command('train', 'DATA', '--init', run.directory)}   (a new run that begins with these weights)",
         )
     return replace_settings(
         stored, {name: after[name] for name in differing if name != "out"}
@@ -244,7 +245,7 @@ def _require_same_files(run: Run, manifest: Manifest) -> None:
         error = reach.unreachable(manifest.root / away[0], missing, sum(reach.WAITS_S), others=len(away) - 1)
         error.try_ = (
             f"bring the files back, then {run.resume_command}"
-            f"   (gone for good: imgcls-fast train {manifest.source} --init {run.directory})"
+            f"   (gone for good: {command('train', manifest.source, '--init', run.directory)})"
         )
         raise error
     if changed:
@@ -252,7 +253,7 @@ def _require_same_files(run: Run, manifest: Manifest) -> None:
             "D010",
             f"{len(changed)} of {len(manifest)} images changed or vanished since {run.name} began",
             where=", ".join(changed[:3]) + (f", +{len(changed) - 3} more" if len(changed) > 3 else ""),
-            try_=f"restore the files, or begin a new run: imgcls-fast train {manifest.source} --init {run.directory}",
+            try_=f"restore the files, or begin a new run: {command('train', manifest.source, '--init', run.directory)}",
         )
 
 
