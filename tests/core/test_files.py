@@ -126,8 +126,7 @@ def test_digests_are_sha256_and_those_of_json_ignore_the_order_of_keys(tmp_path)
 def test_no_file_is_replaced_whose_name_the_user_has_not_typed(tmp_path, monkeypatch):
     import imgcls_fast as ic
     from imgcls_fast.core.errors import UsageError
-    from imgcls_fast.core.files import refuse_to_replace
-    from imgcls_fast.evaluation.report import claim_folder
+    from imgcls_fast.core.outputs import JUDGED, JUDGED_NAMES, claim_folder
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "split.csv").write_text("mine")
@@ -136,7 +135,7 @@ def test_no_file_is_replaced_whose_name_the_user_has_not_typed(tmp_path, monkeyp
     assert (tmp_path / "split.csv").read_text() == "mine"
     (tmp_path / "metrics.json").write_text("mine")
     with pytest.raises(UsageError, match=r"metrics\.json"):
-        claim_folder(tmp_path)
-    (tmp_path / "predictions.json").write_text("{}")  # a former evaluation's folder may be used again
-    claim_folder(tmp_path)
-    refuse_to_replace(tmp_path / "absent", ["x"])
+        claim_folder(tmp_path, JUDGED_NAMES, JUDGED)
+    (tmp_path / "predictions.json").write_text('{"labels": {}, "fingerprint": "", "has_targets": true}')
+    claim_folder(tmp_path, JUDGED_NAMES, JUDGED)  # a former evaluation's folder may be used again
+    claim_folder(tmp_path / "absent", ["x"], JUDGED)

@@ -20,6 +20,7 @@ def benchmark(
     out: str | Path | None = None,
     say: Callable[[str], None] | None = None,
     trust: bool = False,
+    force: bool = False,
 ) -> dict[str, Any]:
     """Time the engines of a run on this machine: latency, rate, what they compute in and what they are worth.
 
@@ -31,14 +32,20 @@ def benchmark(
         device: cpu or cuda; None: a GPU if there is one.
         out: also write the result there, as JSON; bench/efficiency.json of the run is always written.
         say: told what happens, in sentences.
+        force: replace a file at `out` that `bench` has not written.
 
     Returns:
         model, engines (latency in ms, images per second, ratio to torch with its interval, precision, accuracy), data
         (images per second from files), absent (with reasons), machine. See `exporting.efficiency`.
 
     Raises:
+        UsageError: U002 when `out` would replace somebody else's file.
         ConfigError: C003 for an unknown runtime or batch size; ModelError M004, M005; ExportError E001, E005.
     """
+    from ..core.outputs import TIMES, claim_file
+
+    if out is not None:
+        claim_file(Path(out), TIMES, force=force)
     from ..exporting.efficiency import examine
 
     return examine(
@@ -47,23 +54,26 @@ def benchmark(
     )  # fmt: skip
 
 
-def bench_report(results: Sequence[str | Path] | str | Path, out: str | Path = "bench") -> dict[str, Any]:
+def bench_report(
+    results: Sequence[str | Path] | str | Path, out: str | Path = "bench", *, force: bool = False
+) -> dict[str, Any]:
     """Draw results of `pytest benchmarks`: one picture an area, the engines' accuracy against latency, one HTML page.
 
     Args:
         results: folders `results/<machine>`.
         out: folder for the page and the pictures.
+        force: replace files there that no report of benchmarks has written.
 
     Returns:
         page, pictures (paths), tables (text of each area).
 
     Raises:
-        UsageError: U004 when there are no results, or they cannot be read.
+        UsageError: U004 when there are no results, or they cannot be read; U002 when somebody else's files would be replaced.
     """
     from ..evaluation.benchcharts import write_bench_report
 
     given = [results] if isinstance(results, str | Path) else results
-    return write_bench_report([Path(folder) for folder in given], Path(out))
+    return write_bench_report([Path(folder) for folder in given], Path(out), force=force)
 
 
 def bench_compare(before: str | Path, after: str | Path) -> dict[str, Any]:

@@ -25,19 +25,30 @@ def check_data(data: str | Path | None = None, **arguments: Any) -> dict[str, An
     return found.to_dict()
 
 
-def split_data(data: str | Path | None = None, *, out: str | Path | None = None, **arguments: Any) -> dict[str, Any]:
+def split_data(
+    data: str | Path | None = None, *, out: str | Path | None = None, force: bool = False, **arguments: Any
+) -> dict[str, Any]:
     """Divide images into train, val and test, and write split.csv, which `train` takes as data.
+
+    Args:
+        out: the table to write, ending in .csv; None: split.csv, where there is none yet.
+        force: replace a file that is not an earlier table of splits; never the table that is read.
 
     Returns:
         path of the file, images of each split, notices.
+
+    Raises:
+        UsageError: U002 when the file may not be written there; DataError as `train`.
     """
+    from ..core.outputs import SPLIT, claim_file, demand_new
     from ..data.prepare import prepare
     from ..data.split import write_split_csv
 
     config = config_of(data, arguments)
+    inputs = [Path(config.data.source)] if config.data.source else []
+    path = claim_file(Path(out), SPLIT, force=force, inputs=inputs) if out else demand_new(Path("split.csv"), SPLIT)
     prepared = prepare(config.data, config.pixels.exif, env.cache_dir())
-    path = Path(out) if out else Path("split.csv")
-    write_split_csv(path, prepared.manifest, replace=out is not None)
+    write_split_csv(path, prepared.manifest)
     names = ("images", "splits", "quarantined", "duplicates_removed", "notices")
     return {"path": str(path), **{name: prepared.facts()[name] for name in names}}
 

@@ -24,6 +24,7 @@ def evaluate(
     batch_size: int | None = None,
     out: str | Path | None = None,
     trust: bool = False,
+    force: bool = False,
 ) -> Metrics:
     """Judge a run on one of its own splits, or on other labelled images; each row counts exactly once.
 
@@ -35,18 +36,24 @@ def evaluate(
         out: folder for metrics.json, per_class.csv, confusion.csv and predictions.csv.
         trust: open native code (aoti, trt) that this user has not exported; here and below.
 
+        force: replace files in `out` that no evaluation has written; never the table that `data` names.
+
     Raises:
+        UsageError: U002 when files in `out` may not be replaced.
         DataError: D001..D014; ModelError M004, M005; ExportError E001.
     """
+    from ..core.outputs import JUDGED, JUDGED_NAMES, claim_folder
+
+    images = None if data is None else Path(data)
+    if out is not None:
+        claim_folder(Path(out), JUDGED_NAMES, JUDGED, force=force, inputs=[] if images is None else [images])
     from ..data.loader import usual_loader
     from ..evaluation.metrics import judge, without
-    from ..evaluation.report import claim_folder, write_evaluation
+    from ..evaluation.report import write_evaluation
     from ..training.judging import engine_and_rows, score_rows
 
-    claim_folder(out)
     found = run_of(run)
     device = usual_device()
-    images = None if data is None else Path(data)
     engine, note, manifest, rows, left, said = engine_and_rows(found, images, split, runtime, device, precision, trust)
     settings = found.config.evaluate
     predictions = score_rows(
@@ -132,12 +139,18 @@ def load_model(run: RunLike = None, *, runtime: str = "torch", trust: bool = Fal
     return Predictor(run, runtime=runtime, trust=trust)
 
 
-def report(run: RunLike = None) -> Path:
+def report(run: RunLike = None, *, force: bool = False) -> Path:
     """Write report.html of a run again, from its directory alone.
 
+    Args:
+        force: replace a report.html that we have not written.
+
     Raises:
-        UsageError: U003 when the run was not judged yet.
+        UsageError: U003 when the run was not judged yet; U002 when its report.html is somebody else's.
     """
+    from ..core.outputs import REPORT, demand_ours
     from ..training.reporting import report_run
 
-    return report_run(run_of(run))
+    found = run_of(run)
+    demand_ours(found.report_path, REPORT, force=force)
+    return report_run(found)

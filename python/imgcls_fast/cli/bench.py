@@ -30,6 +30,7 @@ def bench(request: Request, session: Session) -> Answer:
         out=request.get("out"),
         say=session.note,
         trust=trusted(request, named),
+        force=bool(request.get("force")),
     )
     path = str(Path(found["run"]) / "bench" / "efficiency.json")
     best = max(found["engines"], key=lambda row: row["best"]["images_per_s"])
@@ -94,7 +95,8 @@ def report(request: Request, session: Session) -> Answer:
     """Draw the results of the suite."""
     from ..api import bench as api
 
-    found = api.bench_report([Path(thing) for thing in request.things], request.get("out") or "bench")
+    given = [Path(thing) for thing in request.things]
+    found = api.bench_report(given, request.get("out") or "bench", force=bool(request.get("force")))
 
     def show(console: Any) -> None:
         for text in found["tables"]:
@@ -108,13 +110,18 @@ def report(request: Request, session: Session) -> Answer:
 def compare(request: Request, session: Session) -> Answer:
     """Compare two results; what became slower is exit code 5."""
     before, after = request.things
+    out = Path(request.get("out")) if request.get("out") else None
+    if out is not None:
+        from ..core.outputs import CHANGES, claim_file
+
+        claim_file(out, CHANGES, force=bool(request.get("force")))
     from ..api import bench as api
 
     found = api.bench_compare(before, after)
-    if request.get("out"):
+    if out is not None:
         from ..core.files import write_json
 
-        write_json(Path(request.get("out")), found)
+        write_json(out, found)
     slower = [row for row in found["rows"] if row["flagged"]]
     if slower:
         raise GateFailed(

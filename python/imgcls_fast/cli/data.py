@@ -23,7 +23,7 @@ def split(request: Request, session: Session) -> Answer:
     _, arguments = settings_of(request, request.thing())
     from ..api import data as api
 
-    return _answer(plain(api.split_data(request.thing(), out=request.get("out"), **arguments)))
+    return _answer(plain(api.split_data(request.thing(), out=request.get("out"), force=bool(request.get("force")), **arguments)))
 
 
 def stats(request: Request, session: Session) -> Answer:

@@ -44,7 +44,7 @@ def export(request: Request, session: Session) -> Answer:
 
     made = api.export(
         run, target, precision=precision, overrides=asked, out=request.get("out"), say=session.note,
-        progress=_progress(session),
+        progress=_progress(session), force=bool(request.get("force")),
     ).to_dict()  # fmt: skip
     if request.get("out"):
         made["copy"] = request.get("out")
@@ -68,7 +68,9 @@ def verify(request: Request, session: Session) -> Answer:
     run, _ = run_and_rest(request.things, data=False)
     from ..api import export as api
 
-    found = api.verify(run, out=request.get("out"), trust=trusted(request, run or ""))
+    found = api.verify(
+        run, out=request.get("out"), trust=trusted(request, run or ""), force=bool(request.get("force"))
+    )
 
     line = f"{found['images']:,} images: every loader and runtime that is here gives the same"
     for notice in found["notices"]:
@@ -85,11 +87,15 @@ def deploy(request: Request, session: Session) -> Answer:
     """Write a manifest for Kubernetes or KServe."""
     kind, *rest = request.things
     run, _ = run_and_rest(rest, data=False)
+    out = request.get("out")
+    if out:
+        from ..core.outputs import SERVICE, claim_file
+
+        claim_file(Path(out), SERVICE, force=bool(request.get("force")))
     from ..api import export as api
 
     named = {name: request.get(name) for name in ("name", "image", "storage") if request.get(name)}
     text = api.deploy(run, kind, **named)
-    out = request.get("out")
     if out:
         from ..core.files import write_text
 

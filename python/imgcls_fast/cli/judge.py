@@ -8,6 +8,7 @@ from typing import Any
 
 from ..core.errors import DataError, UsageError
 from ..core.files import write_text
+from ..core.outputs import ANSWERS, claim_file
 from ..core.text import command, to_csv, to_json
 from .answer import Answer, Request, Session, plain
 from .settings import whole_number
@@ -36,6 +37,7 @@ def evaluate(request: Request, session: Session) -> Answer:
         batch_size=batch_size,
         out=request.get("out"),
         trust=trusted(request, runtime),
+        force=bool(request.get("force")),
     )
     metrics = plain(found)
     what = rest[0] if rest else split
@@ -48,10 +50,8 @@ def predict(request: Request, session: Session) -> Answer:
     """Name the class of images; exit code 3 only if none could be read."""
     top_k, batch_size = whole_number(request, "top_k") or 1, whole_number(request, "batch_size")
     out = Path(request.get("out")) if request.get("out") else None
-    if out is not None and out.suffix not in (".csv", ".jsonl"):
-        raise UsageError(
-            "U002", f"--out must end in .csv or .jsonl, got {out}", try_=f"--out {out.with_suffix('.csv')}"
-        )
+    if out is not None:
+        claim_file(out, ANSWERS, force=bool(request.get("force")), inputs=map(Path, request.things))
     run, images = run_and_rest(request.things)
     if not images:
         raise UsageError(
@@ -74,7 +74,7 @@ def predict(request: Request, session: Session) -> Answer:
     bad = [answer for answer in answers if answer.get("error")]
     if out is not None:
         rows = [_heads(top_k), *_rows(answers, top_k)]
-        write_text(out, to_csv(rows) if out.suffix == ".csv" else "".join(f"{to_json(answer)}\n" for answer in answers))
+        write_text(out, to_csv(rows) if out.suffix.lower() == ".csv" else "".join(f"{to_json(answer)}\n" for answer in answers))
     value = {"run": run or "last", "predictions": answers, "failed": len(bad), "out": str(out) if out else None}
     line = f"{counted(len(answers) - len(bad), 'image')} answered, {len(bad):,} could not be read" + (
         f" -> {out}" if out else ""
@@ -94,7 +94,7 @@ def report(request: Request, session: Session) -> Answer:
     run, _ = run_and_rest(request.things, data=False)
     from ..api import judge as api
 
-    path = str(api.report(run))
+    path = str(api.report(run, force=bool(request.get("force"))))
     return Answer({"run": run or "last", "report": path}, lambda console: say(console, path), path)
 
 

@@ -10,14 +10,14 @@ import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from .bounds import JSON_BYTES
-from .errors import HardwareError, UsageError
+from .errors import HardwareError
 from .text import to_json
 
 SEAL = "seal"  # key of the digest that a sealed JSON file holds of itself
@@ -117,27 +117,6 @@ def copy_whole(source: Path, place: Path) -> None:
             raise
 
 
-def refuse_to_replace(folder: Path, names: Iterable[str], ours: str | None = None) -> None:
-    """Raise if a file that is not ours would be replaced: its name is one that the user has not typed.
-
-    Args:
-        folder: where the files are to be written.
-        names: of the files, relative to it.
-        ours: name of a file that only we write; where it is present, the others are from us too. None: there is none.
-
-    Raises:
-        UsageError: U002, naming the files.
-    """
-    if ours is not None and os.path.lexists(folder / ours):
-        return
-    if taken := sorted(name for name in names if os.path.lexists(folder / name)):
-        raise UsageError(
-            "U002",
-            f"{folder} already holds {', '.join(taken)}, which would be replaced",
-            try_="choose another place with --out",
-        )
-
-
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text so that readers see the old file or the new one, never half of it.
 
@@ -173,6 +152,12 @@ def read_end(path: Path | str, limit: int) -> bytes:
     """Read the last `limit` bytes of a file, as `read_bounded`; the first line may be half a line then."""
     with _open_regular(path) as file:
         file.seek(max(0, os.fstat(file.fileno()).st_size - limit))
+        return file.read(limit)
+
+
+def read_start(path: Path | str, limit: int) -> bytes:
+    """Read the first `limit` bytes of a file, as `read_bounded`."""
+    with _open_regular(path) as file:
         return file.read(limit)
 
 

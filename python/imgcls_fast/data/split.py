@@ -11,7 +11,7 @@ from typing import BinaryIO
 import numpy as np
 
 from imgcls_fast.core.errors import DataError
-from imgcls_fast.core.files import refuse_to_replace, write_whole
+from imgcls_fast.core.files import write_whole
 from imgcls_fast.core.manifest import NO_SPLIT, SPLITS, Manifest
 from imgcls_fast.core.text import to_csv
 
@@ -241,16 +241,11 @@ def _repair(label: np.ndarray, unit: np.ndarray, keys: np.ndarray, have: np.ndar
         move(int(one), int(empty))
 
 
-def write_split_csv(path: Path, manifest: Manifest, *, replace: bool = True) -> None:
+def write_split_csv(path: Path, manifest: Manifest) -> None:
     """Write path, label, group, split: a table for people, which is also a source that gives the same split again.
 
     Paths are relative to the table's folder where the images lie below it, else absolute.
-
-    Raises:
-        UsageError: U002 when the file exists and `replace` is off.
     """
-    if not replace:
-        refuse_to_replace(path.parent, [path.name])
     folder = os.path.abspath(path.parent)
     root = os.path.abspath(manifest.root)
     below = root == folder or root.startswith(folder.rstrip("/") + "/")

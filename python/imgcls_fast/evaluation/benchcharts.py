@@ -14,7 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.files import refuse_to_replace, write_text
+from ..core.files import write_text
+from ..core.outputs import BENCH_PAGE, claim_folder
 from .benchpage import day, digits, meaning, page, paired, source_of, standing, threads
 from .benchreport import Area, Contender, Missing, Row, read_results, table
 from .lanes import WIDTH, Lane, Sheet, lay_beneath, lay_out
@@ -56,18 +57,19 @@ _STEPS = (
 # --- all of them -------------------------------------------------------------------------------------------------------
 
 
-def write_bench_report(folders: Sequence[Path], out: Path) -> dict[str, Any]:
+def write_bench_report(folders: Sequence[Path], out: Path, *, force: bool = False) -> dict[str, Any]:
     """Draw the results of some machines, and write `bench.html` with all of them.
 
     Args:
         folders: `results/<machine>` of each.
         out: gets bench.html, `<machine>-<area>.png` of each area and `<machine>-pareto.png` where accuracies were measured.
+        force: replace files of these names that no report of benchmarks has written.
 
     Returns:
         page, pictures (paths), tables (text of each area).
 
     Raises:
-        UsageError: U004 when there are no results, or they cannot be read.
+        UsageError: U004 when there are no results, or they cannot be read; U002 when files of somebody else's would be replaced.
         HardwareError: H003 when something cannot be written.
     """
     machines = [read_results(folder) for folder in folders]
@@ -78,7 +80,7 @@ def write_bench_report(folders: Sequence[Path], out: Path) -> dict[str, Any]:
             if (accuracies := accuracy_latency(area)) is not None:
                 pictures[k, "pareto"] = accuracies
     files = _file_names(machines, pictures)
-    refuse_to_replace(out, [f"{name}.png" for name in files.values()], ours="bench.html")
+    claim_folder(out, ["bench.html", *(f"{name}.png" for name in files.values())], BENCH_PAGE, force=force)
     write_plots(out, {files[key]: png for key, png in pictures.items()})
     write_text(out / "bench.html", page(machines, pictures))
     return {

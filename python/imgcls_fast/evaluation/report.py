@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from ..core.files import explained_write, refuse_to_replace, write_json, write_text, write_whole
+from ..core.files import explained_write, write_json, write_text, write_whole
 from ..core.predictions import Predictions
 from ..core.text import to_csv
 from . import plots as draw
@@ -126,17 +126,6 @@ def write_evaluation(directory: Path, predictions: Predictions, metrics: Metrics
     if plots is not None:
         pictures = draw.judgement_plots(predictions, metrics)
         write_plots(plots, {f"{name}_{directory.name}": picture for name, picture in pictures.items()})
-
-
-def claim_folder(directory: str | Path | None) -> None:
-    """Raise if `write_evaluation` would replace files in `directory` that no evaluation has written.
-
-    Raises:
-        UsageError: U002, naming them.
-    """
-    if directory is not None:
-        names = ("confusion.csv", "metrics.json", "per_class.csv", "plots", "predictions.csv", "scores.npy")
-        refuse_to_replace(Path(directory), names, ours="predictions.json")
 
 
 def write_plots(directory: Path, pictures: Mapping[str, bytes]) -> None:
