@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imgcls_fast.evaluation import plots
+from imgcls_fast.evaluation import plots, scatter
 from imgcls_fast.evaluation.metrics import judge
 
 EPOCH = {"epoch": 1, "train_loss": 0.9, "val_loss": 0.8, "val_accuracy": 0.7, "val_macro_f1": 0.6, "lr": 1e-3}
@@ -101,14 +101,16 @@ def test_a_cell_of_the_confusion_is_darker_the_larger_its_share():
     ids=["none", "empty", "one epoch", "gaps", "null", "not finite", "many"],
 )
 def test_training_curves_tolerate_missing_values_and_one_epoch(epochs):
-    width, height = size_of(plots.training_curves(epochs))
-    assert width > 300 and height > 300
+    pictures = plots.training_curves(epochs)
+    assert pictures and all(min(size_of(picture)) > 300 for picture in pictures.values())
 
 
-def test_panels_without_values_are_left_out():
-    widths = [size_of(plots.training_curves([{k: EPOCH[k] for k in keys}] * 2))[0] for keys in
-              (["train_loss"], ["train_loss", "lr"], ["train_loss", "lr", "val_accuracy"])]  # fmt: skip
-    assert widths == sorted(widths) and widths[2] > 2 * widths[0]
+def test_each_panel_is_a_picture_of_its_own_and_those_without_values_are_left_out():
+    for keys, names in ((["train_loss"], ["loss"]), (["train_loss", "lr"], ["loss", "lr"]),
+                        (["train_loss", "lr", "val_accuracy"], ["loss", "validation", "lr"])):  # fmt: skip
+        pictures = plots.training_curves([{k: EPOCH[k] for k in keys}] * 2)
+        assert list(pictures) == [f"curves_{name}" for name in names]
+        assert all(size_of(picture)[0] < 700 for picture in pictures.values())  # readable at the width of a phone
 
 
 def test_numbers_of_numpy_are_numbers_and_equal_input_gives_equal_bytes():
@@ -138,3 +140,34 @@ assert "matplotlib.figure" in sys.modules and "matplotlib.pyplot" not in sys.mod
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_legend_of_the_reliability_picture_names_every_colour_in_it(drawn, predictions_of):
+    scores, truth = drawn(300, 3)
+    scores[:100] = np.float32([0.9, 0.05, 0.05])  # some bins too sure, others too cautious
+    figure = plots._reliability(judge(predictions_of(scores, truth), bootstrap=0))
+    top = figure.axes[0]
+    bars = {bar.get_facecolor() for bar in top.patches if bar.get_height() > 0}
+    legend = figure.legends[0]
+    assert bars == {patch.get_facecolor() for patch in legend.get_patches()} and len(bars) == 3
+    assert all(color[3] == 1 for color in bars)  # what is drawn over another would have a third colour
+    figure.draw_without_rendering()
+    assert not legend.get_window_extent().overlaps(top.get_window_extent())
+
+
+def test_axes_of_accuracy_end_at_one(drawn, predictions_of):
+    metrics = judge(predictions_of(*drawn(90, 3, skill=9)), bootstrap=0)
+    for figure in (plots._coverage(metrics), plots._reliability(metrics)):
+        axes = figure.axes[0]
+        figure.draw_without_rendering()
+        assert axes.get_ylim()[1] == 1 and max(axes.get_yticks()) <= 1.0001
+        assert all(not line.get_clip_on() for line in axes.lines if line.get_linestyle() == "-")
+
+
+def test_the_axis_of_accuracy_against_latency_ends_at_a_hundred():
+    from matplotlib.figure import Figure
+
+    axes = Figure().subplots()
+    (points,) = axes.plot([1.0, 2.0], [99.0, 100.0], "o")
+    scatter.style_axes(axes, "t", [1.0, 2.0])
+    assert axes.get_ylim()[1] == 100 and axes.get_ylim()[0] < 99 and not points.get_clip_on()

@@ -160,7 +160,7 @@ def test_mistakes_and_quarantined_files_have_pictures_where_something_can_be_dec
     page, facts = evil
     jpegs = [value for value in page.values("src") if value.startswith("data:image/jpeg")]
     assert len(jpegs) == len(EVIL) + 1  # the cut JPEG shows what is left of it
-    assert len(page.values("src")) - len(jpegs) == 6 and "nothing to show" in page.text and "no picture" in page.text
+    assert len(page.values("src")) - len(jpegs) == 7 and "nothing to show" in page.text and "no picture" in page.text
     assert "empty file" in page.text and "1,251" in page.text and "31" in page.text and "1,234" in page.text
     wrong = int((facts.splits["test"][0].truth != facts.splits["test"][0].predicted).sum())
     assert f"The 24 most confident of {wrong} wrong predictions" in page.text

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib import resources
 from typing import Any
 
 from .benchreport import Area, Contender, Method, Row
-from .report import data_address, page_environment
+from .report import data_address, page_environment, template
 
 _EMPTY = "–"
 
@@ -140,7 +139,7 @@ def page(machines: Sequence[Mapping[str, Area]], pictures: Mapping[tuple[int, st
         pictures: (place of the machine, area or "pareto") -> PNG.
     """
     environment = page_environment()
-    source = resources.files("imgcls_fast.evaluation").joinpath("templates/bench.html.j2").read_text("utf-8")
+    source = template("bench.html.j2")
     shown = [
         {
             "name": next(iter(areas.values())).machine.name,

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK, MUTED, GRID, ACCENT, SECOND = "#1c2733", "#64717f", "#e6eaee", "#1f6feb", "#e8710a"
+TOO_SURE, TOO_SHY = "#f6c9a3", "#9cc3f7"
 # Okabe and Ito's colours (distinguishable with colour blindness), reordered, two added
 COLORS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#8c6d1f", "#7b5ea7", "#4d4d4d", "#b5bd00")
 MAX_CURVES = 10
@@ -34,34 +35,45 @@ MAX_COUNTED = 30  # classes with readable counts in the cells
 DPI = 130
 
 
-def training_curves(epochs: Sequence[Mapping[str, Any]]) -> bytes:
-    """Loss, validation figures and learning rate over the epochs; panels without any value are left out.
+def training_curves(epochs: Sequence[Mapping[str, Any]]) -> dict[str, bytes]:
+    """Draw the epochs: a picture each for loss, validation figures and learning rate, without those that have no value.
+
+    Separate pictures, because three panels in one cannot be read on a phone.
 
     Args:
         epochs: one mapping per epoch with keys like epoch, train_loss, val_loss, val_accuracy, val_macro_f1, lr.
             Missing keys and None are gaps; other keys are ignored.
+
+    Returns:
+        Of "curves_loss", "curves_validation" and "curves_lr" those that show something; without any value an empty loss.
     """
     step = _column(epochs, "epoch")
     step = np.where(np.isfinite(step), step, np.arange(1, len(epochs) + 1))
     losses = {"training": "train_loss", "validation": "val_loss"}
     keys = sorted({key for e in epochs for key in e if key.startswith("val_") and key != "val_loss"})
     shares = {key[4:].replace("_", " "): key for key in keys if _bounded(_column(epochs, key))}
-    panels = [("loss", losses), ("validation", shares), ("learning rate", {"learning rate": "lr"})]
-    panels = [(t, {n: k for n, k in s.items() if np.isfinite(_column(epochs, k)).any()}) for t, s in panels]
-    panels = [(t, s) for t, s in panels if s] or [("loss", {})]
-    figure = _figure(4.2 * len(panels), 3.3)
-    for axes, (title, series) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True):
-        for color, (name, key) in zip(COLORS * 9, series.items(), strict=False):
-            values = _column(epochs, key)
-            known = np.isfinite(values)
-            dot = "o" if known.sum() < 25 else ""
-            axes.plot(step[known], values[known], color=color, lw=1.8, marker=dot, ms=3.5, label=name)
-        if title == "loss":
-            _mark_lowest(axes, step, _column(epochs, "val_loss"))
-        house_style(axes, title.capitalize(), "epoch", "")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        if len(series) > 1:
-            _legend(axes)
+    panels = {"loss": losses, "validation": shares, "lr": {"learning rate": "lr"}}
+    panels = {t: {n: k for n, k in s.items() if np.isfinite(_column(epochs, k)).any()} for t, s in panels.items()}
+    panels = {t: s for t, s in panels.items() if s} or {"loss": {}}
+    return {f"curves_{name}": _panel(name, step, series, epochs) for name, series in panels.items()}
+
+
+def _panel(name: str, step: np.ndarray, series: Mapping[str, str], epochs: Sequence[Mapping[str, Any]]) -> bytes:
+    figure = _figure(4.2, 3.3)
+    axes = figure.subplots()
+    for color, (label, key) in zip(COLORS * 9, series.items(), strict=False):
+        values = _column(epochs, key)
+        known = np.isfinite(values)
+        dot = "o" if known.sum() < 25 else ""
+        axes.plot(step[known], values[known], color=color, lw=1.8, marker=dot, ms=3.5, label=label, clip_on=False)
+    if name == "loss":
+        _mark_lowest(axes, step, _column(epochs, "val_loss"))
+    if name == "validation":
+        _end_at_one(axes)
+    house_style(axes, {"lr": "Learning rate"}.get(name, name.capitalize()), "epoch", "")
+    axes.locator_params(axis="x", integer=True)
+    if len(series) > 1:
+        _legend_below(figure, axes)
     return _png(figure)
 
 
@@ -73,7 +85,7 @@ def confusion(counts: np.ndarray, classes: Sequence[str]) -> bytes:
     size = len(classes)
     share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     side = float(np.clip(0.36 * size, 3.6, 15.0))
-    figure = _figure(side + 2.4, side + 1.4)
+    figure = _figure(side + 1.4, side + 1.9)
     axes = figure.subplots()
     # the square root keeps rare confusions visible beside the diagonal
     picture = axes.imshow(share, cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=1), interpolation="nearest")
@@ -91,7 +103,10 @@ def confusion(counts: np.ndarray, classes: Sequence[str]) -> bytes:
         axes.set_xticks(range(size), names, rotation=0 if level else 90, fontsize=font)
         axes.set_yticks(range(size), names, fontsize=font)
     axes.tick_params(length=0)
-    bar = figure.colorbar(picture, ax=axes, fraction=0.035, pad=0.02, aspect=30)
+    # beneath the axes: beside them it would make the cells too small for a phone
+    bar = figure.colorbar(
+        picture, ax=axes, location="bottom", fraction=0.035, pad=0.02, aspect=40, ticks=[0, 0.1, 0.25, 0.5, 1]
+    )
     bar.set_label("share of the true class", color=MUTED, fontsize=10)
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=9, colors=MUTED, length=0)
@@ -102,7 +117,7 @@ def roc(predictions: Predictions, metrics: Metrics) -> bytes:
     """ROC curve of each class against the rest (the ten worst when there are more) and their macro average."""
     from sklearn.metrics import roc_curve
 
-    figure = _figure(5.6, 4.9)
+    figure = _figure(4.4, 4.9)
     axes = figure.subplots()
     grid = np.linspace(0, 1, 201)
     defined = [k for k, c in enumerate(metrics.per_class) if np.isfinite(c.roc_auc)]
@@ -121,7 +136,7 @@ def roc(predictions: Predictions, metrics: Metrics) -> bytes:
         axes, _which("ROC, one class against the rest", shown, defined), "false positive rate", "true positive rate"
     )
     _square(axes)
-    _legend(axes, loc="lower right", title="area")
+    _legend_below(figure, axes, title="area")
     return _png(figure)
 
 
@@ -129,7 +144,7 @@ def precision_recall(predictions: Predictions, metrics: Metrics) -> bytes:
     """Precision against recall of each class (the ten worst when there are more)."""
     from sklearn.metrics import precision_recall_curve
 
-    figure = _figure(5.6, 4.9)
+    figure = _figure(4.4, 4.9)
     axes = figure.subplots()
     defined = [k for k, c in enumerate(metrics.per_class) if np.isfinite(c.average_precision)]
     shown = _worst(defined, [c.average_precision for c in metrics.per_class])
@@ -140,45 +155,73 @@ def precision_recall(predictions: Predictions, metrics: Metrics) -> bytes:
         axes.step(recall, precision, where="post", lw=1.5, color=COLORS[shown.index(k)], label=label)
     house_style(axes, _which("Precision and recall", shown, defined), "recall", "precision")
     _square(axes)
-    _legend(axes, loc="lower left", title="average precision")
+    _legend_below(figure, axes, title="average precision")
     return _png(figure)
 
 
 def reliability(metrics: Metrics) -> bytes:
     """Accuracy in bins of confidence, the gap to honest confidence, and how many rows each bin holds."""
+    return _png(_reliability(metrics))
+
+
+def _reliability(metrics: Metrics) -> Figure:
     bins = metrics.reliability
-    figure = _figure(5.6, 5.4)
+    figure = _figure(4.4, 5.2)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3.2, 1])
     used = bins.count > 0
     left, width = bins.edges[:-1][used], np.diff(bins.edges)[used]
     accuracy, confidence = bins.accuracy[used], bins.confidence[used]
     bar = {"align": "edge", "edgecolor": "white", "linewidth": 0.8}
-    top.bar(left, accuracy, width, color=ACCENT, label="accuracy", **bar)
-    top.bar(left, confidence - accuracy, width, accuracy, color=SECOND, alpha=0.35, label="gap to confidence", **bar)
-    top.plot([0, 1], [0, 1], color=MUTED, lw=1, ls=":", label="honest")
+    # opaque and side by side: a gap drawn over the bar has a colour that no legend shows
+    shared = np.minimum(accuracy, confidence)
+    top.bar(left, shared, width, color=ACCENT, label="accuracy", **bar)
+    top.bar(
+        left,
+        np.maximum(confidence - accuracy, 0),
+        width,
+        shared,
+        color=TOO_SURE,
+        label="confidence above it: too sure",
+        **bar,
+    )
+    top.bar(
+        left,
+        np.maximum(accuracy - confidence, 0),
+        width,
+        shared,
+        color=TOO_SHY,
+        label="accuracy above confidence: too cautious",
+        **bar,
+    )
+    top.plot([0, 1], [0, 1], color=MUTED, lw=1, ls=":", label="confidence = accuracy")
     house_style(top, f"Reliability: expected calibration error {metrics.ece:.3f}", "", "accuracy")
     top.set_xlim(0, 1)
-    top.set_ylim(0, 1.02)
-    _legend(top, loc="upper left")
+    top.set_ylim(0, 1)
     bottom.bar(left, bins.count[used] / metrics.n, width, color=MUTED, **bar)
     house_style(bottom, "", "confidence (highest score)", "share of rows")
-    return _png(figure)
+    _legend_below(figure, top, columns=1)
+    return figure
 
 
 def coverage(metrics: Metrics) -> bytes:
     """Accuracy of the most confident share of the rows."""
+    return _png(_coverage(metrics))
+
+
+def _coverage(metrics: Metrics) -> Figure:
     curve = metrics.coverage
-    figure = _figure(5.6, 4.0)
+    figure = _figure(4.4, 3.8)
     axes = figure.subplots()
-    axes.plot(curve.fraction, curve.accuracy, color=ACCENT, lw=2, marker="o" if len(curve.fraction) < 8 else "", ms=4)
+    dot = "o" if len(curve.fraction) < 8 else ""
+    axes.plot(curve.fraction, curve.accuracy, color=ACCENT, lw=2, marker=dot, ms=4, clip_on=False)
     axes.axhline(metrics.accuracy, color=MUTED, lw=1, ls=":")
     axes.annotate(f"all answered: {metrics.accuracy:.3f}", (0.01, metrics.accuracy), xytext=(0, -5), va="top",
                   textcoords="offset points", fontsize=10, color=MUTED)  # fmt: skip
-    house_style(axes, "Accuracy when only the most confident are answered", "share of rows answered", "accuracy")
+    house_style(axes, "Accuracy of the most confident", "share of rows answered", "accuracy")
     low = float(min(curve.accuracy.min(), metrics.accuracy))
     axes.set_xlim(0, 1)
-    axes.set_ylim(max(0.0, low - 0.12 * (1.01 - low) - 0.01), 1.01)
-    return _png(figure)
+    axes.set_ylim(max(0.0, low - 0.12 * (1.01 - low) - 0.01), 1)
+    return figure
 
 
 def judgement_plots(predictions: Predictions, metrics: Metrics) -> dict[str, bytes]:
@@ -207,7 +250,9 @@ def load_matplotlib() -> None:
     if "matplotlib" in sys.modules or not env.folder_is_distrusted():
         return
     exists = os.path.exists
-    os.path.exists = lambda path: path != "matplotlibrc" and exists(path)  # the only question that matplotlib asks about it
+    os.path.exists = lambda path: (
+        path != "matplotlibrc" and exists(path)
+    )  # the only question that matplotlib asks about it
     try:
         import_module("matplotlib")
     finally:
@@ -233,14 +278,26 @@ def house_style(axes: Axes, title: str, x: str, y: str) -> None:
 
 
 def _square(axes: Axes) -> None:
-    axes.set_xlim(-0.01, 1.01)
-    axes.set_ylim(-0.01, 1.02)
+    axes.set_xlim(0, 1)
+    axes.set_ylim(0, 1)
+    for line in axes.lines:
+        line.set_clip_on(False)  # a curve along the edge keeps its width
     axes.set_aspect("equal")
 
 
-def _legend(axes: Axes, loc: str = "best", title: str | None = None) -> None:
-    if axes.get_legend_handles_labels()[0]:
-        legend = axes.legend(loc=loc, fontsize=9, title=title, title_fontsize=9, framealpha=0.9, edgecolor="none")  # type: ignore[call-overload]
+def _end_at_one(axes: Axes) -> None:
+    """Let an axis of shares end at 1: there is nothing above."""
+    axes.set_ylim(max(0.0, axes.get_ylim()[0]), 1)
+
+
+def _legend_below(figure: Figure, axes: Axes, title: str | None = None, columns: int | None = None) -> None:
+    """Write the legend beneath all axes, where it covers no curve."""
+    handles, labels = axes.get_legend_handles_labels()
+    if handles:
+        most = max(map(len, labels))
+        columns = columns or (3 if most < 14 else 2 if most < 24 else 1)
+        legend = figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(handles)), fontsize=9,
+                               title=title, title_fontsize=9, frameon=False)  # fmt: skip
         legend.get_title().set_color(MUTED)
 
 

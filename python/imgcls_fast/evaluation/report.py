@@ -33,7 +33,9 @@ PLOTS = {
     "precision_recall": "Precision against recall for each class",
     "reliability": "Reliability diagram: accuracy in bins of confidence",
     "coverage": "Accuracy against the share of rows that are answered",
-    "curves": "Loss, validation figures and learning rate over the epochs",
+    "curves_loss": "Loss over the epochs",
+    "curves_validation": "Validation figures over the epochs",
+    "curves_lr": "Learning rate over the epochs",
 }
 
 
@@ -97,8 +99,7 @@ def write_report(path: Path, facts: ReportFacts) -> Path:
     Raises:
         HardwareError: H003 when it cannot be written.
     """
-    source = resources.files("imgcls_fast.evaluation").joinpath("templates/report.html.j2").read_text("utf-8")
-    html = page_environment().from_string(source).render(_context(facts))
+    html = page_environment().from_string(template("report.html.j2")).render(_context(facts))
     write_text(path, html)
     return path
 
@@ -144,8 +145,14 @@ def _put(picture: bytes, file: BinaryIO) -> None:
     file.write(picture)
 
 
+def template(name: str) -> str:
+    """Text of a file beside the page templates."""
+    return resources.files("imgcls_fast.evaluation").joinpath("templates", name).read_text("utf-8")
+
+
 def page_environment() -> Environment:
     from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
 
     environment = Environment(
         autoescape=True,
@@ -156,6 +163,7 @@ def page_environment() -> Environment:
             value if hasattr(value, "__html__") else printable(str(value))
         ),  # Markup is escaped already
     )
+    environment.globals["narrow"] = Markup(template("narrow.css"))
     environment.filters |= {
         "percent": _percent,
         "number": _number,
@@ -189,7 +197,7 @@ def _context(facts: ReportFacts) -> dict[str, Any]:
         }
         context["notes"] += [f"{name}: {text}" for name, (_, m) in facts.splits.items() for text in m.warnings]
     if facts.epochs:
-        pictures["curves"] = draw.training_curves(facts.epochs)
+        pictures |= draw.training_curves(facts.epochs)
     context["pictures"] = {name: data_address(picture) for name, picture in pictures.items()}
     context |= {"tiles": _quarantine(facts), "classes": _classes(facts), "max_rows": MAX_ROWS}
     return context

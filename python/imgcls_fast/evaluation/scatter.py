@@ -50,6 +50,10 @@ def style_axes(axes: Axes, title: str, latencies: Sequence[float]) -> None:
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.margins(x=0.16, y=0.14)
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(0.0, low), min(100.0, high))  # of per cent there are no more
+    for artist in (*axes.lines, *axes.collections):
+        artist.set_clip_on(False)  # a point at 100 is a whole one
 
 
 def name_points(axes: Axes, points: Sequence[tuple[str, Point]], renderer: Any) -> None:

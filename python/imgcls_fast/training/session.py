@@ -380,7 +380,7 @@ def _finish(stage: _Stage, baseline: dict[str, Any] | None) -> None:
             judged[split] = without(judged[split], left)
             write_evaluation(run.evaluation(split), predictions, judged[split], run.plots)
             against = against_baseline(run, manifest, split, predictions)
-    write_plots(run.plots, {"curves": training_curves(run.epochs)})
+    write_plots(run.plots, training_curves(run.epochs))
     report = report_run(run)
     done = _done_event(stage, judged, baseline, report, bundle)
     stage.emit(done | {"against": against.to_dict() if against else None})
