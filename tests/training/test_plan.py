@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import yaml
 
+from imgcls_fast.core.compilers import Lack
 from imgcls_fast.core.config import RunConfig
 from imgcls_fast.core.errors import ConfigError, HardwareError, ImgclsError
 from imgcls_fast.core.files import read_sealed, write_sealed
@@ -351,3 +353,35 @@ def test_threads_and_workers_follow_the_count_and_the_plan_says_why() -> None:
     plan = plan_of(machine=Machine(cpus=2, why_cpus=why, dali=True))
     assert (plan.config.train.threads, plan.config.train.workers) == (2, 2)
     assert reason_of(plan, "train.threads") == why and reason_of(plan, "train.workers").endswith(why)
+
+
+# ---------------------------------------------------------------- compiling
+
+
+NO_CC = Lack("no C compiler was found (gcc or clang)", "apt-get install gcc libc6-dev")
+
+
+def test_without_a_compiler_a_gpu_trains_eagerly_and_the_plan_says_why() -> None:
+    plan = plan_of(machine=replace(SERVER, lacks={"cuda": NO_CC}))
+    assert plan.config.train.compile is False
+    assert reason_of(plan, "train.compile") == f"off: {NO_CC.what}; for more speed: {NO_CC.remedy}"
+    assert plan_of(machine=replace(SERVER, lacks={"cpu": NO_CC})).config.train.compile is True
+
+
+@pytest.mark.parametrize("machine", [LAPTOP, SERVER], ids=["laptop", "server"])
+def test_compiling_that_was_asked_for_is_refused_with_the_line_that_installs_a_compiler(machine: Machine) -> None:
+    device = "cuda" if machine.gpu else "cpu"
+    with pytest.raises(HardwareError) as refused:
+        plan_of({"train.compile": True}, machine=replace(machine, lacks={device: NO_CC}))
+    assert (refused.value.code, refused.value.try_) == ("H004", f"{NO_CC.remedy}   (or --no-compile)")
+    assert plan_of({"train.compile": True, "train.device": "cpu"}, machine=replace(SERVER, lacks={"cuda": NO_CC}))
+
+
+@pytest.mark.parametrize("verb", [session.start, session.dry_run])
+def test_a_missing_compiler_is_told_before_the_scan(
+    verb: Callable[..., Any], configure: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "look_at_machine", lambda: Machine(lacks={"cpu": NO_CC}))
+    with pytest.raises(HardwareError) as refused:  # else D001: there is no such folder
+        verb(configure({"train.compile": True, "data.source": str(tmp_path / "none")}))
+    assert refused.value.code == "H004"

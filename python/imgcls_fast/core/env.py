@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from .compilers import Lack, compiler_lack, compiler_name
 from .cpus import Cpus, count_cpus
 from .errors import HardwareError
 
@@ -101,6 +102,30 @@ def cpus() -> Cpus:
 def usable_cpus() -> int:
     """Threads for any one piece of work: the only count of cores that the package makes."""
     return cpus().threads
+
+
+def lacks_compiler(device: str, *, package: bool = False) -> Lack | None:
+    """What torch.compile, or AOTInductor for a `package`, would miss on this machine; None if nothing. See `compilers`."""
+    return compiler_lack(device, os.environ, package=package)
+
+
+def cxx_compiler() -> str | None:
+    """Where the C++ compiler lies that torch would call; None without one."""
+    return compiler_name(os.environ)
+
+
+def require_compiler(device: str, purpose: str, otherwise: str, *, package: bool = False) -> None:
+    """Refuse before anything was done for nothing.
+
+    Args:
+        purpose: what needs the compiler.
+        otherwise: what can be done without one.
+
+    Raises:
+        HardwareError: H004, with the line that installs what is missing.
+    """
+    if lack := lacks_compiler(device, package=package):
+        raise HardwareError("H004", f"{lack.what}, and {purpose} needs it", try_=f"{lack.remedy}   (or {otherwise})")
 
 
 def cpu_name() -> str:

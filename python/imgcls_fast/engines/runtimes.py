@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from ..core import env
 from ..core.bundle import Bundle
 from ..core.errors import ConfigError, ExportError, HardwareError, ModelError, near
 from ..core.exports import Export, demand_trusted, find_export
@@ -186,6 +187,9 @@ class CompiledEngine(TorchEngine):
 
     Args:
         model: as for `TorchEngine`; it is put into eval mode.
+
+    Raises:
+        HardwareError: H004 where torch finds no compiler to call.
     """
 
     thread_safe = False  # CUDA graphs of torch belong to the thread that recorded them
@@ -202,6 +206,7 @@ class CompiledEngine(TorchEngine):
         max_batch: int | None = None,
     ) -> None:
         self._graphs = torch.device(device).type == "cuda"
+        env.require_compiler(str(device), "the runtime compile", "--runtime torch")
         most = max_batch or (_COMPILED_MAX_BATCH if self._graphs else MAX_BATCH)
         super().__init__(
             model.eval(), labels, pixels, temperature=temperature, device=device, precision=precision, max_batch=most

@@ -122,6 +122,7 @@ def export_program(
         ConfigError: C003, C004 for another target or precision.
         ExportError: E001 when the program cannot be made, or needs operators that are not PyTorch's.
         GateFailed: E901 when the scores differ; nothing is kept.
+        HardwareError: H004 for an AOTInductor package where there is no compiler.
     """
     _check_request(target, precision)
     settings = settings or ExportConfig()  # type: ignore[call-arg]
@@ -132,6 +133,8 @@ def export_program(
     key = export_key(bundle, **facts)
     export = find_key(exports, bundle, target, precision, key)
     if export is None:
+        if target == "aoti":
+            demand_compiler(place)
         with new_export(exports, target, precision, key) as temporary:
             path = temporary / FILES[target]
             scorer = scorer_of(bundle, precision).to(place)
@@ -144,6 +147,15 @@ def export_program(
     if name_it:
         choose(export)
     return export
+
+
+def demand_compiler(device: str) -> None:
+    """Refuse an AOTInductor package where nothing can compile it.
+
+    Raises:
+        HardwareError: H004.
+    """
+    env.require_compiler(device, "export --aoti", "--onnx or --pt2, which compile nothing", package=True)
 
 
 def _save_pt2(scorer: Scorer, bundle: Bundle, path: Path, batch: int | None, device: str) -> None:

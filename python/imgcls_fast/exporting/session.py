@@ -17,7 +17,7 @@ from ..core import env
 from ..core.bundle import Bundle, read_bundle
 from ..core.config import ExportConfig
 from ..core.errors import ConfigError, GateFailed
-from ..core.exports import GATE, Export, choose, common_meta, export_key, find_key, finish, new_export
+from ..core.exports import GATE, Export, choose, common_meta, export_key, find_key, finish, list_exports, new_export
 from ..core.files import explained_write, plain_path, sha256_file, sync_directory, write_sealed
 from ..core.manifest import Manifest
 from ..core.run import Run
@@ -361,8 +361,10 @@ class Exporter:
 
     def program(self, target: str, precision: str) -> Export:
         """A program of PyTorch: torch.export, AOTInductor or TorchScript."""
-        from .programs import WRITERS
+        from .programs import WRITERS, demand_compiler
 
+        if target == "aoti" and not any(export.meta.get("target") == target for export in list_exports(self.exports)):
+            demand_compiler("cpu")  # before images are decoded
         return WRITERS[target](self.bundle, self.exports, self.comparison, settings=self.settings, precision=precision)
 
     def triton(self, precision: str) -> Export:

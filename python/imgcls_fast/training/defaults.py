@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..core.compilers import Lack
 from ..core.config import RunConfig
 
 # strengths of augment.policy; scale and ratio as in torchvision's RandomResizedCrop
@@ -109,6 +110,9 @@ RECIPES = {
 }  # fmt: skip
 
 
+_TRITON_FROM = (7, 0)  # compute capability
+
+
 @dataclass(frozen=True)
 class Machine:
     """What the plan may count on; made by `look_at_machine`, or by a test."""
@@ -118,6 +122,7 @@ class Machine:
     gpu: str | None = None  # name of the GPU, None without one
     bf16: bool = False  # the GPU multiplies bf16 in hardware
     dali: bool = False
+    lacks: dict[str, Lack] = field(default_factory=dict)  # device -> what torch.compile would miss
     measures: bool = False  # the plan may time a few steps of the network
 
 
@@ -135,8 +140,20 @@ def look_at_machine() -> Machine:
         gpu=torch.cuda.get_device_name() if cuda else None,
         bf16=cuda and torch.cuda.is_bf16_supported(including_emulation=False),
         dali=dali_missing() is None,
+        lacks={device: lack for device in ("cpu", "cuda")[: 1 + cuda] if (lack := _lack(device))},
         measures=True,
     )
+
+
+def _lack(device: str) -> Lack | None:
+    import torch
+
+    from ..core import env
+
+    if device == "cuda" and (found := torch.cuda.get_device_capability()) < _TRITON_FROM:
+        name, needed = torch.cuda.get_device_name(), ".".join(map(str, _TRITON_FROM))
+        return Lack(f"{name} has compute capability {found[0]}.{found[1]}, and Triton needs {needed}", "")
+    return env.lacks_compiler(device)
 
 
 @dataclass

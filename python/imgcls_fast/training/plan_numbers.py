@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
+from ..core.config import RunConfig
 from ..core.errors import ConfigError, HardwareError
 from ..core.manifest import Manifest
 from ..core.pixels import CHANNELS, Pixels
@@ -249,11 +250,7 @@ def choose_speed(notes: Notes, manifest: Manifest, machine: Machine, device: str
     if asked == "fp16" and device == "cpu":
         raise ConfigError("C004", "train.precision fp16 needs a GPU", try_="--precision bf16   (or fp32)")
     notes.decide("train.precision", precision, reason)
-    notes.decide(
-        "train.compile",
-        device == "cuda",
-        "on for a GPU" if device == "cuda" else "off: compiling costs more than a short CPU run",
-    )
+    _choose_compile(notes, machine, device)
     notes.decide("train.threads", machine.cpus, machine.why_cpus)
     kernels = ("off", "ours are not measured on a GPU yet") if device == "cuda" else ("proven", "where measured faster")
     notes.decide("model.kernels", *kernels)
@@ -263,6 +260,35 @@ def choose_speed(notes: Notes, manifest: Manifest, machine: Machine, device: str
     workers = min(16, max(1, machine.cpus - 1)) if device == "cuda" else min(4, machine.cpus)
     why = "" if machine.why_cpus == Machine.why_cpus else f"; {machine.why_cpus}"
     notes.decide("train.workers", workers, "decoding " + ("processes" if loader == "torch" else "threads") + why)
+
+
+def require_compiler(config: RunConfig, machine: Machine) -> None:
+    """Refuse `--compile` where nothing can compile; asked before the scan, which may take long.
+
+    Raises:
+        HardwareError: H004, with the line that installs what is missing.
+    """
+    device = config.train.device
+    lack = machine.lacks.get("cuda" if device == "auto" and machine.gpu else "cpu" if device == "auto" else device)
+    if config.train.compile is True and lack:
+        raise HardwareError(
+            "H004",
+            f"{lack.what}, and --compile needs it",
+            try_=f"{lack.remedy}   (or --no-compile)" if lack.remedy else "--no-compile",
+        )
+
+
+def _choose_compile(notes: Notes, machine: Machine, device: str) -> None:
+    require_compiler(notes.config, machine)
+    lack = machine.lacks.get(device)
+    if device != "cuda":
+        notes.decide("train.compile", False, "off: compiling costs more than a short CPU run")
+    elif lack:
+        notes.decide(
+            "train.compile", False, f"off: {lack.what}" + (f"; for more speed: {lack.remedy}" if lack.remedy else "")
+        )
+    else:
+        notes.decide("train.compile", True, "on for a GPU")
 
 
 def _loader(manifest: Manifest, machine: Machine, device: str, color: str) -> tuple[str, str]:

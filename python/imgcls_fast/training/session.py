@@ -31,16 +31,18 @@ from ..engines.runtimes import TorchEngine
 from ..evaluation.metrics import Metrics, judge, without
 from ..evaluation.plots import training_curves
 from ..evaluation.report import write_evaluation, write_plots
-from ..models.build import ModelSpec, build_model, resolve_arch, sketch_model
+from ..models.build import ModelSpec, build_model, sketch_model
 from ..models.kernels import use_kernels
 from ..tracking.sinks import LogSink, Sinks
 from .baseline import fit_baseline
+from .early import refuse_early
 from .failures import Recorded
 from .fit import Fit
 from .identity import WARN_ONLY, require_same_trajectory, trajectory
 from .judging import best_model, calibrated, make_bundle, score_rows
 from .last_words import watched
 from .plan import Plan, look_at_machine, make_plan, starting_model
+from .plan_numbers import require_compiler
 from .quarantined import Quarantined, require_same_validation
 from .reporting import against_baseline, next_commands, report_run
 from .signals import signal_as_interrupt
@@ -83,14 +85,12 @@ def start(config: RunConfig, sinks: Sequence[Callable[[Event], Any]] = (), comma
     record = Recorded(None, listeners)
     try:
         with record:
-            if config.model.arch != "auto":
-                resolve_arch(config.model.arch)  # a typing mistake should not cost the scan of a million files
+            machine = look_at_machine()
+            refuse_early(config, machine)
             prepared = prepare(config.data, config.pixels.exif, env.cache_dir())
             tell({"event": "data", **prepared.facts()})
             _require_splits(prepared)
-            plan = make_plan(
-                config, prepared.manifest, look_at_machine(), lambda text: tell({"event": "notice", "text": text})
-            )
+            plan = make_plan(config, prepared.manifest, machine, lambda text: tell({"event": "notice", "text": text}))
             parameters = _parameters(plan, prepared.manifest)  # a network that is refused leaves no folder
             out = Path(config.out) if config.out else new_run_path(config.data.source, plan.spec["arch"])
             run = record.run = Run.create(out)
@@ -146,6 +146,7 @@ def resume(run: Run, changes: dict[str, Any], sinks: Sequence[Callable[[Event], 
             )
             return run
         with Recorded(run, listeners):
+            require_compiler(config, look_at_machine())
             _require_same_files(run, manifest)
             if config != run.config:
                 run.save_config(config)
@@ -162,9 +163,11 @@ def dry_run(config: RunConfig) -> dict[str, Any]:
     Returns:
         rows, parameters, memory_mb, seconds_per_epoch, data, config, device.
     """
+    machine = look_at_machine()
+    refuse_early(config, machine)
     prepared = prepare(config.data, config.pixels.exif, env.cache_dir())
     _require_splits(prepared)
-    plan = make_plan(config, prepared.manifest, look_at_machine())
+    plan = make_plan(config, prepared.manifest, machine)
     model = build_model(ModelSpec.from_dict(plan.spec))
     use_kernels(model, plan.config.model.kernels)
     model.lay_out(str(plan.config.train.memory_format))
