@@ -24,6 +24,7 @@ from imgcls_fast.core.runs import (
     mark_begun,
     mark_last,
     new_run_path,
+    remove_run,
 )
 from imgcls_fast.core.settings import build_config
 
@@ -202,6 +203,46 @@ def test_a_pointer_of_an_earlier_version_to_a_failed_run_means_the_newest_finish
     assert last_begun().name == "failed"
 
 
+def test_removing_a_run_removes_its_files_alone_and_moves_last_back(
+    runs: Path, make_run: Callable[[str], Run], tmp_path: Path
+) -> None:
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "photo.jpg").write_text("x")
+    for name in ("one", "two"):
+        finish(make_run(name))
+    (runs / "two" / "plots").mkdir()
+    (runs / "two" / "plots" / "away").symlink_to(tmp_path / "precious")
+    (runs / "two" / ".metrics.csv.7.tmp").write_text("half")
+    assert remove_run(find_run("two")) == []
+    assert not (runs / "two").exists()
+    assert (tmp_path / "precious" / "photo.jpg").exists()
+    assert find_run(None).name == "one"
+    (runs / "one" / "notes.txt").write_text("mine")
+    assert remove_run(find_run("one")) == ["notes.txt"]
+    assert [path.name for path in (runs / "one").iterdir()] == ["notes.txt"]
+    with pytest.raises(UsageError, match="no last run"):
+        find_run(None)
+
+
+def test_only_a_run_that_nobody_writes_and_that_is_no_link_is_removed(
+    runs: Path, make_run: Callable[[str], Run], tmp_path: Path
+) -> None:
+    run = make_run("one")
+    (tmp_path / "link").symlink_to(run.directory)
+    with pytest.raises(UsageError, match="is a link") as refused:
+        remove_run(Run(tmp_path / "link"))
+    assert str(run.directory) in refused.value.try_
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "config.yaml").write_text("mine")
+    with pytest.raises(UsageError, match="is not a run"):
+        remove_run(Run(tmp_path / "photos"))
+    run.lock()
+    with pytest.raises(HardwareError, match="being written"):
+        remove_run(Run(run.directory))
+    assert is_run_folder(run.directory)
+    assert (tmp_path / "photos" / "config.yaml").exists()
+
+
 def test_last_is_a_link_that_follows_and_a_real_directory_of_that_name_stays(
     runs: Path, make_run: Callable[[str], Run]
 ) -> None:
@@ -285,6 +326,12 @@ def test_a_new_name_has_no_spaces_and_is_never_an_existing_directory(source: str
         assert path not in seen
         seen.add(path)
         path.mkdir(parents=True)
+
+
+def test_a_new_name_is_short_however_long_the_names_of_data_and_model_are(runs: Path) -> None:
+    path = new_run_path("/data/" + "n" * 230, "timm/" + "m" * 100)
+    assert len(path.name) < 120
+    path.mkdir(parents=True)
 
 
 def test_metrics_csv_holds_each_epoch_once_and_reads_back_as_it_was(make_run: Callable[[str], Run]) -> None:

@@ -241,6 +241,7 @@ def test_all_problems_of_a_table_are_told_at_once(tmp_path):
     assert kinds["missing file"].where == "t.csv, line 4" and "gone.png" in kinds["missing file"].message
     assert "did you mean 'train'" in kinds["unknown split"].message
     assert f"{len(error.problems)} problems in" in error.message and "1 x missing file" in error.message
+    assert sum(line.startswith("    ") for line in str(error).splitlines()) == 5  # one line for each of the first kinds
 
 
 def test_a_row_that_is_no_image_is_reported_whatever_it_is_called(tmp_path):

@@ -17,8 +17,17 @@ import pytest
 import torch
 
 from imgcls_fast.core.bundle import read_bundle
-from imgcls_fast.core.errors import DataError, HardwareError, ImgclsError, Interrupted, ModelError
+from imgcls_fast.core.errors import (
+    ConfigError,
+    DataError,
+    HardwareError,
+    ImgclsError,
+    Interrupted,
+    ModelError,
+    UsageError,
+)
 from imgcls_fast.core.run import Run
+from imgcls_fast.core.runs import last_begun
 from imgcls_fast.data import reach
 from imgcls_fast.data.quarantine import read_quarantine
 from imgcls_fast.tracking.lines import plain_lines
@@ -508,6 +517,32 @@ def test_a_refused_network_leaves_no_folder(configure: Callable[..., Any], tmp_p
         with pytest.raises(ImgclsError):
             session.start(config)
         assert not Path(config.out).exists()
+
+
+def test_a_run_that_is_refused_before_its_first_step_leaves_no_folder_and_is_not_the_last(
+    configure: Callable[..., Any], monkeypatch: Patch, tmp_path: Path
+) -> None:
+    def fails(error: ImgclsError) -> Callable[..., Any]:
+        def fail(*arguments: Any) -> Any:
+            raise error
+
+        return fail
+
+    for error, stays in (
+        (ConfigError("C004", "no compiler"), False), (HardwareError("H004", "no DALI"), False),
+        (HardwareError("H003", "no space"), True), (DataError("D013", "too many bad images"), True),
+    ):  # fmt: skip
+        monkeypatch.setattr(session, "Fit", fails(error))
+        sink, config = Listener(), configure({"out": str(tmp_path / "runs" / error.code)})
+        with pytest.raises(ImgclsError):
+            session.start(config, [sink])
+        assert Path(config.out).exists() == stays
+        assert bool(sink.heard[-1]["command"]) == stays
+        if stays:
+            assert last_begun().name == error.code
+        else:
+            with pytest.raises(UsageError, match="no last run"):
+                last_begun()
 
 
 TRAIN = """

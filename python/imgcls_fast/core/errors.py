@@ -15,6 +15,9 @@ An error says what happened with full names and numbers, where, why, and the one
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from .text import printable
 
 CODES: dict[str, str] = {
@@ -82,14 +85,18 @@ class ImgclsError(Exception):
         where: file, line or setting.
         why: the reason, when it is not obvious.
         try_: exactly one command (or edit) that helps.
+        details: where several things are wrong at once, one line for each.
 
     Raises:
         KeyError: `code` is not in the table (a programmer's mistake).
     """
 
-    def __init__(self, code: str, message: str, *, where: str = "", why: str = "", try_: str = "") -> None:
+    def __init__(
+        self, code: str, message: str, *, where: str = "", why: str = "", try_: str = "", details: Sequence[str] = ()
+    ) -> None:
         CODES[code]
         super().__init__(message)
+        self.details = tuple(details)
         self.code, self.message, self.where, self.why, self.try_ = code, message, where, why, try_
 
     @property
@@ -99,13 +106,13 @@ class ImgclsError(Exception):
 
     def __str__(self) -> str:
         # a name with a line break in it must not be able to write a line of its own: "try: curl ..."
-        lines = [f"error[{self.code}]: {printable(self.message)}"]
+        lines = [f"error[{self.code}]: {printable(self.message)}", *(f"    {printable(line)}" for line in self.details)]
         for name, text in (("where", self.where), ("why", self.why), ("try", self.try_)):
             if text:
                 lines.append(f"  {name + ':':<6} {printable(text)}")
         return "\n".join(lines)
 
-    def to_dict(self) -> dict[str, str]:
+    def to_dict(self) -> dict[str, Any]:
         """The same facts for `--json`."""
         return {
             "code": self.code,
@@ -113,6 +120,7 @@ class ImgclsError(Exception):
             "where": self.where,
             "why": self.why,
             "try": self.try_,
+            **({"details": list(self.details)} if self.details else {}),
         }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 from .errors import HardwareError
@@ -46,3 +47,27 @@ def others_files(directory: Path) -> list[str]:
     except NotADirectoryError:
         return []  # making the directory will say what is wrong with it
     return sorted(name for name in RUN_NAMES if os.path.lexists(directory / name))
+
+
+def delete_run_files(directory: Path) -> list[str]:
+    """Delete what a run writes into its directory, and the directory if it is empty then; links go, what they lead to stays.
+
+    What makes it a run goes last, so that a deletion which was stopped can be repeated.
+
+    Returns:
+        Names that are left: somebody else's.
+
+    Raises:
+        OSError: something cannot be deleted.
+    """
+    final = ("manifest.npz", "config.yaml", ".lock")
+    for name in (*(name for name in RUN_NAMES if name not in final), *final):
+        path = directory / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    left = sorted(os.listdir(directory))
+    if not left:
+        directory.rmdir()
+    return left

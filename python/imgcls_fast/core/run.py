@@ -201,6 +201,11 @@ class Run:
                 ended = None
         return ended
 
+    @property
+    def began_training(self) -> bool:
+        """Whether the loop of training was entered."""
+        return self.checkpoints.exists() or any(event.get("event") == "start" for event in self._events())
+
     def unexplained_end(self) -> str:
         """A sentence when this run ended by the death of its process, else an empty one; only for the holder of the lock."""
         events = self._events()

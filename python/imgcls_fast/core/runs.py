@@ -9,13 +9,15 @@ from pathlib import Path
 
 from . import env
 from .errors import HardwareError, UsageError, near
-from .files import write_text
+from .files import explained_write, write_text
+from .places import delete_run_files
 from .places import is_run_folder as is_run_folder  # the one answer to "data or a run?"
 from .run import Run
 from .text import command
 
 LAST = "last.txt"  # names the last finished run; beside it, where the file system has links, the link `last`
 BEGUN = "begun.txt"  # names the run that was begun last, finished or not: what `train --resume` continues
+NAME_PART = 48  # characters of the data's or the model's name in the name of a run
 _MARK = "# the last run; written by imgcls-fast"
 
 
@@ -73,13 +75,18 @@ def list_runs(folder: Path | None = None) -> list[Run]:
 
 def new_run_path(source: str | None, arch: str) -> Path:
     """runs/<data>-<arch>-<time>: no spaces, never an existing directory."""
-    stem = re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(source).resolve().stem if source else "digits").strip("-.") or "data"
-    base = f"{stem}-{re.sub(r'[^A-Za-z0-9_.-]+', '-', arch.split('/')[-1])}-{time.strftime('%Y%m%d-%H%M%S')}"
+    stem = _in_name(Path(source).resolve().stem if source else "digits") or "data"
+    base = f"{stem}-{_in_name(arch.split('/')[-1])}-{time.strftime('%Y%m%d-%H%M%S')}"
     path, k = env.runs_dir() / base, 1
     while path.exists():
         k += 1
         path = env.runs_dir() / f"{base}-{k}"
     return path
+
+
+def _in_name(text: str) -> str:
+    """What of a text goes into a run's name: a folder may have a name as long as the file system allows, a run's is read."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", text).strip("-.")[:NAME_PART].rstrip("-.")
 
 
 def mark_begun(run: Run) -> str:
@@ -117,12 +124,47 @@ def mark_last(run: Run) -> str:
     return ""
 
 
+def forget(run: Run) -> None:
+    """Take back what points to a run that goes: `last` then means the newest finished one."""
+    runs = env.runs_dir()
+    for pointer in (LAST, BEGUN):
+        if _pointed_to(runs, pointer) == _target(runs, run):
+            (runs / pointer).unlink(missing_ok=True)
+    link = runs / "last"
+    if link.is_symlink() and os.readlink(link) == _target(runs, run):
+        link.unlink(missing_ok=True)
+
+
+def remove_run(run: Run) -> list[str]:
+    """Delete a run: the files that a run has, and its folder if nothing else is in it. Links are removed, never followed.
+
+    Returns:
+        Names of what is left in the folder because no run has put it there.
+
+    Raises:
+        UsageError: U003 when the folder holds no run, U002 when it is reached through a link.
+        HardwareError: H005 while another process writes it, H003 when something cannot be removed.
+    """
+    directory = run.directory
+    if directory.is_symlink():
+        raise UsageError("U002", f"{directory} is a link", try_=command("runs", "rm", os.path.realpath(directory)))
+    if not is_run_folder(directory):
+        raise UsageError("U003", f"{directory} is not a run", try_=command("runs", "list"))
+    run.lock()
+    try:
+        run.clear_leftovers()
+        forget(run)
+        with explained_write(directory):
+            return delete_run_files(directory)
+    finally:
+        run.unlock()
+
+
 def _last(runs: Path) -> Run:
-    """The run that last.txt names; where it is not finished, as an earlier version left it, the newest finished one."""
-    named = _named(runs)
-    if named.finished:
+    """The run that last.txt names; where it is not finished, or that run was removed, the newest finished one."""
+    if _pointed_to(runs, LAST) and (named := _named(runs)).finished:
         return named
-    return max((run for run in list_runs(runs) if run.finished), key=_finished_at, default=named)
+    return max((run for run in list_runs(runs) if run.finished), key=_finished_at, default=None) or _named(runs)
 
 
 def _named(runs: Path) -> Run:

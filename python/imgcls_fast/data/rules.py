@@ -96,11 +96,11 @@ class DataProblems(DataError):
         counts = Counter(p.kind for p in problems)
         kinds = ", ".join(f"{n:,} x {kind}" for kind, n in counts.items())
         examples = [next(p for p in problems if p.kind == kind) for kind in list(counts)[:5]]
-        lines = "".join(f"\n    {p.where + ': ' if p.where else ''}{p.message}" for p in examples)
         super().__init__(
             first.code,
-            f"{len(problems):,} problems in {source}: {kinds}{lines}",
+            f"{len(problems):,} problems in {source}: {kinds}",
             where=first.where or source,
+            details=[f"{p.where + ': ' if p.where else ''}{p.message}" for p in examples],
             try_=first.try_ or command("data", "check", source, "--json"),
         )
 

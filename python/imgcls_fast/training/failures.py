@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
 import torch
 
-from ..core.errors import HardwareError, ImgclsError, Interrupted
+from ..core.errors import ConfigError, HardwareError, ImgclsError, Interrupted, ModelError, UsageError
+from ..core.places import delete_run_files
 from ..core.run import Run
+from ..core.runs import forget
 
 _NO_MEMORY = re.compile(r"out of memory|can't allocate memory|cannot allocate memory", re.IGNORECASE)
 
@@ -22,11 +25,11 @@ class Recorded:
     recorded already, but for one that came before or after the work that is done under `signal_as_interrupt`.
 
     Args:
-        run: None as long as there is none; `run` is set when it is made.
+        run: the run that goes on; None for a new one, and `run` is set when it is made. One that is refused is removed.
     """
 
     def __init__(self, run: Run | None, emit: Callable[[dict[str, Any]], None]) -> None:
-        self.run, self._emit = run, emit
+        self.run, self._emit, self._new = run, emit, run is None
 
     def __enter__(self) -> Recorded:
         return self
@@ -44,6 +47,9 @@ class Recorded:
             self._emit({"event": "interrupted", "path": path, "command": command})
             return
         known = explained(error, run)
+        refused = run if run and self._new and _refused(error, run) else None
+        if refused:
+            command = ""
         self._emit({
             "event": "failed",
             "code": known.code if known else "X001",
@@ -53,8 +59,21 @@ class Recorded:
             "path": path,
             "command": command,
         })  # fmt: skip
+        if refused:
+            with suppress(OSError):  # what cannot be deleted must not hide the error
+                forget(refused)
+                delete_run_files(refused.directory)
         if known is not None and known is not error:
             raise known from error
+
+
+def _refused(error: BaseException, run: Run) -> bool:
+    """Whether a new run was refused before its first step because the request was wrong: there is nothing to continue.
+
+    A run that met bad data, a full disk or memory that ran out stays: its log and quarantine.csv are wanted, or it goes on.
+    """
+    wrong = isinstance(error, UsageError | ConfigError | ModelError) or getattr(error, "code", "") in ("H001", "H004")
+    return wrong and not run.began_training
 
 
 def explained(error: BaseException, run: Run | None) -> ImgclsError | None:
