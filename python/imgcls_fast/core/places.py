@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
+from . import env
 from .errors import HardwareError
 from .text import quoted
 
+LAST = "last.txt"  # names the last finished run; beside it, where the file system has links, the link `last`
+BEGUN = "begun.txt"  # names the run that was begun last, finished or not: what `train --resume` continues
+POINTER_MARK = "# the last run; written by imgcls-fast"  # in both of them
 RUN_NAMES = (
     ".lock", "baseline.json", "bench", "bundle", "checkpoints", "config.yaml", "data.json", "env.json", "eval",
     "events.jsonl", "exports", "log.txt", "manifest.npz", "metrics.csv", "model.json", "plots", "quarantine.csv",
@@ -19,6 +24,39 @@ RUN_NAMES = (
 def is_run_folder(path: Path) -> bool:
     """Whether a directory holds a run: the two files without which there is none."""
     return (path / "config.yaml").is_file() and (path / "manifest.npz").is_file()
+
+
+def ours(path: Path) -> str:
+    """What a directory of this project's is: "a run", "a bundle", "an export", "the folder of runs" or "the cache".
+
+    Returns:
+        Empty for every other directory: it may be data.
+    """
+    if is_run_folder(path):
+        return "a run"
+    if (path / "bundle.json").is_file():
+        return "a bundle"
+    if _holds(path / "meta.json", b'"bundle"', b'"precision"'):  # others call a file so, too
+        return "an export"
+    if any(_holds(path / name, POINTER_MARK.encode()) for name in (LAST, BEGUN)):
+        return "the folder of runs"
+    with suppress(OSError, RuntimeError):  # RuntimeError: there is no home
+        if path.samefile(env.runs_dir()) and any(is_run_folder(inner) for inner in path.iterdir()):
+            return "the folder of runs"
+    with suppress(OSError, RuntimeError):
+        if path.samefile(env.cache_dir()):
+            return "the cache"
+    return ""
+
+
+def _holds(path: Path, *words: bytes) -> bool:
+    """Whether the first megabyte of a file holds all of these."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(1 << 20)
+    except OSError:
+        return False
+    return all(word in head for word in words)
 
 
 def demand_no_links(directory: Path) -> None:

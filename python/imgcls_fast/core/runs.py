@@ -10,15 +10,12 @@ from pathlib import Path
 from . import env
 from .errors import HardwareError, UsageError, near
 from .files import explained_write, write_text
-from .places import delete_run_files
+from .places import BEGUN, LAST, POINTER_MARK, delete_run_files
 from .places import is_run_folder as is_run_folder  # the one answer to "data or a run?"
 from .run import Run
 from .text import command
 
-LAST = "last.txt"  # names the last finished run; beside it, where the file system has links, the link `last`
-BEGUN = "begun.txt"  # names the run that was begun last, finished or not: what `train --resume` continues
 NAME_PART = 48  # characters of the data's or the model's name in the name of a run
-_MARK = "# the last run; written by imgcls-fast"
 
 
 def find_run(name: str | Path | None) -> Run:
@@ -192,7 +189,7 @@ def _point(runs: Path, pointer: str, run: Run) -> str:
         return f"{runs / pointer} is not ours and stays as it is, so `last` does not mean this run"
     try:
         runs.mkdir(parents=True, exist_ok=True)
-        write_text(runs / pointer, f"{_target(runs, run)}\n{_MARK}\n")
+        write_text(runs / pointer, f"{_target(runs, run)}\n{POINTER_MARK}\n")
     except (OSError, HardwareError) as error:
         return f"`last` does not mean this run: {error}"
     return ""
@@ -204,8 +201,8 @@ def _pointed_to(runs: Path, pointer: str) -> str | None:
         text = (runs / pointer).read_text("utf-8", "surrogateescape")
     except FileNotFoundError:
         return None
-    if text.endswith(f"\n{_MARK}\n"):
-        return text.removesuffix(f"\n{_MARK}\n")
+    if text.endswith(f"\n{POINTER_MARK}\n"):
+        return text.removesuffix(f"\n{POINTER_MARK}\n")
     name = text.removesuffix("\n")  # as earlier versions wrote it, without the mark
     link = runs / "last"
     written_by_us = (link.is_symlink() and os.readlink(link) == name) or is_run_folder(runs / name)

@@ -25,17 +25,10 @@ from imgcls_fast.core.files import explained_write, sha256_file
 from imgcls_fast.core.text import command
 from imgcls_fast.core.zips import HostileZip, ZipBounds, check_zip
 
+from .spelling import split_of
 from .tar import HostileTar, TarMember, open_tar, read_members
 
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2", ".tbz2")
-SPLIT_FOLDERS = {
-    "train": 0,
-    "val": 1,
-    "valid": 1,
-    "validation": 1,
-    "dev": 1,
-    "test": 2,
-}  # codes of core.manifest.SPLITS
 _SIDE_FOLDERS = {"__macosx"}
 _SIDE_FILES = {"thumbs.db", "desktop.ini"}
 
@@ -120,7 +113,7 @@ def data_root(folder: Path) -> Path:
     for _ in range(8):
         with os.scandir(folder) as listing:
             entries = [e for e in listing if not is_ignored(e.name)]
-        if len(entries) != 1 or not entries[0].is_dir() or entries[0].name.lower() in SPLIT_FOLDERS:
+        if len(entries) != 1 or not entries[0].is_dir() or split_of(entries[0].name) is not None:
             return folder
         with os.scandir(entries[0].path) as listing:
             if not any(e.is_dir() and not is_ignored(e.name) for e in listing):

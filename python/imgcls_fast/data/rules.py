@@ -132,7 +132,7 @@ class Tabulation:
         self._check_groups(rows)
         self._remove_empty_classes(rows)
         self._check_classes(rows)
-        skipped = int(self.files.skip.sum()) + self.listing.skipped
+        skipped = int(self.files.skip.sum()) + len(self.listing.strays)
         if skipped:
             self.notices.append(
                 f"{skipped:,} file{'s' * (skipped != 1)} that {'are not images were' if skipped != 1 else 'is no image was'} skipped"

@@ -1,210 +1,27 @@
-"""Which images are there and what are they called: class folders, pre-split folders, CSV, TSV and JSONL tables."""
+"""Which images are there and what are they called: rows of CSV, TSV and JSONL tables, and groups by a pattern."""
 
 from __future__ import annotations
 
 import os
 import re
-from array import array
+import unicodedata
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from imgcls_fast.core.bounds import TABLE_PATH_CHARACTERS, TABLE_PROBLEMS
 from imgcls_fast.core.errors import DataError, near, shortened
 from imgcls_fast.core.manifest import NO_SPLIT
-from imgcls_fast.core.text import command
+from imgcls_fast.core.places import RUN_NAMES, is_run_folder
 
-from .fetch import SPLIT_FOLDERS, is_ignored
-from .spelling import Spellings, as_windows, class_name, is_text
+from .folders import list_folder
+from .listing import IMAGE_ENDINGS, Listing, Problem, is_table
+from .spelling import SPLIT_NAMES, alike, as_windows, class_name, is_text, split_of
 from .tables import COLUMNS, FAULT, read_table
 
-TABLES = (".csv", ".tsv", ".txt", ".jsonl", ".ndjson")
-# Names of images, supported or not: what is called so and is not one is reported; other files are passed over.
-_READABLE = "jpg jpeg jpe jfif mpo png apng webp bmp dib tif tiff gif"
-_FOREIGN = "jp2 j2k jpf jpx jxl avif heic heif svg psd pcx ppm pgm pbm pnm tga ico icns dds qoi exr hdr sgi rgb fits"
-_RAW = "dcm raw cr2 nef arw dng"
-IMAGE_ENDINGS = frozenset("." + name for name in f"{_READABLE} {_FOREIGN} {_RAW}".split())
+__all__ = ["IMAGE_ENDINGS", "Columns", "Listing", "Problem", "group_by_pattern", "is_table", "list_folder", "list_table"]
 
-
-@dataclass(frozen=True)
-class Problem:
-    """One thing that must be mended before work can start; the fields are those of an error."""
-
-    code: str
-    kind: str  # for counting: "missing file"
-    message: str
-    where: str = ""
-    why: str = ""
-    try_: str = ""
-
-
-@dataclass
-class Listing:
-    """What the source names, before any file has been opened. All columns have one entry a row."""
-
-    root: str  # absolute; relative paths are relative to it
-    paths: list[str] = field(default_factory=list)
-    labels: array[int] = field(default_factory=lambda: array("i"))  # index into classes, -1: unknown
-    splits: array[int] = field(default_factory=lambda: array("B"))
-    groups: list[str] | None = None  # "": a group of its own
-    classes: list[str] = field(default_factory=list)
-    explicit: bool = False  # every row was named by the user: none may be skipped as "not an image"
-    skipped: int = 0  # files beside the class folders
-    problems: list[Problem] = field(default_factory=list)
-    notices: list[str] = field(default_factory=list)
-    spellings: Spellings = field(default_factory=Spellings)
-
-    def sorted(self) -> Listing:
-        """Rows by path, classes by name (plain order, as torchvision's ImageFolder), so that a source has one order."""
-        names = sorted(set(self.classes))
-        renumber = {name: i for i, name in enumerate(names)}
-        new = [renumber[name] for name in self.classes]
-        order = sorted(range(len(self.paths)), key=self.paths.__getitem__)
-        self.labels = array("i", (new[k] if (k := self.labels[i]) >= 0 else -1 for i in order))
-        self.splits = array("B", (self.splits[i] for i in order))
-        self.groups = None if self.groups is None else [self.groups[i] for i in order]
-        self.paths = [self.paths[i] for i in order]
-        self.classes = names
-        return self
-
-
-def is_table(path: Path) -> bool:
-    """Whether the name says that this is a list of images."""
-    return path.suffix.lower() in TABLES
-
-
-# ---------------------------------------------------------------- folders
-
-
-def list_folder(root: Path, *, labelled: bool = True) -> Listing:
-    """Class folders, or train/val/test folders that hold class folders. Links are followed, loops are not.
-
-    Args:
-        root: the folder.
-        labelled: False lists every file of the tree, with unknown labels.
-    """
-    listing = Listing(root=os.path.abspath(root))
-    folders, files = _entries(listing.root, listing)
-    if not labelled:
-        for path in _walk(listing.root, "", listing):
-            _add(listing, path, -1, NO_SPLIT)
-        return listing.sorted()
-    _notice_strays(listing, "", files)
-    splits = _split_folders(listing, folders)
-    classes: dict[str, int] = {}
-    if splits:
-        for name in (f for f in folders if f not in splits):
-            listing.notices.append(f"folder {name!r} beside the split folders is not a split: skipped")
-        for name, code in splits.items():
-            inner, strays = _entries(os.path.join(listing.root, name), listing)
-            _notice_strays(listing, name + "/", strays)
-            for folder in inner:
-                _add_class(listing, classes, f"{name}/{folder}", folder, code)
-    else:
-        for folder in folders:
-            _add_class(listing, classes, folder, folder, NO_SPLIT)
-        if not folders:
-            listing.problems.append(_no_classes(listing.root, files))
-    listing.classes = list(classes)
-    listing.notices += listing.spellings.notices()
-    return listing.sorted()
-
-
-def _entries(folder: str, listing: Listing) -> tuple[list[str], list[str]]:
-    """Sorted names of the sub-folders and of the files of one folder, without what systems leave behind."""
-    folders: list[str] = []
-    files: list[str] = []
-    try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if not is_ignored(entry.name):
-                    (folders if entry.is_dir() else files).append(entry.name)
-    except OSError as error:
-        message = f"the folder {folder} cannot be read: {error.strerror}"
-        listing.problems.append(Problem("D001", "unreadable folder", message, where=folder))
-    return sorted(folders), sorted(files)
-
-
-def _split_folders(listing: Listing, folders: list[str]) -> dict[str, int]:
-    """{folder: split code} when the folders are splits, else {}: a class may be called "train" (a vehicle)."""
-    found = {f: SPLIT_FOLDERS[f.lower()] for f in folders if f.lower() in SPLIT_FOLDERS}
-    codes = set(found.values())
-    if not found or not ((0 in codes and len(codes) > 1) or len(found) == len(folders)):
-        return {}
-    inner = {f: _entries(os.path.join(listing.root, f), listing)[0] for f in found}
-    return found if any(inner.values()) else {}
-
-
-def _notice_strays(listing: Listing, prefix: str, files: list[str]) -> None:
-    """Files beside class folders have no class: counted, and named when they look like images."""
-    listing.skipped += len(files)
-    images = [f for f in files if os.path.splitext(f)[1].lower() in IMAGE_ENDINGS]
-    if images:
-        more = f" and {len(images) - 1:,} more" if len(images) > 1 else ""
-        listing.notices.append(
-            f"{prefix}{images[0]}{more} beside the class folders: skipped, no class is known for them"
-        )
-
-
-def _add_class(listing: Listing, classes: dict[str, int], folder: str, name: str, split: int) -> None:
-    before, spelled = len(listing.paths), name
-    name = class_name(name)
-    code = classes.get(name, len(classes))
-    for path in _walk(listing.root, folder, listing):
-        _add(listing, path, code, split)
-    if len(listing.paths) == before:
-        listing.notices.append(f"class folder {folder!r} is empty")
-        if name not in classes:
-            return
-    classes[name] = code
-    listing.spellings.add(name, spelled)
-
-
-def _add(listing: Listing, path: str, label: int, split: int) -> None:
-    listing.paths.append(path)
-    listing.labels.append(label)
-    listing.splits.append(split)
-
-
-def _walk(root: str, top: str, listing: Listing) -> Iterator[str]:
-    """Every file below root/top, relative to root. Each real folder once: a second link, or a loop, adds nothing."""
-    seen: set[tuple[int, int]] = set()
-    waiting = [top]
-    while waiting:
-        folder = waiting.pop()
-        full = os.path.join(root, folder) if folder else root
-        try:
-            status = os.stat(full)
-            if (status.st_dev, status.st_ino) in seen:
-                listing.notices.append(f"folder {folder!r} is a link to a folder seen before: not followed again")
-                continue
-            seen.add((status.st_dev, status.st_ino))
-            with os.scandir(full) as entries:
-                found = sorted(entries, key=lambda e: e.name)
-        except OSError as error:
-            message = f"the folder {full} cannot be read: {error.strerror}"
-            listing.problems.append(Problem("D001", "unreadable folder", message, where=full))
-            continue
-        for entry in found:
-            if is_ignored(entry.name):
-                continue
-            path = f"{folder}/{entry.name}" if folder else entry.name
-            if entry.is_dir():
-                waiting.append(path)
-            elif entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path)):
-                yield path  # a broken link is reported as a bad image, not passed over; pipes and devices are
-
-
-def _no_classes(root: str, files: list[str]) -> Problem:
-    tables = [f for f in files if is_table(Path(f)) and not f.lower().endswith(".txt")]
-    return Problem(
-        "D002",
-        "no class folders",
-        f"{root} has no class folders (one folder of images for each class)",
-        where=root,
-        try_=command("data", "check", os.path.join(root, tables[0]) if tables else os.path.dirname(root)),
-    )
-
+_EDGES = " \t\r\n\xa0\u200b\u200c\u200d\u2060\ufeff"  # blanks around a path, seen or not
 
 # ---------------------------------------------------------------- tables
 
@@ -252,6 +69,8 @@ class _TableReader:
         self.groups: list[str] = []
         self.seen: dict[str, int] = {}  # path -> row
         self.column: dict[str, str] = {}
+        self.labels: dict[str, int] = {}  # cell -> class, so that a name is looked at once and not in each row
+        self.in_run: dict[str, bool] = {}  # folder -> whether it is a run's own
         self.bytes_on_disk = (
             False  # a path that is not UTF-8 is there, byte by byte: the table is written as the disk is
         )
@@ -298,22 +117,41 @@ class _TableReader:
         if not all(map(is_text, cell.values())):  # "\\ud800" in a JSON table
             return self._problem("D004", "malformed row", line, "a cell holds half of a character (a lone surrogate)")
         path = self._path(line, cell["path"])
-        label = class_name(cell.get("label", "").strip())
-        split = cell.get("split", "").strip().lower()
         if path is None:
             return None
+        code = self._label(line, path, cell.get("label", ""))
+        if code is None:
+            return None
+        split = self._split(line, path, cell.get("split", "").strip())
+        return None if split is None else self._row(line, path, code, split, cell.get("group", "").strip())
+
+    def _label(self, line: int, path: str, cell: str) -> int | None:
+        """The class of a cell, -1 where there is none and none is needed; None: a problem."""
+        code = self.labels.get(cell)
+        if code is not None:
+            return code
+        label = class_name(cell.strip())
         if len(label) > TABLE_PATH_CHARACTERS:
-            return self._problem("D004", "label too long", line, f"a label of {len(label):,} characters: {label[:60]}...")
+            self._problem("D004", "label too long", line, f"a label of {len(label):,} characters: {label[:60]}...")
+            return None
         if not label and self.labelled:
-            return self._problem("D004", "empty label", line, f"{path} has no label")
-        if split and split not in SPLIT_FOLDERS:
-            hint = near(split, tuple(SPLIT_FOLDERS))
-            meant = f", did you mean {hint!r}?" if hint else f", expected one of {', '.join(SPLIT_FOLDERS)}"
-            return self._problem("D004", "unknown split", line, f"{path} has split {shortened(repr(split))}{meant}")
+            self._problem("D004", "empty label", line, f"{path} has no label")
+            return None
         code = self.classes.setdefault(label, len(self.classes)) if label else -1
         if label:
-            self.listing.spellings.add(label, cell["label"])
-        return self._row(line, path, code, SPLIT_FOLDERS.get(split, NO_SPLIT), cell.get("group", "").strip())
+            self.listing.spellings.add(label, cell)
+        self.labels[cell] = code
+        return code
+
+    def _split(self, line: int, path: str, cell: str) -> int | None:
+        if not cell:
+            return NO_SPLIT
+        code = split_of(cell) if len(cell) < TABLE_PATH_CHARACTERS else None
+        if code is None:
+            hint = near(cell, tuple(SPLIT_NAMES)) if len(cell) < TABLE_PATH_CHARACTERS else ""
+            meant = f", did you mean {hint!r}?" if hint else ", expected train, val or test"
+            self._problem("D004", "unknown split", line, f"{path} has split {shortened(repr(cell))}{meant}")
+        return code
 
     def _row(self, line: int, path: str, label: int, split: int, group: str) -> None:
         if path in self.seen:
@@ -322,7 +160,7 @@ class _TableReader:
                 self._problem("D004", "contradicting rows", line, f"{path} is listed again with another label or split")
             return
         self.seen[path] = len(self.listing.paths)
-        _add(self.listing, path, label, split)
+        self.listing.add(path, label, split)
         if self.has_groups:
             self.groups.append(group)
 
@@ -334,9 +172,7 @@ class _TableReader:
         if len(text) > TABLE_PATH_CHARACTERS:
             self._problem("D004", "path too long", line, f"a path of {len(text):,} characters: {text[:60]}...")
             return None
-        for candidate in dict.fromkeys(
-            (text, *(form.replace("\\", "/") for form in (text, as_windows(text))))
-        ):  # of Windows
+        for candidate in _spelled(text):
             path = os.path.normpath(candidate)
             if not os.path.isabs(path) and path.split("/", 1)[0] == "..":
                 self._problem(
@@ -349,10 +185,23 @@ class _TableReader:
             full = os.path.join(self.listing.root, path)
             if os.path.isfile(full):
                 self.bytes_on_disk |= as_windows(path) != path
-                return path
+                return path if not self._of_run(line, path) else None
         what = "is a folder, not a file" if os.path.isdir(full) else "does not exist"
         self._problem("D001", "missing file", line, f"{text} {what}")
         return None
+
+    def _of_run(self, line: int, path: str) -> bool:
+        """Whether a picture is one that a run has drawn; it is then a problem."""
+        folder = os.path.dirname(path)
+        found = self.in_run.get(folder)
+        if found is None:
+            parts = Path(self.listing.root, folder).parts
+            found = self.in_run[folder] = any(
+                name in RUN_NAMES and is_run_folder(Path(*parts[:k])) for k, name in enumerate(parts) if k
+            )
+        if found:
+            self._problem("D004", "picture of a run", line, f"{path} was drawn by a run, and is no image to learn from")
+        return found
 
     def class_names(self) -> list[str]:
         """The name of each class; where the table is not UTF-8 but the disk is, it came from Windows, and so do the names."""
@@ -366,7 +215,7 @@ class _TableReader:
                 f"{self.name} is not UTF-8: {len(changed):,} class names are read as Windows-1252, the first as {changed[0]!r}; "
                 "if that is wrong, save the table as UTF-8"
             )
-        self.listing.notices += self.listing.spellings.notices()
+        self.listing.notices += self.listing.spellings.notices() + alike(dict.fromkeys(named))
         return named
 
     def _problem(self, code: str, kind: str, line: int, message: str) -> None:
@@ -376,6 +225,19 @@ class _TableReader:
                 "D004", f"{self.name} has more than {TABLE_PROBLEMS:,} faulty rows; the last that was read: {message}", where=where
             )
         self.listing.problems.append(Problem(code, kind, message, where=where))
+
+
+def _spelled(text: str) -> Iterator[str]:
+    """A path as it stands, and where there is no such file as Windows, macOS and people at a spreadsheet write it."""
+    yield text
+    seen = {text}
+    for form in (text, as_windows(text)):
+        slashed = form.replace("\\", "/")
+        bare = slashed.strip(_EDGES)
+        for other in (slashed, bare, unicodedata.normalize("NFC", bare), unicodedata.normalize("NFD", bare)):
+            if other not in seen:
+                seen.add(other)
+                yield other
 
 
 # ---------------------------------------------------------------- groups

@@ -1,8 +1,32 @@
-"""Names of classes as folders and tables spell them, in whatever encoding: never two of them one without a word."""
+"""Names of classes and splits as folders and tables spell them: never two classes one without a word."""
 
 from __future__ import annotations
 
+import re
 import unicodedata
+from collections.abc import Iterable
+
+# what people call the three splits, without the words around it; codes of core.manifest.SPLITS
+SPLIT_NAMES = {
+    "train": 0, "training": 0, "trn": 0, "trainval": 0,
+    "val": 1, "valid": 1, "validation": 1, "validate": 1, "dev": 1, "devel": 1, "development": 1, "eval": 1, "evaluation": 1,
+    "test": 2, "testing": 2, "tst": 2, "holdout": 2, "heldout": 2,
+}  # fmt: skip
+_AROUND = re.compile(r"^(?:seg|img|imgs|images?|data)(?=.)|(?<=.)(?:sets?|data|dataset|images?|imgs?|split|folder)$")
+_LETTERS = re.compile(r"[^\W\d_]+")
+_BLANK = re.compile(r"(?<=\w)[\s_-]+(?=\w)")
+_UNSEEN = ("Cf", "Cc")  # categories of Unicode: zero-width characters, marks of direction
+
+
+def split_of(name: str) -> int | None:
+    """The split that a folder, or a cell of a split column, is called after: "Training", "seg_test", "val-2017"; else None."""
+    text = "".join(_LETTERS.findall(name.lower()))
+    while text not in SPLIT_NAMES:
+        shorter = _AROUND.sub("", text, count=1)
+        if shorter == text:
+            return None
+        text = shorter
+    return SPLIT_NAMES[text]
 
 
 def class_name(text: str) -> str:
@@ -44,8 +68,35 @@ class Spellings:
 
 def is_text(text: str) -> bool:
     """Whether it can be written: JSON may hold one half of a character that has two."""
+    if text.isascii():
+        return True
     try:
         text.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:
         return False
     return True
+
+
+def alike(names: Iterable[str]) -> list[str]:
+    """A sentence for each of the first groups of classes that people would take for one: 'Cat' and 'cat'."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(_folded(name), []).append(name)
+    several = [sorted(group) for group in groups.values() if len(group) > 1]
+    told = []
+    for group in several[:5]:
+        unseen = len({_visible(name) for name in group}) < len(group)
+        how = "in characters that cannot be seen" if unseen else "in capitals, blanks or the like"
+        told.append(f"the classes {' and '.join(map(ascii, group[:4]))} differ only {how}: kept apart; if they are one, rename one")
+    more = f"{len(several) - 5:,} more groups of classes have names that are nearly the same"
+    return told + ([more] if len(several) > 5 else [])
+
+
+def _visible(name: str) -> str:
+    if name.isascii() and name.isprintable():
+        return name
+    return "".join(c for c in unicodedata.normalize("NFKC", name) if unicodedata.category(c) not in _UNSEEN)
+
+
+def _folded(name: str) -> str:
+    return _BLANK.sub(" ", _visible(name).casefold()).strip()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
@@ -18,11 +19,20 @@ from imgcls_fast.core.errors import DataError
 from imgcls_fast.core.files import parse_json
 
 COLUMNS = {
-    "path": ("path", "file", "filename", "file_name", "filepath", "image", "image_path", "img"),
-    "label": ("label", "class", "target", "category"),
-    "split": ("split", "subset", "set"),
+    "path": (
+        "path", "file", "filename", "file_name", "filepath", "image", "image_path", "img", "file_path", "imagepath", "image_name",
+        "imagename", "image_file", "img_path", "img_name", "paths", "files", "filenames", "images",
+    ),
+    "label": (
+        "label", "class", "target", "category", "class_name", "classname", "label_name", "category_name", "labels", "classes",
+        "targets", "categories",
+    ),
+    "split": ("split", "subset", "set", "partition"),
     "group": ("group",),
-}
+}  # fmt: skip
+_DELIMITERS = ",;\t|"
+_SEPARATOR = re.compile(r'"?sep=(.)"?\r?\n?')  # the first line of a table that Excel is to split at this
+_EDGES = " \t\r\n\xa0\u200b\ufeff"  # blanks around the name of a column, seen or not
 FAULT = "\0error"  # key of a record that could not be read; no table has a column of this name
 
 
@@ -50,10 +60,15 @@ def _refused(path: Path, reason: str, line: int = 0, column: int = 0) -> DataErr
 
 def _encoding(path: Path) -> str:
     with open(path, "rb") as file:
-        head = file.read(4)
-    if head in (b"\xff\xfe\0\0", b"\0\0\xfe\xff"):
+        head = file.read(64)
+    if head[:4] in (b"\xff\xfe\0\0", b"\0\0\xfe\xff"):
         return "utf-32"
-    return "utf-16" if head[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return "utf-16"
+    even, odd = head[::2], head[1::2]  # without a mark: the names of columns are ASCII, so every other byte is 0
+    if len(odd) > 3 and all(even) and not any(odd):
+        return "utf-16-le"
+    return "utf-16-be" if len(odd) > 3 and all(odd) and not any(even) else "utf-8-sig"
 
 
 class _Lines(Iterator[str]):
@@ -77,32 +92,38 @@ class _Lines(Iterator[str]):
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, list[str] | dict[str, str]]]:
-    """The delimiter is the one of , ; tab that splits the header into known names."""
+    """The delimiter is the one that the first line names (sep=;), else the one that splits the header into known names."""
     with open(path, encoding=_encoding(path), errors="surrogateescape", newline="") as file:
-        first = next(_Lines(path, file), "")
+        lines = _Lines(path, file)
+        first = next(lines, "")
+        if named := _SEPARATOR.fullmatch(first):
+            yield from _delimited(path, lines, named[1])
+            return
         file.seek(0)
-        yield from _delimited(path, _Lines(path, file), first)
+        yield from _delimited(path, _Lines(path, file), max(_DELIMITERS, key=lambda d: _known(first, d)))
 
 
-def _delimited(path: Path, lines: _Lines, first: str) -> Iterator[tuple[int, list[str] | dict[str, str]]]:
-    begin = 1
+def _delimited(path: Path, lines: _Lines, delimiter: str) -> Iterator[tuple[int, list[str] | dict[str, str]]]:
+    begin = lines.number + 1
     try:
-        delimiter = max(",;\t", key=lambda d: _known(first, d))
         reader = csv.reader(lines, delimiter=delimiter)
-        names = [n.strip().removeprefix("\ufeff") for n in next(reader, [])]
+        names = [n.strip(_EDGES) for n in next(reader, [])]
         if not any(names):
             raise DataError("D004", f"{path} is empty", where=str(path))
-        _check_columns(path, len(names), 1)
+        _check_columns(path, len(names), lines.number)
         yield 0, names
-        begin = reader.line_num + 1
+        begin, width = lines.number + 1, len(names)
         for row in reader:  # a cell is bounded by the module: csv.field_size_limit() is TABLE_CELL_CHARACTERS
             if lines.ended:  # a whole row never needs the line after it
                 raise _refused(path, "a quote is opened and never closed", begin)
-            if row and len(row) != len(names):
-                yield reader.line_num, {FAULT: f"{len(row)} fields, expected {len(names)}"}
-            elif row:
-                yield reader.line_num, dict(zip(names, row, strict=True))
-            begin = reader.line_num + 1
+            if len(row) > width and not "".join(row[width:]).strip():
+                del row[width:]  # a comma at the end of each row
+            if len(row) == width:
+                if "".join(row).strip():  # spreadsheets end in rows of empty cells
+                    yield lines.number, dict(zip(names, row, strict=True))
+            elif "".join(row).strip():
+                yield lines.number, {FAULT: f"{len(row)} fields, expected {width}"}
+            begin = lines.number + 1
     except csv.Error as error:
         hint = " (a quote that is never closed?)" if "field larger" in str(error) else ""
         raise _refused(path, f"{error}{hint}", begin) from error

@@ -1,0 +1,70 @@
+"""What a source names before any file has been opened: rows, classes, and what is wrong with them."""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .spelling import Spellings
+
+TABLES = (".csv", ".tsv", ".txt", ".jsonl", ".ndjson")
+# Names of images, supported or not: what is called so and is not one is reported; other files are passed over.
+_READABLE = "jpg jpeg jpe jfif mpo png apng webp bmp dib tif tiff gif"
+_FOREIGN = "jp2 j2k jpf jpx jxl avif heic heif svg psd pcx ppm pgm pbm pnm tga ico icns dds qoi exr hdr sgi rgb fits"
+_RAW = "dcm raw cr2 nef arw dng"
+IMAGE_ENDINGS = frozenset("." + name for name in f"{_READABLE} {_FOREIGN} {_RAW}".split())
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that must be mended before work can start; the fields are those of an error."""
+
+    code: str
+    kind: str  # for counting: "missing file"
+    message: str
+    where: str = ""
+    why: str = ""
+    try_: str = ""
+
+
+@dataclass
+class Listing:
+    """What the source names, before any file has been opened. All columns have one entry a row."""
+
+    root: str  # absolute; relative paths are relative to it
+    paths: list[str] = field(default_factory=list)
+    labels: array[int] = field(default_factory=lambda: array("i"))  # index into classes, -1: unknown
+    splits: array[int] = field(default_factory=lambda: array("B"))
+    groups: list[str] | None = None  # "": a group of its own
+    classes: list[str] = field(default_factory=list)
+    explicit: bool = False  # every row was named by the user: none may be skipped as "not an image"
+    strays: list[str] = field(default_factory=list)  # files beside the class folders
+    ours: list[tuple[str, str]] = field(default_factory=list)  # folders passed over, and what they are: "a run"
+    problems: list[Problem] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+    spellings: Spellings = field(default_factory=Spellings)
+
+    def add(self, path: str, label: int, split: int) -> None:
+        """Append a row."""
+        self.paths.append(path)
+        self.labels.append(label)
+        self.splits.append(split)
+
+    def sorted(self) -> Listing:
+        """Rows by path, classes by name (plain order, as torchvision's ImageFolder), so that a source has one order."""
+        names = sorted(set(self.classes))
+        renumber = {name: i for i, name in enumerate(names)}
+        new = [renumber[name] for name in self.classes]
+        order = sorted(range(len(self.paths)), key=self.paths.__getitem__)
+        self.labels = array("i", (new[k] if (k := self.labels[i]) >= 0 else -1 for i in order))
+        self.splits = array("B", (self.splits[i] for i in order))
+        self.groups = None if self.groups is None else [self.groups[i] for i in order]
+        self.paths = [self.paths[i] for i in order]
+        self.classes = names
+        return self
+
+
+def is_table(path: Path) -> bool:
+    """Whether the name says that this is a list of images."""
+    return path.suffix.lower() in TABLES

@@ -1,0 +1,136 @@
+"""Folders as they come out of archives: splits by any of their names, and nothing of ours taken for data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from imgcls_fast.core.errors import DataError
+from imgcls_fast.core.manifest import NO_SPLIT, SPLITS
+from imgcls_fast.data.sources import Listing, list_folder, list_table
+from imgcls_fast.data.spelling import split_of
+
+
+def tree(root: Path, *names: str) -> Path:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"x")
+    return root
+
+
+def sorted_into(listing: Listing) -> set[tuple[str, str]]:
+    """(split, class) of all rows."""
+    assert not listing.problems, listing.problems
+    return {
+        (SPLITS[split] if split != NO_SPLIT else "", listing.classes[label])
+        for split, label in zip(listing.splits, listing.labels, strict=True)
+    }
+
+
+@pytest.mark.parametrize(
+    ("train", "other", "split"),
+    [
+        ("Training", "Testing", "test"), ("training", "validation", "val"), ("train", "eval", "val"),
+        ("seg_train", "seg_test", "test"), ("training_set", "test_set", "test"), ("Training", "Test", "test"),
+        ("TRAIN", "Dev", "val"), ("train_images", "valid_images", "val"), ("train2017", "val2017", "val"),
+        ("traindata", "hold-out", "test"), ("train", "Evaluation", "val"), ("trainset", "testset", "test"),
+    ],
+)  # fmt: skip
+def test_splits_are_found_by_what_people_call_them(tmp_path: Path, train: str, other: str, split: str) -> None:
+    tree(tmp_path, *(f"{s}/{c}/{s}{k}.png" for s in (train, other) for c in "ab" for k in range(2)))
+    assert sorted_into(list_folder(tmp_path)) == {("train", "a"), ("train", "b"), (split, "a"), (split, "b")}
+
+
+@pytest.mark.parametrize("name", ["latest", "contest", "testimony", "strain", "images", "data", "set", "device", "x_train_y"])
+def test_a_name_that_only_holds_such_a_word_is_no_split(name: str) -> None:
+    assert split_of(name) is None
+
+
+def test_a_split_that_is_wrapped_once_more_is_entered(tmp_path: Path) -> None:
+    names = [f"{s}/{s}/{c}/{k}.jpg" for s in ("seg_train", "seg_test") for c in ("forest", "sea") for k in range(2)]
+    listing = list_folder(tree(tmp_path, *names, "seg_pred/seg_pred/1.jpg"))
+    assert sorted_into(listing) == {(s, c) for s in ("train", "test") for c in ("forest", "sea")}
+    assert any("'seg_pred' beside the split folders is not a split" in notice for notice in listing.notices)
+
+
+def test_classes_that_are_split_each_on_its_own_keep_their_splits(tmp_path: Path) -> None:
+    listing = list_folder(tree(tmp_path, *(f"{c}/{s}/{c}{s}.png" for c in ("cat", "dog") for s in ("train", "test"))))
+    assert sorted_into(listing) == {(s, c) for s in ("train", "test") for c in ("cat", "dog")}
+    assert any("cat/test, cat/train" in notice for notice in listing.notices)
+
+
+def test_equal_folders_in_every_class_are_pointed_out(tmp_path: Path) -> None:
+    listing = list_folder(tree(tmp_path, *(f"{s}/{c}/1.png" for s in ("batch one", "batch two") for c in ("cat", "dog"))))
+    assert listing.classes == ["batch one", "batch two"]
+    (notice,) = listing.notices
+    assert "'cat', 'dog'" in notice and "rename the outer ones to train, val and test" in notice
+
+
+def test_other_folders_in_classes_are_nothing_to_speak_of(tmp_path: Path) -> None:
+    assert list_folder(tree(tmp_path, "cat/indoor/1.png", "cat/2.png", "dog/garden/1.png")).notices == []
+
+
+def test_splits_without_class_folders_are_refused_with_the_table_that_lies_beside(tmp_path: Path) -> None:
+    listing = list_folder(tree(tmp_path, "train/1.png", "test/2.png", "labels.csv"))
+    (problem,) = listing.problems
+    assert problem.code == "D002" and "'test', 'train'" in problem.message
+    assert problem.try_ == f"imgcls-fast data check {tmp_path / 'labels.csv'}"
+
+
+def test_a_lone_training_folder_beside_another_one_is_pointed_out(tmp_path: Path) -> None:
+    listing = list_folder(tree(tmp_path, "train/cat/1.png", "train/dog/1.png", "unlabelled/1.png"))
+    assert listing.classes == ["train", "unlabelled"] and str(tmp_path / "train") in listing.notices[0]
+
+
+# ---------------------------------------------------------------- ours
+
+
+def run_in(folder: Path) -> Path:
+    return tree(folder, "config.yaml", "manifest.npz", "plots/curve.png", "bundle/bundle.json", "report.html")
+
+
+def test_runs_and_what_is_made_of_them_are_never_taken_for_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = tree(tmp_path / "d", "cat/1.png", "dog/1.png", "dog/deep/2.png")
+    run_in(data / "runs" / "first")
+    (data / "runs" / "last.txt").write_text("first\n# the last run; written by imgcls-fast\n")
+    (data / "runs" / "last").symlink_to("first")
+    run_in(data / "dog" / "deep" / "second")
+    tree(data, "handed on/bundle.json", "handed on/sample.png", "cache/archives/1/cat/3.png")
+    tree(data, "onnx/preview.png")
+    (data / "onnx" / "meta.json").write_text('{"bundle": "0a", "target": "onnx", "precision": "fp32", "file": "model.onnx"}')
+    monkeypatch.setenv("IMGCLS_CACHE", str(data / "cache"))
+    expected = ["cat/1.png", "dog/1.png", "dog/deep/2.png"]
+    assert list_folder(data).paths == expected and list_folder(data).classes == ["cat", "dog"]
+    assert [p for p in list_folder(data, labelled=False).paths if p.endswith(".png")] == expected
+    passed = dict(list_folder(data).ours)
+    assert passed["runs"] == "the folder of runs" and passed["dog/deep/second"] == "a run" and len(passed) == 5
+    (notice,) = list_folder(data).notices
+    assert "passed over, because no data" in notice and notice.endswith(", 2 more")
+
+
+def test_a_class_may_be_called_runs_and_hold_a_meta_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tree(tmp_path, "runs/1.png", "goals/1.png", "goals/config.yaml"))
+    monkeypatch.delenv("IMGCLS_RUNS", raising=False)
+    (tmp_path / "runs" / "meta.json").write_text('{"taken": 2020}')
+    (tmp_path / "runs" / "last.txt").write_text("1.png\n")
+    assert list_folder(tmp_path).classes == ["goals", "runs"]
+
+
+def test_a_run_in_the_folder_of_its_own_data_leaves_the_classes(tmp_path: Path) -> None:
+    run_in(tree(tmp_path, "cat/1.png", "dog/1.png"))
+    assert list_folder(tmp_path).classes == ["cat", "dog"]
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_a_run_that_is_named_as_data_is_refused(tmp_path: Path, labelled: bool) -> None:
+    with pytest.raises(DataError, match=r"is a run, not images") as caught:
+        list_folder(run_in(tmp_path / "r"), labelled=labelled)
+    assert caught.value.code == "D001"
+
+
+def test_a_table_that_names_the_pictures_of_a_run_is_refused(tmp_path: Path) -> None:
+    run_in(tree(tmp_path, "cat/1.png") / "runs" / "a")
+    (tmp_path / "t.csv").write_text("path,label\ncat/1.png,cat\nruns/a/plots/curve.png,dog\n")
+    (problem,) = list_table(tmp_path / "t.csv").problems
+    assert problem.where == "t.csv, line 3" and "drawn by a run" in problem.message
