@@ -30,13 +30,19 @@ PLAN: Event = {
 }  # fmt: skip
 BASELINE: Event = {"event": "baseline", "features": "resnet18", "accuracy": 0.85312, "ci": [0.81, 0.89], "seconds": 4.2,
                    "train_rows": 5213, "train_of": 5213, "limit": ""}  # fmt: skip
-START: Event = {"event": "start", "epoch": 1, "epochs": 30, "steps_per_epoch": 92, "resumed": False}
+START: Event = {"event": "start", "epoch": 1, "epochs": 30, "steps_per_epoch": 92, "resumed": False, "monitor": "val/accuracy",
+                "patience": 5}  # fmt: skip
 PROGRESS: Event = {"event": "progress", "epoch": 3, "epochs": 30, "step": 40, "steps": 92, "loss": 0.5, "images_per_s": 1204.0,
                    "data_share": 0.031, "eta_s": 250.0}  # fmt: skip
 VALIDATE: Event = {"event": "validate", "epoch": 3, "done": 10, "total": 367}
 EPOCH: Event = {
-    "event": "epoch", "epoch": 3, "epochs": 30, "train_loss": 0.4123, "val_accuracy": 0.9034, "val_macro_f1": 0.8991, "delta": 0.0121,
+    "event": "epoch", "epoch": 3, "epochs": 30, "train_loss": 0.4123, "val_loss": 0.5121, "val_accuracy": 0.9034,
+    "val_macro_f1": 0.8991, "delta": 0.0121,
     "images_per_s": 1204.4, "data_share": 0.031, "memory_mb": 7270.0, "eta_s": 250.0, "best": True,
+}  # fmt: skip
+STOPPED: Event = {
+    "event": "stopped_early", "epoch": 12, "epochs": 30, "monitor": "val/loss", "best_epoch": 7, "best": 0.5121, "patience": 5,
+    "early": True,
 }  # fmt: skip
 WARNING: Event = {"event": "warning", "text": "the learning rate is odd [bold]"}
 QUARANTINE: Event = {"event": "quarantine", "path": "daisy/[red]1.jpg", "reason": "truncated", "epoch": 1, "row": 7}
@@ -61,6 +67,7 @@ ALL = [
     PROGRESS,
     EPOCH,
     VALIDATE,
+    STOPPED,
     WARNING,
     QUARANTINE,
     CHECKPOINT,
@@ -111,8 +118,8 @@ def test_nothing_quarantined_is_not_mentioned() -> None:
 def test_one_of_a_kind_is_singular() -> None:
     line = plain_lines(DATA | {"images": 1, "classes": ["a"], "smallest": 1, "duplicates_removed": 1})[0]
     assert line == "1 image, 1 class, smallest 1, 9 quarantined, 1 duplicate across splits removed"
-    assert plain_lines(START | {"epochs": 1, "steps_per_epoch": 1}) == ["training for 1 epoch of 1 step"]
-    assert plain_lines(START) == ["training for 30 epochs of 92 steps"]
+    assert plain_lines(START | {"epochs": 1, "steps_per_epoch": 1})[0] == "training for 1 epoch of 1 step"
+    assert plain_lines(START)[0] == "training for 30 epochs of 92 steps"
     assert "on 1 image ->" in done_line(DONE | {"n": 1})
     assert "on 1,367 images ->" in done_line(DONE)
     assert dict(done_facts(DONE))["worst"] == "roses F1 0.811 (64 images)\ndaisy F1 0.900 (1 image)"
@@ -121,17 +128,18 @@ def test_one_of_a_kind_is_singular() -> None:
 
 def test_the_baseline_line_says_what_must_be_beaten() -> None:
     assert plain_lines(BASELINE) == [
-        "linear probe on resnet18: 0.853 [0.81, 0.89] in 4 s - your model must beat this",
-        "  fitted to 5,213 training images",
+        "linear probe on resnet18: 0.853 (95% interval [0.81, 0.89]) in 4 s",
+        "  your model must beat this; fitted to 5,213 training images",
     ]
     assert "in 0.2 s" in plain_lines(BASELINE | {"seconds": 0.2})[0]
     some = {"train_rows": 5213, "train_of": 50_000, "limit": "20 s of reading"}
     assert plain_lines(BASELINE | some)[1] == (
-        "  fitted to 5,213 of 50,000 training images (no more in 20 s of reading)"
+        "  your model must beat this; fitted to 5,213 of 50,000 training images (no more in 20 s of reading)"
     )
-    assert plain_lines({k: v for k, v in BASELINE.items() if k in ("event", "features", "accuracy")})[0].startswith(
-        "linear probe on resnet18: 0.853 - "
-    )
+    assert plain_lines({k: v for k, v in BASELINE.items() if k in ("event", "features", "accuracy")}) == [
+        "linear probe on resnet18: 0.853",
+        "  your model must beat this",
+    ]
 
 
 def test_a_notice_of_the_baseline_has_a_line_of_its_own() -> None:
@@ -148,6 +156,51 @@ def test_the_epoch_line_says_every_number() -> None:
     assert "(-.012)" in epoch_line(EPOCH | {"delta": -0.0121, "best": False})
     assert "best" not in epoch_line(EPOCH | {"best": False})
     assert "(" not in epoch_line(EPOCH | {"delta": None})
+
+
+@pytest.mark.parametrize(
+    ("monitor", "shown", "goal"),
+    [
+        ("val/accuracy", "val acc .903 (+.012) f1 .899", "highest val acc"),
+        ("val/macro_f1", "val acc .903 f1 .899 (+.012)", "highest f1"),
+        ("val/balanced_accuracy", "val acc .903 f1 .899 balanced acc .887 (+.012)", "highest balanced acc"),
+        ("val/loss", "val loss .512 (+.012) val acc .903 f1 .899", "lowest val loss"),
+    ],
+)
+def test_the_figure_that_picks_the_best_epoch_is_on_its_line_with_its_change(monitor: str, shown: str, goal: str) -> None:
+    event = EPOCH | {"monitor": monitor, "val_balanced_accuracy": 0.887}
+    assert f"  {shown}  " in epoch_line(event)
+    assert shown in epoch_line(event, 70)
+    told = plain_lines(START | {"monitor": monitor})
+    assert f"*best: {goal} so far" in told[1]
+    assert "change against the best before" in told[1]
+    assert told[2] == "  stops early after 5 epochs without a better one"
+
+
+def test_a_lower_loss_is_good_news_and_a_lower_accuracy_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    colours = {}
+    for monitor in ("val/loss", "val/accuracy"):
+        monkeypatch.setenv("COLUMNS", "200")
+        text = shown(Terminal(), [EPOCH | {"monitor": monitor, "delta": -0.012}])
+        colours[monitor] = re.search(r"\x1b\[(\d+)m\(-\.012\)", text)[1]  # type: ignore[index]
+    assert colours == {"val/loss": "32", "val/accuracy": "31"}
+
+
+def test_early_stopping_is_told_with_epoch_figure_patience_and_best_epoch() -> None:
+    when, why, best = plain_lines(STOPPED)
+    assert when == "stopped early after epoch 12 of 30"
+    assert why == "  val loss has not improved for 5 epochs (patience 5)"
+    assert best == "  best: epoch 7 with lowest val loss, 0.512"
+    assert "\n".join((when, why, best)) in shown(io.StringIO(), ALL)
+    told = dict(done_facts(DONE | {"ended": STOPPED}))["stopped"]
+    assert told == "after epoch 12 of 30: val loss has not improved for 5 epochs (patience 5); best: epoch 7 with lowest val loss, 0.512"
+    whole = STOPPED | {"early": False, "epoch": 30}
+    assert dict(done_facts(DONE | {"ended": whole}))["best"] == "epoch 7 with lowest val loss, 0.512, of 30 epochs"
+
+
+def test_a_resumed_run_counts_batches_of_the_epoch_and_steps_of_the_run() -> None:
+    event = START | {"resumed": True, "epoch": 5, "step": 94, "batch": 14, "steps_per_epoch": 20}
+    assert plain_lines(event)[0] == "resumed in epoch 5/30 after batch 14 of 20, 94 steps in all"
 
 
 @pytest.mark.parametrize("width", [50, 60, 70, 80, 100, 120])
@@ -186,7 +239,7 @@ def test_no_baseline_is_not_mentioned() -> None:
 
 
 def test_the_result_is_one_line() -> None:
-    assert done_line(DONE) == "test accuracy 0.912 [0.88, 0.94] on 1,367 images -> runs/1"
+    assert done_line(DONE) == "test accuracy 0.912 (95% interval [0.88, 0.94]) on 1,367 images -> runs/1"
 
 
 @pytest.mark.parametrize(
@@ -251,7 +304,7 @@ def test_a_terminal_gets_lines_that_fit(width: int, colour: bool, monkeypatch: p
     assert max(len(line) for line in lines if line.startswith(("╭", "│", "╰"))) <= 100
     for fact in (
         " test: 1,367 images ",
-        "0.912 [0.88, 0.94]",
+        "0.912 (95% interval [0.88, 0.94])",
         "0.853, so 0.059 better",
         "0.901",
         "0.021",

@@ -56,6 +56,11 @@ def folder_is_distrusted() -> bool:
     return bool(os.environ.get("PYTHONSAFEPATH"))
 
 
+def terminal_moves() -> bool:
+    """Whether a terminal of this kind can draw over what it has shown."""
+    return os.environ.get("TERM", "").lower() not in ("dumb", "unknown")
+
+
 def child_environment() -> dict[str, str]:
     """The environment of a process that is started: no module and no program is looked for in its current folder.
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable
+from functools import cached_property
 from typing import IO, TYPE_CHECKING, Any
 
+from ..core.env import terminal_moves
 from ..core.text import printable
+from .beat import BAR_S, LINE_S, Beat, Doing
 from .events import Event
 from .lines import (
-    clock,
     counted,
     done_facts,
     done_line,
@@ -17,9 +20,7 @@ from .lines import (
     interesting,
     plain_lines,
     plan_line,
-    rate,
-    share,
-    short,
+    plan_rows,
 )
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 MAX_BOX = 100  # columns: a box as wide as a large terminal is hard to read
+_WHOLE = 10_000  # columns of a pipe, where nothing is wrapped
 
 
 class ConsoleSink:
@@ -42,32 +44,49 @@ class ConsoleSink:
     def __init__(
         self, stream: IO[str] | None = None, *, quiet: bool = False, json: bool = False, console: Console | None = None
     ) -> None:
-        self.console = console or make_console(stream or (sys.stderr if json else sys.stdout))
+        self._stream = console.file if console else stream or (sys.stderr if json else sys.stdout)
+        self._given = console
         self.quiet = quiet
         self.warnings: list[str] = []
         self._bar: Progress | None = None
         self._task: TaskID | None = None
+        self._doing = Doing()
+        self._lock = threading.RLock()  # of the bar, which the beat makes and an event removes
+        self._beat = Beat(self._alive, BAR_S if _live_terminal(self._stream) else LINE_S)
         self._handlers: dict[str, Callable[[Event], None]] = {
             "data": self._data, "notice": self._lines, "plan": self._plan, "baseline": self._baseline, "start": self._lines,
-            "progress": self._progress, "validate": self._validate, "epoch": self._epoch, "warning": self._warning,
-            "quarantine": self._quarantine, "interrupted": self._interrupted, "failed": self._failed, "done": self._done,
+            "phase": self._phase, "progress": self._step, "validate": self._step, "epoch": self._epoch,
+            "stopped_early": self._ended, "warning": self._warning, "quarantine": self._quarantine,
+            "interrupted": self._ended, "failed": self._failed, "done": self._done,
         }  # fmt: skip
+
+    @cached_property
+    def console(self) -> Console:
+        """Made when something is shown: rich takes a tenth of a second to import."""
+        return self._given or make_console(self._stream)
 
     def __call__(self, event: Event) -> None:
         kind = event["event"]
         if kind in self._handlers and (
             not self.quiet or kind in ("warning", "quarantine", "interrupted", "failed", "done")
         ):
+            self._doing(event)
             self._handlers[kind](event)
 
     def close(self) -> None:
-        """Remove the live bar, whatever happened."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = self._task = None
+        """Remove the live bar and end the beat, whatever happened."""
+        self._beat.close()
+        self._stop_bar()
+
+    def _stop_bar(self) -> None:
+        with self._lock:
+            if self._bar is not None:
+                self._bar.stop()
+                self._bar = self._task = None
 
     def _say(self, text: str, style: str = "") -> None:
         """One line that a terminal may wrap but that is never cut: paths and commands stay whole."""
+        self._beat.touch()
         self.console.print(printable(text), style=style or None, soft_wrap=True)
 
     def _lines(self, event: Event) -> None:
@@ -84,6 +103,10 @@ class ConsoleSink:
         from rich.table import Table
 
         self._say(plan_line(event), "bold")
+        if not self.console.is_terminal:  # a pipe has no width: a program, or a person with a pager, reads whole lines
+            for line in plan_rows(event["rows"]):
+                self._say(line)
+            return
         table = Table(box=None, show_header=False, padding=(0, 2, 0, 0), pad_edge=False)
         table.add_column(no_wrap=True, style="dim")
         table.add_column(overflow="fold", style="bold", max_width=32)
@@ -96,45 +119,54 @@ class ConsoleSink:
         for line in plain_lines(event):
             self._say(line, "cyan")
 
-    def _progress(self, event: Event) -> None:
-        parts = [
-            f"loss {short(event.get('loss'))}",
-            rate(event.get("images_per_s")),
-            f"data {share(event.get('data_share'))}",
-        ]
-        parts.append(f"eta {clock(event.get('eta_s'))}")
-        self._live(f"ep {event['epoch']}/{event['epochs']}", event["step"], event["steps"], "  ".join(parts))
+    def _phase(self, event: Event) -> None:
+        self._beat.start()
+        if self._doing.quiet:
+            self._stop_bar()
 
-    def _validate(self, event: Event) -> None:
-        self._live(f"ep {event['epoch']} validation", event["done"], event["total"], "")
+    def _step(self, event: Event) -> None:
+        self._beat.start()
+        if _live_terminal(self._stream):
+            self._live(*self._doing.bar())
 
-    def _live(self, what: str, done: int, total: int, facts: str) -> None:
-        if not self.console.is_terminal or self.console.is_dumb_terminal:
-            return  # in a pipe or a file a bar would be noise
-        if self._bar is None:
-            from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+    def _alive(self) -> None:
+        """Called by the beat when nothing was shown for a while."""
+        with self._lock:
+            if self._doing.quiet:
+                return
+            if _live_terminal(self._stream):
+                self._live(*self._doing.bar())
+            else:
+                self._say(self._doing.line(), "dim")
 
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=None),
-                TaskProgressColumn(),
-                TextColumn("{task.fields[facts]}"),
-            )
-            self._bar = Progress(*columns, console=self.console, transient=True, refresh_per_second=4, expand=True)
-            self._task = self._bar.add_task(what, total=total, facts=facts)
-            self._bar.start()
-        assert self._task is not None
-        self._bar.update(self._task, description=what, completed=done, total=total, facts=facts)
+    def _live(self, what: str, done: int, total: int | None, facts: str) -> None:
+        with self._lock:
+            if self._bar is None:
+                from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
+                columns = (
+                    TextColumn("{task.description}"),
+                    BarColumn(bar_width=None),
+                    TaskProgressColumn(),
+                    TextColumn("{task.fields[facts]}"),
+                )
+                self._bar = Progress(*columns, console=self.console, transient=True, refresh_per_second=4, expand=True)
+                self._task = self._bar.add_task(what, total=total, facts=facts)
+                self._bar.start()
+            assert self._task is not None
+            self._bar.update(self._task, description=what, completed=done, total=total, facts=facts)
 
     def _epoch(self, event: Event) -> None:
         from rich.text import Text
 
-        self.close()
+        self._stop_bar()
         width = self.console.width if self.console.is_terminal else 0
         text = Text(epoch_line(event, width))
         text.highlight_regex(r"\*best$", "bold green")
-        text.highlight_regex(r"\(\+[^)]*\)", "green")
-        text.highlight_regex(r"\(-[^)]*\)", "red")
+        lower = event.get("monitor") == "val/loss"
+        text.highlight_regex(r"\(\+[^)]*\)", "red" if lower else "green")
+        text.highlight_regex(r"\(-[^)]*\)", "green" if lower else "red")
+        self._beat.touch()
         self.console.print(text, soft_wrap=True)
 
     def _warning(self, event: Event) -> None:
@@ -145,23 +177,23 @@ class ConsoleSink:
         self.warnings.append(plain_lines(event)[0])
         self._say(f"warning: {self.warnings[-1]}", "yellow")
 
-    def _interrupted(self, event: Event) -> None:
-        self.close()
+    def _ended(self, event: Event) -> None:
+        self._stop_bar()
         self._lines(event)
 
     def _failed(self, event: Event) -> None:
         """The error itself is printed by whoever called training."""
-        self.close()
+        self._stop_bar()
         for line in plain_lines(event):
             if line.startswith(("saved in", "continue with")):
                 self._say(line)
 
     def _done(self, event: Event) -> None:
-        self.close()
+        self._stop_bar()
         if self.quiet:
             self._say(done_line(event))
             return
-        self.console.print(self._box(event), soft_wrap=False)
+        self.console.print(self._box(event), soft_wrap=False, width=None if self.console.is_terminal else _WHOLE)
         for note in event.get("notes") or ():
             self._say(f"note: {note}", "yellow")
         self._say(f"report   {event.get('report') or '-'}", "bold")
@@ -184,9 +216,14 @@ class ConsoleSink:
             title=title,
             title_align="left",
             expand=False,
-            width=None if self.console.width <= MAX_BOX else MAX_BOX,
+            width=MAX_BOX if self.console.is_terminal and self.console.width > MAX_BOX else None,
             padding=(0, 1),
         )
+
+
+def _live_terminal(stream: IO[str]) -> bool:
+    """Whether a bar can come and go there."""
+    return stream.isatty() and terminal_moves()
 
 
 def make_console(stream: IO[str]) -> Console:

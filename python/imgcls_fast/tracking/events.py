@@ -1,7 +1,7 @@
 """What passes through a sink.
 
 An event is a plain dict that JSON can hold, with its kind under "event": data, notice, plan, baseline, start, progress, epoch,
-validate, warning, quarantine, checkpoint, interrupted, failed, done. A sink ignores kinds that it does not know.
+validate, stopped_early, warning, quarantine, checkpoint, interrupted, failed, done. A sink ignores kinds that it does not know.
 """
 
 from __future__ import annotations

@@ -14,14 +14,32 @@ def plain_lines(event: Event) -> list[str]:
     return _PLAIN.get(event["event"], lambda event: [])(event)
 
 
+MONITORS = {
+    "val/accuracy": "val acc",
+    "val/macro_f1": "f1",
+    "val/balanced_accuracy": "balanced acc",
+    "val/loss": "val loss",
+}
+_FIGURES = {"val/loss": "val_loss", "val/accuracy": "val_accuracy", "val/macro_f1": "val_macro_f1",
+            "val/balanced_accuracy": "val_balanced_accuracy"}  # fmt: skip
+
+
 def epoch_line(event: Event, width: int = 0) -> str:
-    """One epoch in one line; in a terminal of `width` columns the least important parts are left out (0: keep all)."""
-    delta = event.get("delta")
-    accuracy = f"val acc {short(event.get('val_accuracy'))}" + (f" ({_signed(delta)})" if delta is not None else "")
+    """One epoch in one line; in a terminal of `width` columns the least important parts are left out (0: keep all).
+
+    The figure that picks the best epoch is always shown, with its change against the best epoch before.
+    """
+    monitor, delta = event.get("monitor", "val/accuracy"), event.get("delta")
+    figures = [
+        f"{MONITORS[name]} {short(event.get(key))}"
+        + (f" ({_signed(delta)})" if name == monitor and delta is not None else "")
+        for name, key in _FIGURES.items()
+        if name in (monitor, "val/accuracy", "val/macro_f1")
+    ]
     parts = [  # (importance, text)
         (9, f"ep {event['epoch']:>{len(str(event['epochs']))}}/{event['epochs']}"),
         (8, f"loss {short(event.get('train_loss'))}"),
-        (9, f"{accuracy} f1 {short(event.get('val_macro_f1'))}"),
+        (9, " ".join(figures)),
         (5, rate(event.get("images_per_s"))),
         (4, f"data {share(event.get('data_share'))}" if event.get("data_share") is not None else ""),
         (3, f"mem {size(event['memory_mb'])}" if event.get("memory_mb") else ""),
@@ -32,6 +50,16 @@ def epoch_line(event: Event, width: int = 0) -> str:
     while width and len("  ".join(text for _, text in parts)) > width and min(parts)[0] < 9:
         parts.remove(min(parts))
     return "  ".join(text for _, text in parts)
+
+
+def progress_line(event: Event) -> str:
+    """Loss, pace and time left inside an epoch."""
+    parts = [
+        f"loss {short(event.get('loss'))}",
+        rate(event.get("images_per_s")),
+        f"data {share(event.get('data_share'))}",
+    ]
+    return "  ".join([*parts, f"eta {clock(event.get('eta_s'))}"])
 
 
 def plan_line(event: Event) -> str:
@@ -61,6 +89,8 @@ def done_facts(event: Event) -> list[tuple[str, str]]:
     worst = [f"{name} F1 {_fixed(f1)} ({counted(support, 'image')})" for name, f1, support in event.get("worst") or ()]
     if worst:
         facts.append(("worst", "\n".join(worst)))
+    if event.get("ended"):
+        facts.append(("stopped" if event["ended"]["early"] else "best", ended_line(event["ended"])))
     facts.append(("time", clock(event.get("seconds"))))
     return facts
 
@@ -105,10 +135,15 @@ def _data_lines(event: Event) -> list[str]:
 
 
 def _plan_lines(event: Event) -> list[str]:
-    return [
-        plan_line(event),
-        *(f"  {name} = {value}   ({reason})" for name, value, reason in interesting(event["rows"])),
-    ]
+    return [plan_line(event), *plan_rows(event["rows"])]
+
+
+def plan_rows(rows: Iterable[Sequence[Any]]) -> list[str]:
+    """The rows of a plan that have a reason, one whole line each: setting, value, reason."""
+    shown = interesting(rows)
+    width = max((len(name) for name, _, _ in shown), default=0)
+    widest = max((len(value) for _, value, _ in shown if len(value) <= 32), default=0)
+    return [f"  {name:<{width}}  {value:<{widest}}  {reason}" for name, value, reason in shown]
 
 
 def _baseline_lines(event: Event) -> list[str]:
@@ -121,21 +156,69 @@ def _baseline_lines(event: Event) -> list[str]:
         else ""
     )
     found = f"{_fixed(event['accuracy'])}{_interval(event.get('ci'))}{took}"
-    lines = [f"linear probe on {event['features']}: {found} - your model must beat this"]
     if event.get("limit"):
-        rows = f"{event['train_rows']:,} of {event['train_of']:,} training images"
-        lines.append(f"  fitted to {rows} (no more in {event['limit']})")
-    elif event.get("train_rows"):
-        lines.append(f"  fitted to {counted(event['train_rows'], 'training image')}")
-    return lines
+        rows = f"{event['train_rows']:,} of {event['train_of']:,} training images (no more in {event['limit']})"
+    else:
+        rows = counted(event["train_rows"], "training image") if event.get("train_rows") else ""
+    fitted = f"; fitted to {rows}" if rows else ""
+    return [f"linear probe on {event['features']}: {found}", f"  your model must beat this{fitted}"]
 
 
 def _start_lines(event: Event) -> list[str]:
     if event.get("resumed"):
-        return [
-            f"resumed in epoch {event['epoch']}/{event['epochs']} after step {event.get('step', 0)} of {event['steps_per_epoch']}"
-        ]
-    return [f"training for {counted(event['epochs'], 'epoch')} of {counted(event['steps_per_epoch'], 'step')}"]
+        where = f"after batch {event.get('batch', 0):,} of {event['steps_per_epoch']:,}, {counted(event.get('step', 0), 'step')} in all"
+        return [f"resumed in epoch {event['epoch']}/{event['epochs']} {where}", *_marks(event)]
+    return [
+        f"training for {counted(event['epochs'], 'epoch')} of {counted(event['steps_per_epoch'], 'step')}",
+        *_marks(event),
+    ]
+
+
+def _marks(event: Event) -> list[str]:
+    """What *best and the brackets of the epoch lines mean."""
+    if event.get("monitor") is None:
+        return []
+    sign = "-" if event["monitor"] == "val/loss" else "+"
+    lines = [f"  *best: {_goal(event['monitor'])} so far, ({sign}.01): its change against the best before"]
+    if event.get("patience") is not None:
+        lines.append(f"  stops early after {counted(event['patience'], 'epoch')} without a better one")
+    return lines
+
+
+def _goal(monitor: str) -> str:
+    return f"{'lowest' if monitor == 'val/loss' else 'highest'} {MONITORS[monitor]}"
+
+
+def _phase_lines(event: Event) -> list[str]:
+    """How long something took; nothing while it goes on."""
+    done = f" ({event['done']:,} {event['unit']})" if event.get("unit") and event["done"] else ""
+    return [f"{event['what']}{done}: {clock(event['seconds'])}"] if event["state"] == "end" else []
+
+
+def _stopped_lines(event: Event) -> list[str]:
+    when, why, best = _ended(event)
+    return [f"stopped early {when}", f"  {why}", f"  {best}"]
+
+
+def ended_line(event: Event) -> str:
+    """Which epoch was the best by which figure, and why training ended before its last epoch, if it did.
+
+    Args:
+        event: of `training.progress.how_it_ended`.
+    """
+    when, why, best = _ended(event)
+    if not event["early"]:
+        return f"{best.removeprefix('best: ')}, of {counted(event['epoch'], 'epoch')}"
+    return f"{when}: {why}; {best}"
+
+
+def _ended(event: Event) -> tuple[str, str, str]:
+    name, waited = MONITORS[event["monitor"]], event["epoch"] - event["best_epoch"]
+    return (
+        f"after epoch {event['epoch']} of {event['epochs']}",
+        f"{name} has not improved for {counted(waited, 'epoch')} (patience {event['patience']})",
+        f"best: epoch {event['best_epoch']} with {_goal(event['monitor'])}, {_fixed(event['best'])}",
+    )
 
 
 def _failed_lines(event: Event) -> list[str]:
@@ -167,6 +250,8 @@ _PLAIN: dict[str, Callable[[Event], list[str]]] = {
     "baseline": _baseline_lines,
     "start": _start_lines,
     "epoch": lambda event: [epoch_line(event)],
+    "stopped_early": _stopped_lines,
+    "phase": _phase_lines,
     "warning": lambda event: [f"warning: {event['text']}"],
     "quarantine": lambda event: [f"{event['path']} cannot be decoded and was taken out: {event['reason']}"],
     "checkpoint": lambda event: [f"checkpoint {event['path']}"],
@@ -219,7 +304,7 @@ def _signed(delta: float) -> str:
 
 
 def _interval(ci: Sequence[float | None] | None) -> str:
-    return f" [{ci[0]:.2f}, {ci[1]:.2f}]" if ci and not any(map(_missing, ci)) else ""
+    return f" (95% interval [{ci[0]:.2f}, {ci[1]:.2f}])" if ci and not any(map(_missing, ci)) else ""
 
 
 def rate(images_per_s: float | None) -> str:

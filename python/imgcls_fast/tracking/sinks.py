@@ -52,7 +52,8 @@ class LogSink:
         self.run = run
 
     def __call__(self, event: Event) -> None:
-        if event["event"] in ("progress", "validate"):
+        kind = event["event"]
+        if kind in ("progress", "validate") or (kind == "phase" and not _took_long(event)):
             return
         self.run.append_event(event)
         for line in plain_lines(event):
@@ -60,6 +61,11 @@ class LogSink:
 
     def close(self) -> None:
         """Nothing stays open between events."""
+
+
+def _took_long(event: Event) -> bool:
+    """Whether a phase has ended that a person had to wait for."""
+    return event["state"] == "end" and event["seconds"] >= 1
 
 
 SINKS: dict[str, Callable[..., Sink]] = {"console": ConsoleSink, "log": LogSink}

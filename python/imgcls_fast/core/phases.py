@@ -1,0 +1,78 @@
+"""Tell that something long goes on: what, how far it is, for how long.
+
+Whoever does something that may take longer than a few seconds wraps it in `phase`, wherever it is; whoever shows it listens
+by `heard_by`. Without a listener a phase costs nothing. The listener is that of the calling context and not an argument,
+which would have to pass through every function between a command and the loop over its files.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, TypeVar
+
+Listener = Callable[[dict[str, Any]], Any]
+T = TypeVar("T")
+
+_EVERY_S = 0.2  # between two events of one phase
+_listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
+
+
+class Phase:
+    """Something long, while it goes on."""
+
+    def __init__(self, what: str, total: int | None, unit: str, tell: Listener | None) -> None:
+        self.what, self.total, self.unit, self.done = what, total, unit, 0
+        self._tell, self._began, self._told = tell, time.monotonic(), 0.0
+
+    def to(self, done: int) -> None:
+        """Tell how many are done so far; cheap enough for each image."""
+        self.done = done
+        now = time.monotonic()
+        if self._tell is not None and now - self._told >= _EVERY_S:
+            self._told = now
+            self.emit("going")
+
+    def emit(self, state: str) -> None:
+        """Send the event: {"event": "phase", "state": begin, going or end, what, done, total, unit, seconds}."""
+        if self._tell is not None:
+            seconds = round(time.monotonic() - self._began, 3)
+            self._tell({
+                "event": "phase", "state": state, "what": self.what, "done": self.done, "total": self.total,
+                "unit": self.unit, "seconds": seconds,
+            })  # fmt: skip
+
+
+@contextmanager
+def heard_by(listener: Listener) -> Iterator[None]:
+    """While entered, phases that begin in this thread are told to `listener`, as events."""
+    token = _listener.set(listener)
+    try:
+        yield
+    finally:
+        _listener.reset(token)
+
+
+@contextmanager
+def phase(what: str, total: int | None = None, unit: str = "") -> Iterator[Phase]:
+    """While entered, `what` goes on.
+
+    Args:
+        what: in the words of a person who waits: "looking at the images".
+        total: number of `unit` to be done, where that is known; tell how many are with `to`.
+    """
+    current = Phase(what, total, unit, _listener.get())
+    current.emit("begin")
+    try:
+        yield current
+    finally:
+        current.emit("end")
+
+
+def counted_off(things: Iterable[T], current: Phase) -> Iterator[T]:
+    """The same things; a phase is told how many have gone by."""
+    for done, thing in enumerate(things, 1):
+        yield thing
+        current.to(done)
