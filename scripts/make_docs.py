@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from imgcls_fast.cli.old import OLD_NAMES, modernize
-from imgcls_fast.core.config import RunConfig, Section, free_settings
+from imgcls_fast.core.config import RunConfig, Section, bits_settings, free_settings
 from imgcls_fast.core.env import runs_dir
 from imgcls_fast.core.errors import UsageError
 from imgcls_fast.core.flags import LATER_FLAGS, LATER_VERBS, VERBS, Flag, Verb, flags_of, setting_flags
@@ -217,7 +217,7 @@ def _default(value: object) -> str:
 
 
 def _section(name: str, kind: type[Section], schema: dict[str, Any]) -> str:
-    free, flags = free_settings(), {flag.setting: flag.long for flag in setting_flags().values()}
+    free, bits, flags = free_settings(), bits_settings(), {flag.setting: flag.long for flag in setting_flags().values()}
     rows = []
     for key, field in kind.model_fields.items():
         full = f"{name}.{key}"
@@ -227,7 +227,7 @@ def _section(name: str, kind: type[Section], schema: dict[str, Any]) -> str:
                 legal(schema["properties"][key]).replace("|", "\\|"),
                 _default(field.get_default(call_default_factory=True)),
                 f"`{flags[full]}`" if full in flags else "",
-                "yes" if full in free else "",
+                "yes" if full in free else "but for the last bits" if full in bits else "",
                 cell(field.description or ""),
             ]
         )
@@ -254,8 +254,9 @@ def configuration_page() -> str:
         """),
         prose("""
             `auto` becomes a number once, in the plan, with a reason that is printed and stored
-            ([training.md](training.md#the-plan)). *free*: may change when a run is resumed; every other setting shapes
-            the weights, and changing it is refused ([M006](errors/M006.md)). Times take `90`, `90s`, `10m` or `2h`;
+            ([training.md](training.md#the-plan)). *free*: may change when a run is resumed
+            ([training.md](training.md#what-may-change)); every other setting shapes the weights, and changing it is
+            refused ([M006](errors/M006.md)). Times take `90`, `90s`, `10m` or `2h`;
             lists take `0.8,0.1,0.1` on the command line.
         """),
         "```yaml\nmodel:\n  arch: resnet50\noptim:\n  lr: 0.001\ntrain:\n  epochs: 30\n```",

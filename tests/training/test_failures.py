@@ -268,7 +268,7 @@ def test_each_bad_row_is_on_disk_at_once_at_the_cost_of_one_line(make_fit: Any, 
 def test_quarantine_csv_holds_rows_that_were_found_after_the_best_epoch(
     configure: Callable[..., Any], own_data: Path, at_step: Any, monkeypatch: Patch
 ) -> None:
-    monkeypatch.setattr("imgcls_fast.training.fit.is_better", lambda value, loss, progress: progress.best is None)
+    monkeypatch.setattr("imgcls_fast.training.progress.is_better", lambda value, loss, progress: progress.best is None)
     rows: list[int] = []
 
     def spoil_one(fit: Fit) -> None:

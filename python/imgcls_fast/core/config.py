@@ -23,6 +23,7 @@ from pydantic import (
 Auto = Literal["auto"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 FREE: dict[str, Any] = {"resume": "free"}
+BITS: dict[str, Any] = {"resume": "bits"}  # may change, and the result then differs in its last bits
 
 _UNITS_S = {"s": 1.0, "m": 60.0, "h": 3600.0}
 _OUTSIDE_BRACKETS = re.compile(r",(?![^()]*\))")
@@ -158,7 +159,9 @@ class ModelConfig(Section):
         (), description="attention modules to insert, each NAME@PLACE or NAME(key=value)@PLACE, e.g. cbam@stage4"
     )
     kernels: Literal["auto", "proven", "on", "off"] = Field(
-        "auto", description="our attention kernels: where a benchmark shows them faster, always (or an error), never"
+        "auto",
+        description="our attention kernels: where a benchmark shows them faster, always (or an error), never",
+        json_schema_extra=BITS,
     )
     drop_rate: Annotated[float, Field(ge=0, lt=1)] | Auto = Field(
         "auto", description="dropout before the head; auto: the recipe's, else the architecture's own"
@@ -217,7 +220,9 @@ class TrainConfig(Section):
         "auto", description="order of the network's filters and maps in memory; auto: the faster one on this machine"
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where to train")
-    threads: PositiveInt | Auto = Field("auto", description="CPU threads of the training process")
+    threads: PositiveInt | Auto = Field(
+        "auto", description="CPU threads of the training process", json_schema_extra=BITS
+    )
     loader: Literal["auto", "torch", "dali-cpu", "dali-gpu"] = Field("auto", description="who decodes")
     workers: Annotated[int, Field(ge=0)] | Auto = Field(
         "auto", description="loader processes or threads", json_schema_extra=FREE
@@ -335,6 +340,11 @@ def setting_names() -> list[str]:
 def free_settings() -> set[str]:
     """The settings that may change when a run is resumed."""
     return {name for name in setting_names() if (_field(name).json_schema_extra or {}) == FREE}
+
+
+def bits_settings() -> set[str]:
+    """The settings that may change when a run is resumed, at the price of bitwise equality."""
+    return {name for name in setting_names() if (_field(name).json_schema_extra or {}) == BITS}
 
 
 def _field(name: str) -> Any:

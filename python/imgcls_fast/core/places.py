@@ -17,7 +17,7 @@ POINTER_MARK = "# the last run; written by imgcls-fast"  # in both of them
 RUN_NAMES = (
     ".lock", "baseline.json", "bench", "bundle", "checkpoints", "config.yaml", "data.json", "env.json", "eval",
     "events.jsonl", "exports", "log.txt", "manifest.npz", "metrics.csv", "model.json", "plots", "quarantine.csv",
-    "report.html", "split.csv",
+    "report.html", "run.json", "split.csv",
 )  # fmt: skip
 
 

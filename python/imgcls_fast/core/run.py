@@ -22,6 +22,7 @@ from .files import explained_write, parse_json, read_bounded, read_end, read_jso
 from .manifest import Manifest
 from .places import demand_no_links, is_run_folder, others_files
 from .predictions import Predictions
+from .record import record_of
 from .settings import build_config, save_config
 from .text import command, printable, quoted
 
@@ -156,7 +157,7 @@ class Run:
             }
         except DataError as error:
             line["data"] = f"unreadable ({error.code})"
-        return {**line, "name": self.name, "created": self.config_path.stat().st_mtime, "finished": self.finished}
+        return {**line, "name": self.name, "created": record_of(self.directory)["created"], "finished": self.finished}
 
     def _ended(self) -> str:
         """How work on this run ended last, in a few words; empty while it goes on, or where it ended without a word."""
@@ -172,6 +173,7 @@ class Run:
             **self.brief(),
             "directory": str(self.directory),
             "ended": self._ended(),
+            **{name: value for name, value in record_of(self.directory).items() if name in ("parent", "work")},
             "data_facts": self.read_json("data.json"),
             "settings": flatten(self.config),
             "baseline": self.read_json("baseline.json"),

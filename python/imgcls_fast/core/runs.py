@@ -12,6 +12,7 @@ from .errors import HardwareError, UsageError, near
 from .files import explained_write, write_text
 from .places import BEGUN, LAST, POINTER_MARK, delete_run_files
 from .places import is_run_folder as is_run_folder  # the one answer to "data or a run?"
+from .record import record_of
 from .run import Run
 from .text import command
 
@@ -67,7 +68,7 @@ def list_runs(folder: Path | None = None) -> list[Run]:
     if not folder.is_dir():
         return []
     found = [Run(path) for path in folder.iterdir() if not path.is_symlink() and is_run_folder(path)]
-    return sorted(found, key=lambda run: (run.config_path.stat().st_mtime, run.name))
+    return sorted(found, key=lambda run: (record_of(run.directory)["created"], run.name))
 
 
 def new_run_path(source: str | None, arch: str) -> Path:

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cached_property
-from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
@@ -27,11 +26,11 @@ from ..models.build import Classifier
 from ..models.kernels import use_kernels
 from . import checkpoint
 from .checkpoint import Progress
-from .identity import environment_differences, environment_key, require_same_trajectory, trajectory
+from .identity import LOST, environment_key, trajectory, what_differs
 from .objectives import CrossEntropy, class_weights
 from .optim import Averaged, Schedule, build_optimizer, set_rates
 from .plan import Plan, Start, starting_model
-from .progress import Pace, is_better, memory_mb, monitored
+from .progress import Pace, end_epoch, how_it_ended, memory_mb
 from .quarantined import Quarantined, require_same_validation
 from .rewind import Rewind
 from .signals import StopRequest
@@ -85,6 +84,7 @@ class Fit:
         self._saved_at = self._shown_at = time.monotonic()
         self.pace = Pace()
         self._saved_step = 0  # of the newest checkpoint
+        self.differences: list[str] = []  # between the process that wrote the restored checkpoint and this one
         self._whole = True  # between two steps, where a checkpoint can be written
 
     def _build_model(self) -> Classifier:
@@ -145,7 +145,8 @@ class Fit:
             return ["no checkpoint was written yet: starting at the beginning"]
         path, (tensors, progress, environment), wrong = found
         notes = [f"{text}; using {path.name}" for text in wrong]
-        notes += self._require_same_run(environment, path)
+        self.differences = what_differs(environment, self._identity, self.run_directory, path)
+        notes += [f"{'; '.join(self.differences)}: {LOST}"] if self.differences else []
         self.progress = progress
         progress.quarantined = late | progress.quarantined  # those found between the checkpoint and the end stay out
         self._saved_step = progress.step
@@ -173,17 +174,6 @@ class Fit:
         """What a checkpoint records beside its tensors; a `Fit` changes none of it."""
         key = environment_key(int(self.config.train.threads), self.config.model.kernels, str(self.device))
         return key | {"trajectory": trajectory(self.plan, self.manifest)}
-
-    def _require_same_run(self, environment: dict[str, Any], path: Path) -> list[str]:
-        """What differs from the process that wrote a checkpoint, as notes; what must not differ is an error."""
-        before = environment.pop("trajectory", None)
-        different = "the result will not be bitwise equal to an uninterrupted run"
-        if before is None:
-            return [f"{path.name} is of an earlier version, which did not record what shapes the weights: {different}"]
-        now = dict(self._identity)
-        unknown = require_same_trajectory(before, now.pop("trajectory"), self.run_directory, path / checkpoint.STATE)
-        differences = unknown + environment_differences(environment, now)
-        return [f"{'; '.join(differences)}: {different}"] if differences else []
 
     def save(self, *, best: bool = False) -> None:
         """Write a checkpoint of this step boundary."""
@@ -215,12 +205,15 @@ class Fit:
         progress = self.progress
         self.emit({
             "event": "start", "epoch": progress.epoch + 1, "epochs": epochs, "steps_per_epoch": self.steps,
-            "resumed": progress.step > 0, "step": progress.step,
+            "resumed": progress.step > 0, "step": progress.step, "batch": progress.index,
+            "monitor": self.config.train.monitor, "patience": self.config.train.patience,
         })  # fmt: skip
         try:
             with StopRequest(self._hurry) as stop, self._saved_when_it_fails():
                 while progress.epoch < epochs and not self._patience_is_over():
                     self._epoch_or_stop(stop)
+                if progress.epoch < epochs:
+                    self.emit({"event": "stopped_early", **how_it_ended(self.config.train, progress.history)})
                 if stop.requested:  # it came after the last step
                     self._interrupt()
         finally:
@@ -371,35 +364,17 @@ class Fit:
         return judge(predictions, top_k=(1,), bootstrap=0)
 
     def _finish_epoch(self, metrics: Metrics, seconds: float) -> None:
-        progress = self.progress
-        value = monitored(self.config.train.monitor, metrics)
-        best = is_better(value, metrics.log_loss, progress)
-        record = {
-            "epoch": progress.epoch + 1,
+        progress, train = self.progress, self.config.train
+        record, value, delta = end_epoch(progress, train.monitor, metrics, {
             "train_loss": float(self.loss_sum) / max(self.loss_weight, 1e-12),
-            "val_loss": metrics.log_loss,
-            "val_accuracy": metrics.accuracy,
-            "val_macro_f1": metrics.macro_f1,
-            "val_balanced_accuracy": metrics.balanced_accuracy,
             "lr": self.schedule.lr(max(0, progress.step - 1)),
             "images": progress.images,
             "images_per_s": round(self.pace.images_per_s, 1),
             "data_share": round(self.pace.data_share, 4),
             "memory_mb": memory_mb(self.device),
             "seconds": round(seconds, 3),
-            "best": int(best),
-        }
-        former = max((e["val_accuracy"] for e in progress.history), default=None)
-        progress.history.append(record)
-        if best:
-            progress.best, progress.best_loss, progress.best_epoch, progress.wait = (
-                value,
-                metrics.log_loss,
-                progress.epoch,
-                0,
-            )
-        else:
-            progress.wait += 1
+        })  # fmt: skip
+        best = bool(record["best"])
         self.schedule.after_epoch(value)
         progress.epoch, progress.index, progress.images = progress.epoch + 1, 0, 0
         self.loss_sum.zero_()
@@ -408,10 +383,10 @@ class Fit:
         self.save(best=best)
         self._whole = True
         self.run_directory.write_epochs(progress.history)
-        left = int(self.config.train.epochs) - progress.epoch
+        left = int(train.epochs) - progress.epoch
         self.emit({
-            **record, "event": "epoch", "epochs": int(self.config.train.epochs), "best": best,
-            "eta_s": left * progress.seconds / max(progress.epoch, 1), "delta": None if former is None else metrics.accuracy - former,
+            **record, "event": "epoch", "epochs": int(train.epochs), "best": best,
+            "monitor": train.monitor, "eta_s": left * progress.seconds / max(progress.epoch, 1), "delta": delta,
         })  # fmt: skip
 
     def _show(self, lr: float) -> None:

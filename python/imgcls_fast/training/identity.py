@@ -9,20 +9,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..core import env
-from ..core.config import RunConfig, free_settings
+from ..core.config import RunConfig, bits_settings, free_settings
 from ..core.errors import ModelError
 from ..core.manifest import Manifest
 from ..core.settings import flatten
 from ..core.text import command
 from ..data.augment import LAYOUT as AUGMENT_LAYOUT
 from ..data.sampler import LAYOUT as SAMPLER_LAYOUT
+from .checkpoint import STATE
 
 if TYPE_CHECKING:
     from ..core.run import Run
     from .plan import Plan
-
-# settings whose change only makes a resumed run differ in its last bits: reported, not refused
-WARN_ONLY = frozenset({"train.threads", "model.kernels"})
 
 
 def trajectory(plan: Plan, manifest: Manifest) -> dict[str, Any]:
@@ -30,7 +28,7 @@ def trajectory(plan: Plan, manifest: Manifest) -> dict[str, Any]:
     settings = {
         name: value
         for name, value in flatten(plan.config).items()
-        if name not in free_settings() | WARN_ONLY and name != "out"
+        if name not in free_settings() | bits_settings() and name != "out"
     }
     facts = plan.to_dict()
     planned = {f"{part}.{key}": value for part in ("spec", "pixels", "augment") for key, value in facts[part].items()}
@@ -68,6 +66,28 @@ def environment_differences(before: dict[str, Any], now: dict[str, Any]) -> list
         for name in dict.fromkeys([*flat[1], *recorded])
         if name in recorded and recorded.get(name) != flat[1].get(name)
     ]
+
+
+LOST = "the result will not be bitwise equal to an uninterrupted run"
+
+
+def what_differs(environment: dict[str, Any], identity: dict[str, Any], run: Run, path: Path) -> list[str]:
+    """What keeps a resumed run from being bitwise equal, one text each; what would make it another run is an error.
+
+    Args:
+        environment: what the checkpoint recorded beside its tensors.
+        identity: the same of this process: `environment_key` with the trajectory.
+        path: the checkpoint.
+
+    Raises:
+        ModelError: M006, naming each difference of the trajectory.
+    """
+    before, now = dict(environment), dict(identity)
+    shape = before.pop("trajectory", None)
+    if shape is None:
+        return [f"{path.name} is of an earlier version, which did not record what shapes the weights"]
+    unknown = require_same_trajectory(shape, now.pop("trajectory"), run, path / STATE)
+    return unknown + environment_differences(before, now)
 
 
 def require_same_trajectory(before: dict[str, Any], now: dict[str, Any], run: Run, where: Path) -> list[str]:

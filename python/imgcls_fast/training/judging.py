@@ -32,6 +32,7 @@ from ..models.build import Classifier, ModelSpec, build_model, load_weights
 from ..models.kernels import use_kernels
 from .checkpoint import Progress
 from .fit import final_state
+from .progress import how_it_ended
 
 _TINY = np.finfo(np.float32).tiny  # below it a float32 score has lost its logarithm
 
@@ -101,7 +102,7 @@ def make_bundle(
         "source": manifest.source,
         "epoch": progress.best_epoch + 1,
         "monitor": config.train.monitor,
-        "monitored": progress.best,
+        "monitored": how_it_ended(config.train, progress.history)["best"],
         "start": facts["start"],
         "calibration": told,
         "machine": env.machine_facts(),

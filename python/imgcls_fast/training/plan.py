@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from ..core.manifest import Manifest
 from ..core.pixels import Pixels
 from ..core.settings import replace_settings
 from ..data.augment import Augment
-from .defaults import RECIPES, Machine, Notes, look_at_machine
+from .defaults import RECIPES, Machine, Notes, look_at_machine, text
 from .plan_model import (
     Start,
     choose_attention,
@@ -64,11 +64,18 @@ class Plan:
             "pixels": self.pixels.to_dict(),
             "augment": dict(vars(self.augment)),
             "plan": [list(row) for row in self.rows],
-            "start": start.kind if start.path is None else f"{start.kind} {start.path.name}",
+            "start": str(start),
             "start_kind": start.kind,
             "start_path": str(start.path.resolve()) if start.path else None,
             "start_download": start.download,
         }
+
+    def with_changes(self, changes: Mapping[str, tuple[Any, Any]]) -> Plan:
+        """The same plan, whose rows hold what a resumed run was given: name -> (before, now)."""
+        rows = {row[0]: row for row in self.rows}
+        for name, (before, now) in changes.items():
+            rows[name] = (name, text(now), f"given when the run was resumed; was {text(before)}")
+        return replace(self, rows=tuple(rows.values()))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], config: RunConfig) -> Plan:

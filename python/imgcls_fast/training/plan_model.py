@@ -42,6 +42,7 @@ class Start:
         download: the user asked for published weights, which may be fetched.
         spec: the architecture of a bundle that is the start, as its `arch` says.
         pixels, labels: of that bundle.
+        parent: the run of that bundle: run (its name), directory, weights (their SHA-256).
     """
 
     kind: str
@@ -50,6 +51,12 @@ class Start:
     spec: dict[str, Any] | None = None
     pixels: Pixels | None = None
     labels: LabelSpace | None = None
+    parent: dict[str, Any] | None = None
+
+    def __str__(self) -> str:
+        if self.parent:
+            return f"the weights of run {self.parent['run']}"
+        return self.kind if self.path is None else f"{self.kind} {self.path.name}"
 
 
 def starting_model(spec: dict[str, Any], start: Start, labels: LabelSpace) -> Classifier:
@@ -108,7 +115,7 @@ def choose_model(notes: Notes, device: str, labels: LabelSpace) -> tuple[str, St
     notes.rows.append(
         (
             "model.init",
-            start.kind if start.path is None else f"{start.kind} {start.path.name}",
+            str(start),
             _start_reason(start, labels),
         )
     )
@@ -132,7 +139,13 @@ def _start(init: str) -> Start | None:
 
     folder = bundle_around(path) or (path if (path / "bundle.json").is_file() else find_run(init).bundle_path)
     bundle = read_bundle(folder)
-    return Start("file", bundle.weights, spec=bundle.arch, pixels=bundle.pixels, labels=bundle.labels)
+    parent = {
+        "run": str(bundle.provenance.get("run") or folder.resolve().parent.name),
+        "directory": str(folder.resolve().parent if folder.name == "bundle" else folder.resolve()),
+        "epoch": bundle.provenance.get("epoch"),
+        "weights": bundle.digests.get(bundle.weights.name),
+    }
+    return Start("file", bundle.weights, spec=bundle.arch, pixels=bundle.pixels, labels=bundle.labels, parent=parent)
 
 
 def _arch_at_hand(notes: Notes, device: str, start: Start | None) -> str:

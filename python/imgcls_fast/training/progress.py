@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 
 from ..core.batch import Batch
+from ..core.config import TrainConfig
 from ..evaluation.metrics import Metrics
 from .checkpoint import Progress
 
@@ -53,14 +55,46 @@ class Pace:
         return self.waited / max(self.waited + self.busy, 1e-9)
 
 
-def monitored(name: str, metrics: Metrics) -> float:
-    """The value that picks the best checkpoint; higher is better."""
-    return {
-        "val/accuracy": metrics.accuracy,
-        "val/macro_f1": metrics.macro_f1,
-        "val/balanced_accuracy": metrics.balanced_accuracy,
-        "val/loss": -metrics.log_loss,
-    }[name]
+MONITORS = {  # train.monitor -> (column of metrics.csv, whether more is better)
+    "val/accuracy": ("val_accuracy", True),
+    "val/macro_f1": ("val_macro_f1", True),
+    "val/balanced_accuracy": ("val_balanced_accuracy", True),
+    "val/loss": ("val_loss", False),
+}
+
+
+def end_epoch(
+    progress: Progress, monitor: str, metrics: Metrics, facts: dict[str, Any]
+) -> tuple[dict[str, Any], float, float | None]:
+    """Add an epoch to the history, and judge whether it is the best so far.
+
+    Args:
+        progress: changed, but for its counters of epochs and batches.
+        facts: of training: train_loss, lr, images, images_per_s, data_share, memory_mb, seconds.
+
+    Returns:
+        The row of metrics.csv, the monitored value (higher is better), and the monitored figure minus that of the best
+        epoch before (None in the first epoch).
+    """
+    column, more_is_better = MONITORS[monitor]
+    record = {
+        "epoch": progress.epoch + 1,
+        "train_loss": facts["train_loss"],
+        "val_loss": metrics.log_loss,
+        "val_accuracy": metrics.accuracy,
+        "val_macro_f1": metrics.macro_f1,
+        "val_balanced_accuracy": metrics.balanced_accuracy,
+        **facts,
+    }
+    value = record[column] if more_is_better else -record[column]  # higher is better
+    best, former = is_better(value, metrics.log_loss, progress), progress.best
+    record["best"] = int(best)
+    progress.history.append(record)
+    if best:
+        progress.best, progress.best_loss, progress.best_epoch, progress.wait = value, metrics.log_loss, progress.epoch, 0
+    else:
+        progress.wait += 1
+    return record, value, None if former is None else (value - former) * (1 if more_is_better else -1)
 
 
 def is_better(value: float, loss: float, progress: Progress) -> bool:
@@ -68,6 +102,29 @@ def is_better(value: float, loss: float, progress: Progress) -> bool:
     if progress.best is None or value > progress.best:
         return True
     return value == progress.best and progress.best_loss is not None and loss < progress.best_loss
+
+
+def how_it_ended(train: TrainConfig, history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What picked the best epoch, and whether patience ended training.
+
+    Args:
+        history: the epochs done, as in metrics.csv; at least one.
+
+    Returns:
+        epoch (the last), epochs (planned), monitor, best_epoch, best (its monitored figure), patience, early.
+    """
+    best = next(epoch for epoch in reversed(history) if epoch["best"])
+    done, planned = len(history), int(train.epochs)
+    over = train.patience is not None and done - int(best["epoch"]) >= train.patience
+    return {
+        "epoch": done,
+        "epochs": planned,
+        "monitor": train.monitor,
+        "best_epoch": int(best["epoch"]),
+        "best": best[MONITORS[train.monitor][0]],
+        "patience": train.patience,
+        "early": over and done < planned,
+    }
 
 
 def memory_mb(device: torch.device) -> float:

@@ -8,12 +8,15 @@ from typing import Any
 from ..core.errors import UsageError
 from ..core.manifest import Manifest
 from ..core.predictions import Predictions
+from ..core.record import day, record_of, resumed_lines, unequal_line
 from ..core.run import Run
 from ..core.text import command, quoted
 from ..data.quarantine import read_quarantine
 from ..evaluation.metrics import Metrics, judge
 from ..evaluation.paired import Difference, compare
 from ..evaluation.report import ReportFacts, write_report
+from ..tracking.lines import ended_line
+from .progress import how_it_ended
 
 _JUDGED = ("test", "val")
 
@@ -74,6 +77,7 @@ def report_run(run: Run) -> Path:
         run.read_json("env.json") or {},
         run.read_json("model.json") or {},
     )
+    record = record_of(run.directory)
     bundle = run.read_json("bundle/bundle.json") or {}
     bad = read_quarantine(run.directory / "quarantine.csv") if (run.directory / "quarantine.csv").exists() else []
     headline = next(iter(splits))
@@ -81,7 +85,7 @@ def report_run(run: Run) -> Path:
         name=run.name,
         splits=splits,
         root=manifest.root,
-        summary=_summary(run, model, bundle, data),
+        summary=_summary(run, model, data, record),
         counts={split: manifest.counts(split) for split in ("train", "val", "test")},
         images=data.get("images", len(manifest)),
         bad=len(bad),
@@ -96,23 +100,34 @@ def report_run(run: Run) -> Path:
         env=_environment(environment),
         reproduce=command("train", data.get("source"), "-c", run.config_path),
         commands=[command for _, command in next_commands(run)],
-        warnings=list(data.get("notices", [])),
+        warnings=[*data.get("notices", []), *filter(None, [unequal_line(record)])],
         efficiency=run.efficiency,
     )
     return write_report(run.report_path, facts)
 
 
-def _summary(run: Run, model: dict[str, Any], bundle: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+def _summary(run: Run, model: dict[str, Any], data: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
     epochs = run.epochs
     seconds = sum(e.get("seconds") or 0 for e in epochs)
+    took = f"{seconds / 60:.1f} min" if seconds >= 90 else f"{seconds:.0f} s"
+    resumed = resumed_lines(record)
     return {
+        "created": day(record["created"]),
         "model": model.get("spec", {}).get("arch", ""),
         "parameters": f"{model['parameters']:,}" if "parameters" in model else "",
         "starting weights": model.get("start", ""),
         "data": data.get("source") or "embedded digits",
-        "best epoch": f"{bundle.get('provenance', {}).get('epoch', '?')} of {len(epochs)}",
-        "training time": f"{seconds / 60:.1f} min" if seconds >= 90 else f"{seconds:.0f} s",
+        **_ended(run, epochs),
+        "training time": f"{took} (epochs with their validation; without scan, baseline and evaluation)",
+        **({"interruptions": f"{len(resumed)}: {'; '.join(resumed)}"} if resumed else {}),
     }
+
+
+def _ended(run: Run, epochs: list[dict[str, Any]]) -> dict[str, str]:
+    if not epochs:
+        return {}
+    ended = how_it_ended(run.config.train, epochs)
+    return {"stopped early" if ended["early"] else "best": ended_line(ended)}
 
 
 def _baseline(run: Run) -> dict[str, Any] | None:

@@ -12,11 +12,12 @@ from typing import Any
 
 from ..core import env
 from ..core.bundle import Bundle, read_bundle
-from ..core.config import RunConfig, free_settings
+from ..core.config import RunConfig, bits_settings, free_settings
 from ..core.errors import DataError, Interrupted, ModelError
 from ..core.manifest import Manifest
 from ..core.pixels import Pixels
 from ..core.predictions import Predictions
+from ..core.record import Work, record_of, unequal_line, work_on
 from ..core.run import Run
 from ..core.runs import mark_begun, mark_last, new_run_path
 from ..core.settings import flatten, replace_settings
@@ -38,11 +39,12 @@ from .baseline import fit_baseline
 from .early import refuse_early
 from .failures import Recorded
 from .fit import Fit
-from .identity import WARN_ONLY, require_same_trajectory, trajectory
+from .identity import require_same_trajectory, trajectory
 from .judging import best_model, calibrated, make_bundle, score_rows
 from .last_words import watched
 from .plan import Plan, look_at_machine, make_plan, starting_model
 from .plan_numbers import require_compiler
+from .progress import how_it_ended
 from .quarantined import Quarantined, require_same_validation
 from .reporting import against_baseline, next_commands, report_run
 from .signals import signal_as_interrupt
@@ -58,6 +60,7 @@ class _Stage:
     manifest: Manifest
     run: Run
     emit: Callable[[Event], None]
+    work: Work
 
 
 @as_found()
@@ -98,9 +101,10 @@ def start(config: RunConfig, sinks: Sequence[Callable[[Event], Any]] = (), comma
             for event in early:
                 log(event)
             listeners.sinks.append(log)
-            stage = _Stage(plan, prepared.manifest, run, listeners)
-            _write_beginning(stage, prepared, parameters, command)
-            return _conduct(stage, resumed=False)
+            with work_on(run.directory, parent=plan.start.parent) as work:
+                stage = _Stage(plan, prepared.manifest, run, listeners, work)
+                _write_beginning(stage, prepared, parameters, command)
+                return _conduct(stage, resumed=False)
     finally:
         listeners.close()
         if record.run:
@@ -135,22 +139,26 @@ def resume(run: Run, changes: dict[str, Any], sinks: Sequence[Callable[[Event], 
         plan = Plan.from_dict(facts, config)
         if "trajectory" in facts:
             require_same_trajectory(facts["trajectory"], trajectory(plan, manifest), run, run.directory / "model.json")
-        stage = _Stage(plan, manifest, run, listeners)
         listeners.sinks.append(LogSink(run))
-        if death := run.unexplained_end():
-            stage.emit({"event": "warning", "text": death})
+        death = run.unexplained_end()
+        if death:
+            listeners({"event": "warning", "text": death})
         if run.finished and run.report_path.exists():
             more = command("train", manifest.source, "--init", run.directory)
-            stage.emit(
+            listeners(
                 {"event": "warning", "text": f"{run.name} is finished; to go on training, begin a new run: {more}"}
             )
             return run
         with Recorded(run, listeners):
             require_compiler(config, look_at_machine())
             _require_same_files(run, manifest)
-            if config != run.config:
-                run.save_config(config)
-            return _conduct(stage, resumed=True)
+            changed = _differing(run.config, config)
+            with work_on(run.directory, changed, death=death) as work:
+                if changed:
+                    plan = plan.with_changes(changed)
+                    run.write_json("model.json", {**facts, "plan": plan.to_dict()["plan"]})
+                    run.save_config(config)
+                return _conduct(_Stage(plan, manifest, run, listeners, work), resumed=True)
     finally:
         listeners.close()
         run.unlock()
@@ -218,20 +226,25 @@ def _require_splits(prepared: Prepared) -> None:
 def _changed_config(run: Run, changes: dict[str, Any]) -> RunConfig:
     """The run's configuration with the changes that resume allows."""
     stored = run.config
-    before, after = flatten(stored), flatten(replace_settings(stored, changes))
-    differing = [name for name in after if after[name] != before[name]]
-    refused = [name for name in differing if name not in free_settings() | WARN_ONLY]
+    differing = _differing(stored, replace_settings(stored, changes))
+    refused = [name for name in differing if name not in free_settings() | bits_settings()]
     if refused:
         name = refused[0]
         raise ModelError(
             "M006",
-            f"{name} is {before[name]} in {run.name} and cannot become {after[name]}: it would not be the same run"
+            f"{name} is {differing[name][0]} in {run.name} and cannot become {differing[name][1]}: it would not be the same run"
             + (f" (also: {', '.join(refused[1:])})" if refused[1:] else ""),
             try_=f"{command('train', 'DATA', '--init', run.directory)}   (a new run that begins with these weights)",
         )
     return replace_settings(
-        stored, {name: after[name] for name in differing if name != "out"}
+        stored, {name: now for name, (_, now) in differing.items() if name != "out"}
     )  # a run stays where it is
+
+
+def _differing(before: RunConfig, after: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """Settings that differ: name -> (before, after)."""
+    old, new = flatten(before), flatten(after)
+    return {name: (old[name], new[name]) for name in new if new[name] != old[name]}
 
 
 def _require_same_files(run: Run, manifest: Manifest) -> None:
@@ -337,6 +350,7 @@ def _train(stage: _Stage, *, resumed: bool) -> None:
     fit = Fit(stage.plan, stage.manifest, stage.run, stage.emit)
     for note in fit.restore() if resumed else ():
         stage.emit({"event": "warning", "text": note})
+    stage.work.differs(fit.differences)
     fit.run()
 
 
@@ -401,6 +415,8 @@ def _done_event(
         notes.append(
             "the data has no test split: this is the validation split, which also chose the epoch, so it is optimistic"
         )
+    if unequal := unequal_line(record_of(stage.run.directory)):
+        notes.append(unequal)
     worst = sorted((c for c in metrics.per_class if c.support), key=lambda c: c.f1)[:3]
     return {
         "event": "done",
@@ -413,6 +429,7 @@ def _done_event(
         "baseline": baseline["accuracy"] if baseline else None,
         "worst": [[c.name, c.f1, c.support] for c in worst],
         "seconds": round(sum(e.get("seconds") or 0 for e in stage.run.epochs), 1),
+        "ended": how_it_ended(stage.plan.config.train, stage.run.epochs),
         "report": str(report),
         "run": str(stage.run.directory),
         "commands": [list(pair) for pair in next_commands(stage.run)],

@@ -1,0 +1,134 @@
+"""When a run was made, by whom it was worked on since, and what that changed: run.json.
+
+A run is trained in one piece of work, or in several with interruptions between. Each piece has an entry of its own:
+
+    {"created": seconds since 1970, "parent": the run whose weights it began with, or null,
+     "work": [{"began": s, "ended": s or null, "how": "finished" | "interrupted" | "failed" | "died", "message": "...",
+               "changes": {"train.threads": [2, 1]}, "differences": ["threads was 2, is 1"]}]}
+
+`differences` are what makes the weights differ, in their last bits, from those of a run without interruption.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from .errors import ImgclsError, Interrupted
+from .files import read_json, write_json
+
+NAME = "run.json"
+Parent = dict[str, Any]
+
+
+class Work:
+    """One piece of work on a run, while it goes on."""
+
+    def __init__(self, directory: Path, record: dict[str, Any]) -> None:
+        self._directory, self._record = directory, record
+        self._entry: dict[str, Any] = record["work"][-1]
+
+    def differs(self, differences: list[str]) -> None:
+        """Record what makes the result differ from that of an uninterrupted run; nothing where the list is empty."""
+        if differences:
+            self._entry["differences"] += [text for text in differences if text not in self._entry["differences"]]
+            write_json(self._directory / NAME, self._record)
+
+    def end(self, how: str, message: str = "") -> None:
+        """Record the end of this piece of work."""
+        self._entry |= {"ended": round(time.time(), 3), "how": how, "message": message}
+        write_json(self._directory / NAME, self._record)
+
+
+@contextmanager
+def work_on(
+    directory: Path,
+    changes: Mapping[str, tuple[Any, Any]] | None = None,
+    *,
+    parent: Parent | None = None,
+    death: str = "",
+) -> Iterator[Work]:
+    """Record that work on a run begins here, and how it ends; only for the holder of the lock.
+
+    Args:
+        directory: of the run.
+        changes: settings that differ from before: name -> (before, now).
+        parent: the run that a new run takes its weights from.
+        death: what is known of the end of the work before, if that could not record it.
+
+    Raises:
+        HardwareError: H003 when it cannot be written.
+    """
+    found = record_of(directory)
+    record = found if found["work"] else {**found, "parent": parent}
+    for entry in record["work"]:
+        if entry.get("ended") is None and entry.get("how") is None:  # it could not tell any more
+            entry |= {"how": "died", "message": death}
+    entry = {"began": round(time.time(), 3), "ended": None, "how": None, "message": "", "differences": [],
+             "changes": {name: list(pair) for name, pair in (changes or {}).items()}}  # fmt: skip
+    record = {**record, "schema": 1, "work": [*record["work"], entry]}
+    write_json(directory / NAME, record)
+    work = Work(directory, record)
+    try:
+        yield work
+    except BaseException as error:
+        stopped = isinstance(error, Interrupted | KeyboardInterrupt)
+        with suppress(ImgclsError):  # a full disk, perhaps: it must not hide the error
+            work.end("interrupted" if stopped else "failed", str(getattr(error, "message", error)))
+        raise
+    work.end("finished")
+
+
+def record_of(directory: Path) -> dict[str, Any]:
+    """created, parent and work; of a run of an earlier version, the time of its list of images and no work.
+
+    A record that is damaged counts as missing: it must not keep a run from being read.
+    """
+    try:
+        found = read_json(directory / NAME)
+    except (OSError, ValueError):
+        found = None
+    record = found if isinstance(found, dict) else {}
+    created, work = record.get("created"), record.get("work")
+    if not isinstance(created, int | float):
+        with suppress(OSError):
+            created = (directory / "manifest.npz").stat().st_mtime  # written once, when the run begins
+    entries = [entry for entry in work if isinstance(entry, dict)] if isinstance(work, list) else []
+    parent = record.get("parent")
+    return {
+        "created": created if created is not None else round(time.time(), 3),
+        "parent": parent if isinstance(parent, dict) else None,
+        "work": entries,
+    }
+
+
+def resumed_lines(record: Mapping[str, Any]) -> list[str]:
+    """One sentence for each interruption: when and how work ended, when it went on, and what was changed."""
+    lines = []
+    for before, after in zip(record["work"], record["work"][1:], strict=False):
+        how, message = before.get("how") or "ended without a word", before.get("message") or ""
+        stopped = f"{how} {day(before['ended'])}" if before.get("ended") else str(how)
+        changes = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in (after.get("changes") or {}).items())
+        lines.append(
+            f"{stopped}{f' ({message})' if message else ''}, resumed {day(after.get('began'))}"
+            + (f" with {changes}" if changes else "")
+        )
+    return lines
+
+
+def unequal_line(record: Mapping[str, Any]) -> str:
+    """Why the weights are not bitwise those of an uninterrupted run; empty where nothing speaks against it."""
+    found = [
+        f"{'; '.join(entry['differences'])} (resumed {day(entry.get('began'))})"
+        for entry in record["work"]
+        if entry.get("differences")
+    ]
+    return f"not bitwise equal to an uninterrupted run: {', then '.join(found)}" if found else ""
+
+
+def day(seconds: Any) -> str:
+    """Local date and time of seconds since 1970."""
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds)) if isinstance(seconds, int | float) else "-"
