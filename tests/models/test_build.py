@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
+import os
 import socket
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from imgcls_fast.models import (
     list_models,
     pretrained_available,
     pretrained_pixels,
+    published,
     resolve_arch,
 )
 from imgcls_fast.models.backbones import IMAGENET_MEAN, IMAGENET_STD
@@ -365,10 +368,13 @@ def _save(model: Classifier, path: Path) -> None:
     torch.save(model.backbone.state_dict(), path)
 
 
-def test_pretrained_weights_of_torchvision_are_found_in_torchs_cache(no_network: Path) -> None:
+def test_pretrained_weights_of_torchvision_are_found_in_torchs_cache(
+    no_network: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     donor = build_model(ModelSpec("torchvision/squeezenet1_1", num_outputs=1000))
     path = no_network / "torch" / "hub" / "checkpoints" / "squeezenet1_1-b8a52dc0.pth"
     _save(donor, path)
+    monkeypatch.setattr(published, "sha256_file", lambda path: "b8a52dc0" + 56 * "0")
     assert pretrained_available("torchvision/squeezenet1_1") == path
     model = build_model(ModelSpec("torchvision/squeezenet1_1", num_outputs=3), pretrained=True)
     assert model.report is not None and set(model.report.fresh) == model.head_keys
@@ -390,6 +396,56 @@ def test_pretrained_weights_of_timm_are_found_in_the_hugging_face_cache(no_netwo
         assert pretrained_available(arch) == path
     model = build_model(ModelSpec("timm/resnet10t", num_outputs=3), pretrained=True)
     assert model.report is not None and set(model.report.fresh) == model.head_keys
+
+
+def _cached_squeezenet(folder: Path) -> Path:
+    path = folder / "torch" / "hub" / "checkpoints" / "squeezenet1_1-b8a52dc0.pth"
+    _save(build_model(ModelSpec("torchvision/squeezenet1_1", num_outputs=1000)), path)
+    return path
+
+
+@pytest.mark.parametrize("damage", ["cut", "other"])
+def test_a_damaged_file_in_torchs_cache_counts_as_absent_and_is_told_when_asked_for(damage: str, no_network: Path) -> None:
+    path = _cached_squeezenet(no_network)
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 3])
+    assert pretrained_available("torchvision/squeezenet1_1") is None
+    with pytest.raises(ModelError) as caught:
+        build_model(ModelSpec("torchvision/squeezenet1_1", num_outputs=3), pretrained=True, allow_download=True)
+    error = caught.value
+    assert error.code == "M003" and str(path) in error.message
+    assert ("of 4.7 MiB are there" if damage == "cut" else "its name states b8a52dc0") in error.why
+    assert f"rm {path}" in error.try_ and "--init scratch" in error.try_
+
+
+def test_a_cut_file_in_the_hugging_face_cache_counts_as_absent(no_network: Path) -> None:
+    repository = no_network / "hf" / "models--timm--resnet10t.c3_in1k"
+    (repository / "snapshots" / "0123abcd").mkdir(parents=True)
+    (repository / "blobs").mkdir()
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0123abcd")
+    blob = repository / "blobs" / hashlib.sha256(b"whole").hexdigest()
+    blob.write_bytes(b"who")
+    (repository / "snapshots" / "0123abcd" / "model.safetensors").symlink_to(blob)
+    assert published.published_weights("timm/resnet10t").path is not None
+    assert pretrained_available("timm/resnet10t") is None
+    blob.write_bytes(b"whole!")  # exchanged within the process
+    os.utime(blob, ns=(1, 1))
+    assert pretrained_available("timm/resnet10t") is None
+    blob.write_bytes(b"whole")
+    os.utime(blob, ns=(2, 2))
+    assert pretrained_available("timm/resnet10t") is not None
+
+
+@pytest.mark.parametrize("arch", ["torchvision/resnet18", "timm/resnet10t"])
+def test_absent_weights_are_named_with_place_address_and_licence(arch: str, no_network: Path) -> None:
+    with pytest.raises(ModelError) as caught:
+        build_model(ModelSpec(arch, num_outputs=3), pretrained=True)
+    found, error = published.published_weights(arch), caught.value
+    assert error.code == "M007" and error.where.startswith(str(no_network))
+    assert found.address in error.why and found.licence in error.why and "--init FILE" in error.try_
+    if arch == "torchvision/resnet18":
+        assert str(no_network / "torch" / "hub" / "checkpoints" / "resnet18-f37072fd.pth") in error.try_
 
 
 def test_two_sources_of_weights_are_refused(tmp_path: Path) -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 import torch
 
@@ -22,9 +20,10 @@ from imgcls_fast.models.backbones import (
     weightless,
 )
 from imgcls_fast.models.classifier import Classifier
-from imgcls_fast.models.names import SMALL_CNN, list_models, resolve_arch
+from imgcls_fast.models.names import list_models, resolve_arch
 from imgcls_fast.models.outline import outline_of
 from imgcls_fast.models.placement import attention_to_train, insert_attention
+from imgcls_fast.models.published import fetch_published, pretrained_available, published_weights
 from imgcls_fast.models.weights import LoadReport, load_weights, matching_classes, read_state
 
 __all__ = [
@@ -39,6 +38,7 @@ __all__ = [
     "outline_of",
     "pretrained_available",
     "pretrained_pixels",
+    "published_weights",
     "read_state",
     "resolve_arch",
     "resolve_args",
@@ -48,8 +48,6 @@ __all__ = [
 # torchvision's files of these were trained on inputs scaled to -1..1; its `transform_input` converts from
 # ImageNet's mean and deviation to that. We leave the conversion off and normalise that way directly.
 _MINUS_ONE_TO_ONE = ("torchvision/googlenet", "torchvision/inception_v3")
-
-_HASH = re.compile(r"-([a-f0-9]{8,})\.")  # in a published file's name: the start of its SHA-256
 
 
 def build_model(
@@ -74,7 +72,7 @@ def build_model(
 
     Raises:
         ModelError: M001 unknown architecture, M002 and M003 see `load_weights`, M007 pretrained weights are
-            not on this machine (or do not exist, or cannot be downloaded).
+            not on this machine (or do not exist, or cannot be downloaded); M003 also when they are damaged.
         ConfigError: C003 or C004, see `placement.insert_attention`; C004, the architecture refuses the image
             size or an argument, or both kinds of weights were asked for.
     """
@@ -83,7 +81,7 @@ def build_model(
     if resolve_arch(spec.arch) != spec.arch:
         raise ModelError("M001", f"{spec.arch!r} is not a full name", try_=f"--model {resolve_arch(spec.arch)}")
     check_image_size(spec)
-    path = _pretrained(spec.arch, allow_download) if pretrained else weights
+    path = fetch_published(spec.arch, allow_download) if pretrained else weights
     backbone = make_backbone(spec)
     head = head_keys(spec, backbone)
     insert_attention(backbone, spec)
@@ -105,24 +103,6 @@ def sketch_model(spec: ModelSpec) -> Classifier:
     with torch.random.fork_rng(devices=[]):
         insert_attention(backbone, spec)
     return Classifier(spec, backbone, head)
-
-
-def pretrained_available(arch: str) -> Path | None:
-    """The published weights of a resolved name where they lie in torch's or Hugging Face's cache; None if nowhere.
-
-    Looks at the disk only.
-    """
-    hub_id, names, url = _source(arch)
-    if hub_id:
-        from huggingface_hub import try_to_load_from_cache
-
-        repo, _, revision = hub_id.partition("@")
-        for name in names:
-            found = try_to_load_from_cache(repo, name, revision=revision or None)
-            if isinstance(found, str):
-                return Path(found)
-    cached = _cached(url)
-    return cached if cached is not None and cached.is_file() else None
 
 
 def pretrained_pixels(arch: str) -> dict[str, Any]:
@@ -165,70 +145,3 @@ def _torchvision_pixels(arch: str, name: str) -> dict[str, Any]:
         "interpolation": recipe.interpolation.value,
         "crop_pct": recipe.crop_size[0] / recipe.resize_size[0],
     }
-
-
-def _source(arch: str) -> tuple[str, tuple[str, ...], str]:
-    """(Hugging Face repository or "", file names to try in it, URL or "") of the published weights."""
-    library, _, name = arch.rpartition("/")
-    if library == "torchvision":
-        from torchvision.models import get_model_weights
-
-        return "", (), get_model_weights(name).DEFAULT.url
-    if library == "timm":
-        import timm
-
-        cfg = timm.models.get_pretrained_cfg(name)
-        if cfg is not None:
-            files = (cfg.hf_hub_filename,) if cfg.hf_hub_filename else ("model.safetensors", "pytorch_model.bin")
-            # NumPy archives and other forms that only timm's own code reads are not taken.
-            url = "" if cfg.custom_load or not isinstance(cfg.url, str) else cfg.url
-            return cfg.hf_hub_id or "", files, url
-    return "", (), ""
-
-
-def _cached(url: str) -> Path | None:
-    from torch.hub import get_dir
-
-    return Path(get_dir()) / "checkpoints" / Path(urlparse(url).path).name if url else None
-
-
-def _pretrained(arch: str, allow_download: bool) -> Path:
-    path = pretrained_available(arch)
-    if path is not None:
-        return path
-    hub_id, names, url = _source(arch)
-    if not hub_id and not url:
-        own = " (it is made for training from scratch)" if arch == SMALL_CNN else ""
-        raise ModelError("M007", f"there are no published weights for {arch}{own}")
-    cached = _cached(url)
-    if not allow_download:
-        place = f"the file at {cached}" if cached else f"{hub_id} in the Hugging Face cache"
-        raise ModelError(
-            "M007",
-            f"the pretrained weights of {arch} are not on this machine, and downloading was not allowed",
-            try_=f"allow the download, or put {place}",
-        )
-    return _download(arch, hub_id, names, url)
-
-
-def _download(arch: str, hub_id: str, names: tuple[str, ...], url: str) -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
-    from torch.hub import download_url_to_file
-
-    repo, _, revision = hub_id.partition("@")
-    try:
-        for name in names if hub_id else ():
-            try:
-                return Path(hf_hub_download(repo, name, revision=revision or None))
-            except EntryNotFoundError:
-                continue  # Older repositories have only the second name.
-        target = _cached(url)
-        if target is None:
-            raise ModelError("M007", f"{hub_id} holds none of {', '.join(names)}")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        digest = _HASH.search(target.name)
-        download_url_to_file(url, str(target), digest.group(1) if digest else None, progress=False)
-        return target
-    except (OSError, RuntimeError, HfHubHTTPError) as exc:
-        raise ModelError("M007", f"cannot download the pretrained weights of {arch}: {exc}") from exc

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pickle
 import re
+import shlex
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +19,21 @@ from imgcls_fast.core.errors import ModelError
 from imgcls_fast.core.files import plain_path
 from imgcls_fast.models.backbones import input_keys, is_auxiliary
 from imgcls_fast.models.classifier import Classifier
+from imgcls_fast.models.contents import (
+    Contents,
+    averages_beside,
+    check_finite,
+    find_state,
+    some,
+    split_part,
+    without_prefix,
+)
 from imgcls_fast.models.placement import is_attention
 from imgcls_fast.models.weight_files import DAMAGE, check_safetensors, check_tensors, check_torch
 
 State = dict[str, Tensor]
 
-SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".pt.tar", ".pth.tar", ".ckpt.tar")
 
 # Names that torchvision has changed since it published some of its files.
 _RENAMED = (
@@ -36,6 +47,8 @@ _PREFIXES = ("module.", "_orig_mod.", "backbone.")
 
 # Counters, not weights: torch before 0.4.1 did not save the first, averaged models add the second.
 _COUNTERS = ("num_batches_tracked", "n_averaged")
+
+_LISTED = 8  # names of each kind in the error about weights that do not fit
 
 
 @dataclass(frozen=True)
@@ -56,21 +69,31 @@ def read_state(path: Path) -> State:
     """The tensors of a weights file, by name.
 
     Args:
-        path: a .safetensors file, or a .pt, .pth, .bin or .ckpt that `torch.load(weights_only=True)` takes:
-            a bare state dict, or one under the key "state_dict" or "model".
+        path: a .safetensors file, or a .pt, .pth, .bin, .ckpt or .pth.tar that `torch.load(weights_only=True)` takes: a bare
+            state dict or a training checkpoint; "FILE#KEY" for the weights under one of its keys.
 
     Raises:
         ModelError: M003, no such file, unknown suffix, damaged, it holds more than tensors, or asks for more memory than
             its own size.
     """
+    return _read(path).state
+
+
+def is_weights_name(path: Path) -> bool:
+    """Whether a file is called as files of weights are."""
+    return path.name.lower().endswith(SUFFIXES)
+
+
+def _read(source: Path) -> Contents:
+    path, part = split_part(source)
     if not path.is_file():
         raise ModelError("M003", f"no such weights file: {path}")
-    if path.suffix not in SUFFIXES:
+    if not is_weights_name(path):
         raise ModelError("M003", f"{path.name} is not a weights file; expected one of {', '.join(SUFFIXES)}")
-    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
-    state = _tensors(content, str(path))
-    check_tensors(path, state)
-    return state
+    content = _read_safetensors(path) if path.suffix.lower() == ".safetensors" else _read_torch(path)
+    found = find_state(content, str(path), part)
+    check_tensors(path, found.state)
+    return found
 
 
 def _read_safetensors(path: Path) -> Any:
@@ -98,20 +121,6 @@ def _sentence(exc: Exception) -> str:
     return next((line.strip() for line in lines if "GLOBAL" in line), lines[0].strip())
 
 
-def _tensors(content: Any, source: str) -> State:
-    for key in ("state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-    if not isinstance(content, Mapping) or not content:
-        raise ModelError("M003", f"{source} holds no tensors by name, but a {type(content).__name__}")
-    if unnamed := next((type(key).__name__ for key in content if not isinstance(key, str)), None):
-        raise ModelError("M003", f"{source} holds no tensors by name: a key is a {unnamed}")
-    strangers = [key for key, value in content.items() if not isinstance(value, Tensor)]
-    if strangers:
-        raise ModelError("M003", f"{source} holds entries that are not tensors: {_some(strangers)}")
-    return dict(content)
-
-
 def load_weights(
     model: Classifier,
     source: Path | str | Mapping[str, Tensor],
@@ -121,7 +130,8 @@ def load_weights(
 ) -> LoadReport:
     """Copy weights into a model, all or none.
 
-    Names may carry "module.", "_orig_mod." and "backbone." in front. Tensors of the head may have another
+    Names may carry "module.", "_orig_mod." and "backbone." in front, and one other common prefix ("model.", "net."); what lies
+    beside that prefix is ignored, with a warning. Averaged weights beside them are named in a warning. Tensors of the head may have another
     shape (another number of classes) or be absent: they are left as they are. The first convolution is
     adapted when the file was made for another number of channels (summed for 1, repeated for 4); position
     embeddings are resampled for another image size. Tensors of auxiliary heads may be absent on either side;
@@ -135,23 +145,38 @@ def load_weights(
             `matching_classes`); None: nothing is known of the classes, and a head of equal shape is taken as it is.
 
     Raises:
-        ModelError: M002, the tensors do not fit the architecture; M003, see `read_state`.
+        ModelError: M002, the tensors do not fit the architecture; M003, see `read_state`, or some are NaN or infinite.
     """
     name = str(source) if isinstance(source, Path | str) else "a dictionary of tensors"
-    state = read_state(Path(source)) if isinstance(source, Path | str) else _tensors(source, name)
+    contents = _read(Path(source)) if isinstance(source, Path | str) else find_state(source, name)
     own = model.backbone.state_dict()
-    state = _own_names(state, own)
+    state, beside = without_prefix(_own_names(contents.state, own), own)
+    state = _own_names(state, own) if beside else state
+    _warn_of_the_rest(name, [*contents.averages, *averages_beside(beside)], beside)
     shapes = {key: value.shape for key, value in state.items()}
     state = _fitted(model, state, own)
     if head_rows is not None:
         state = _with_head(model, state, own, list(head_rows))
     fresh, ignored = _check(model, state, own, name, ignore_extra)
+    check_finite(state, own, name)
     with torch.no_grad():
         for key in own.keys() - set(fresh):
             own[key].copy_(state[key])
     loaded = tuple(key for key in own if key not in fresh)
     adapted = tuple(key for key in loaded if key in shapes and shapes[key] != state[key].shape)
-    return LoadReport(loaded=loaded, fresh=fresh, ignored=ignored, adapted=adapted)
+    return LoadReport(loaded=loaded, fresh=fresh, ignored=(*ignored, *beside), adapted=adapted)
+
+
+def _warn_of_the_rest(name: str, averages: Sequence[str], beside: State) -> None:
+    if averages:
+        warnings.warn(
+            f"{name} also holds averaged weights ({', '.join(averages)}), which are often the better ones: "
+            f"--init {shlex.quote(f'{name}#{averages[0]}')} takes them",
+            stacklevel=3,
+        )
+    rest = [key for key in beside if key.split(".")[0] not in averages and not key.endswith(_COUNTERS)]
+    if rest:
+        warnings.warn(f"{name}: {len(rest)} tensors beside the model's were left out: {some(rest)}", stacklevel=3)
 
 
 def matching_classes(own: Sequence[str], theirs: Sequence[str]) -> list[int]:
@@ -265,16 +290,16 @@ def _check(
         ("of another shape", shapes),
     )
     if any(keys for _, keys in problems):
-        told = "; ".join(f"{len(keys)} {kind}: {_some(keys)}" for kind, keys in problems if keys)
+        told = "; ".join(f"{len(keys)} {kind}: {some(keys, _LISTED)}" for kind, keys in problems if keys)
+        both = len(own.keys() & state.keys())
         raise ModelError(
-            "M002", f"{name} does not fit {model.spec.arch} ({len(own)} tensors, {len(state)} in the file): {told}"
+            "M002",
+            f"{name} does not fit {model.spec.arch} ({len(own)} tensors, {len(state)} in the file): {told}",
+            why=f"{both} of {len(own)} names are in the file" + ("" if both else f", which begins with {some(state)}"),
+            try_="--model NAME with the architecture that the file was made for   (imgcls-fast models list lists them)",
         )
     return tuple(fresh), tuple(ignored)
 
 
 def _may_be_absent(key: str) -> bool:
     return is_auxiliary(key) or is_attention(key) or key.endswith(_COUNTERS)
-
-
-def _some(keys: list[str]) -> str:
-    return ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")

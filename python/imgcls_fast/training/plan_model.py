@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,6 @@ _AT_HAND = {
     "cuda": ("torchvision/convnext_tiny", "torchvision/resnet50", "timm/convnext_tiny"),
 }
 _PUBLISHED_OUTPUTS = 1000  # ImageNet's classes
-_WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class Start:
         spec: the architecture of a bundle that is the start, as its `arch` says.
         pixels, labels: of that bundle.
         parent: the run of that bundle: run (its name), directory, weights (their SHA-256).
+        passed_over: why published weights that lie here are not taken.
     """
 
     kind: str
@@ -52,6 +53,7 @@ class Start:
     pixels: Pixels | None = None
     labels: LabelSpace | None = None
     parent: dict[str, Any] | None = None
+    passed_over: str = ""
 
     def __str__(self) -> str:
         if self.parent:
@@ -130,10 +132,13 @@ def _start(init: str) -> Start | None:
         return Start("scratch")
     if init == "pretrained":
         return Start("pretrained", download=True)
+    from ..models.weights import is_weights_name, split_part
+
     path = Path(init)
-    if path.is_file() and bundle_around(path) is None:
+    whole, _ = split_part(path)  # FILE#KEY
+    if whole.is_file() and bundle_around(whole) is None:
         return Start("file", path)
-    if path.suffix in _WEIGHT_SUFFIXES and not path.is_file():
+    if is_weights_name(whole) and not whole.is_file():
         raise ModelError("M003", f"no such weights file: {path}", try_="--init pretrained   (or scratch, or a run)")
     from ..core.runs import find_run
 
@@ -149,11 +154,9 @@ def _start(init: str) -> Start | None:
 
 
 def _arch_at_hand(notes: Notes, device: str, start: Start | None) -> str:
-    from ..models.build import pretrained_available
-
     if start is None or start.kind == "pretrained":
         for arch in _AT_HAND[device]:
-            if pretrained_available(arch) is not None:
+            if _at_hand(arch)[0] is not None:
                 return str(notes.decide("model.arch", arch, "its published weights are on this machine"))
     if start is not None and start.kind == "pretrained":
         return str(notes.decide("model.arch", _AT_HAND[device][0], f"a good first choice on {device}"))
@@ -163,21 +166,33 @@ def _arch_at_hand(notes: Notes, device: str, start: Start | None) -> str:
 
 
 def _auto_start(notes: Notes, arch: str) -> Start:
-    from ..models.build import pretrained_available
+    path, damage = _at_hand(arch)
+    return Start("scratch", passed_over=damage) if path is None else Start("pretrained", path)
 
-    path = None if arch == "small-cnn" else pretrained_available(arch)
-    return Start("scratch") if path is None else Start("pretrained", path)
+
+def _at_hand(arch: str) -> tuple[Path | None, str]:
+    """The published weights that lie here, whole; or None, and why those that lie here are passed over, which is also warned of."""
+    from ..models.build import published_weights
+
+    found = published_weights(arch)
+    if not found.damage:
+        return found.path, ""
+    warnings.warn(f"{found.path} is damaged and was passed over: {found.damage}; delete it", stacklevel=2)
+    return None, f"{found.path.name if found.path else arch} is damaged: {found.damage}"
 
 
 def _published(arch: str) -> Start:
-    from ..models.build import pretrained_available
+    from ..models.build import published_weights
 
-    return Start("pretrained", pretrained_available(arch), download=True)
+    found = published_weights(arch)
+    if found.damage:
+        raise found.damaged_error()
+    return Start("pretrained", found.path, download=True)
 
 
 def _start_reason(start: Start, labels: LabelSpace) -> str:
     if start.kind == "scratch":
-        return "random weights (published ones: --init pretrained)"
+        return f"random weights ({start.passed_over or 'published ones: --init pretrained'})"
     if start.kind == "file":
         return f"as asked; {_head_reason(start, labels)}"
     reason = "as asked" if start.download else "published weights found on this machine"
