@@ -14,6 +14,7 @@ from imgcls_fast.api import export, judge, runs
 from imgcls_fast.cli.app import main
 from imgcls_fast.core.exports import Export
 
+PHOTO = Path("photos", "a.jpg")
 Capture = pytest.CaptureFixture[str]
 HOSTILE = [
     "plain.jpg",
@@ -32,6 +33,7 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FORCE_COLOR", raising=False)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").write_bytes(b"")
 
 
 @pytest.fixture
@@ -60,14 +62,14 @@ def _make_run(folder: Path) -> Path:
 
 def test_predict_without_a_run_means_the_last_one(asked: dict[str, Any]) -> None:
     assert main(["predict", "photos"]) == 0
-    assert (asked["run"], asked["images"], asked["top_k"], asked["runtime"]) == (None, ["photos"], 1, "torch")
+    assert (asked["run"], asked["images"], asked["top_k"], asked["runtime"]) == (None, (PHOTO,), 1, "torch")
 
 
 def test_predict_takes_its_first_word_as_run_if_it_is_one(asked: dict[str, Any], tmp_path: Path) -> None:
     _make_run(tmp_path / "runs" / "mine")
     for run in ("mine", "runs/mine"):
         assert main(["predict", run, "--top-k", "2", "photos", "photos", "-b", "7"]) == 0
-        assert (asked["run"], asked["images"]) == (run, ["photos", "photos"])
+        assert (asked["run"], asked["images"]) == (run, (PHOTO, PHOTO))
         assert (asked["top_k"], asked["batch_size"]) == (2, 7)
 
 
@@ -123,6 +125,16 @@ def test_predict_fails_only_if_no_image_could_be_read(
     assert main(["predict", "photos", "--json"]) == rc
     found = json.loads(capsys.readouterr().out)
     assert (found["failed"], len(found["predictions"])) == (2, good + 2)
+
+
+def test_files_that_predict_passes_over_are_counted_in_json_and_named_on_the_console(
+    asked: dict[str, Any], tmp_path: Path, capsys: Capture
+) -> None:
+    for name in ("notes", "b.txt"):
+        (tmp_path / "photos" / name).write_text("no image")
+    assert main(["predict", "photos", "--json"]) == 0
+    found, said = json.loads((output := capsys.readouterr()).out), "2 files that are not images were passed over: photos/b.txt"
+    assert found["passed_over"] == 2 and said in found["warnings"][0] and said in output.err
 
 
 def test_an_operator_set_outside_the_schema_is_refused_before_anything_is_exported(

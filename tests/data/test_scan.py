@@ -72,6 +72,10 @@ def test_what_systems_leave_behind_is_ignored_and_other_files_are_counted(tmp_pa
     result = scan(tmp_path)
     assert list(result.manifest.paths) == ["a/1.png", "b/1.png"]
     assert result.skipped == 3 and not result.quarantine
+    assert {(file.path, file.reason) for file in result.skipped_files} == {
+        (name, "text, not an image") for name in ("b/labels.csv", "b/notes.txt", "readme.md")
+    }
+    assert "3 files that are not images were skipped: readme.md, b/labels.csv, b/notes.txt" in result.notices
 
 
 def test_content_decides_and_not_the_ending(tmp_path):
@@ -82,6 +86,8 @@ def test_content_decides_and_not_the_ending(tmp_path):
     result = scan(tmp_path)
     assert list(result.manifest.paths) == ["a/really_png.jpg", "b/1.png", "b/no_ending"]
     assert any("stray.png beside the class folders" in n for n in result.notices)
+    assert [file.reason for file in result.skipped_files] == ["beside the class folders, so no class is known for it"]
+    assert not any("not images" in n for n in result.notices)
 
 
 def test_named_like_an_image_but_none_is_reported(tmp_path):

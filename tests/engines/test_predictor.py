@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from imgcls_fast.core.errors import ConfigError, DataError
-from imgcls_fast.engines.predictor import Predictor
+from imgcls_fast.data.scan import inspect
+from imgcls_fast.engines.predictor import Predictor, gather
 from imgcls_fast.engines.runtimes import open_engine
 
 
@@ -75,6 +76,33 @@ def test_a_single_bad_image_raises_d012(predictor: Predictor) -> None:
         with pytest.raises(DataError) as refused:
             ask(b"not an image")
         assert refused.value.code == "D012"
+
+
+def test_predict_takes_of_a_folder_exactly_what_train_takes(
+    predictor: Predictor, pictures: list[np.ndarray], tmp_path: Path
+) -> None:
+    names = ("c0", "d1.png!d", "img.jpg_large", "D2.PNG", "deep/e.dat")
+    for k, name in enumerate(names):
+        path = tmp_path / "cat" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(png(pictures[k % len(pictures)]))
+    (tmp_path / "cat" / "broken.png").write_bytes(b"no image")
+    for name in ("notes.txt", "README", "empty"):
+        (tmp_path / "cat" / name).write_bytes(b"no image"[len(name) - 5 :])
+    found = inspect(tmp_path)
+    taken = [*found.manifest.paths, *(bad.path for bad in found.quarantine)]
+    asked = gather(tmp_path)
+    assert sorted(str(path.relative_to(tmp_path)) for path in asked.images) == sorted(taken)
+    assert set(taken) == {"cat/broken.png", *(f"cat/{name}" for name in names)}
+    assert len(asked.passed_over) == 3 == found.skipped and "3 files that are not images were passed over" in asked.note()
+    assert len(list(predictor.stream(tmp_path))) == len(taken)
+
+
+def test_a_run_is_no_folder_of_images(tmp_path: Path) -> None:
+    for name in ("config.yaml", "manifest.npz", "plots.png"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(DataError, match="is a run"):
+        gather(tmp_path)
 
 
 def test_a_folder_is_answered_by_name_without_hidden_and_foreign_files(

@@ -10,6 +10,7 @@ from ..core import env
 from .common import RunLike, run_of, say_warning, usual_device
 
 if TYPE_CHECKING:
+    from ..engines.predictor import Gathered
     from ..engines.predictor import Predictor as _Predictor
     from ..evaluation.metrics import Metrics
 
@@ -82,7 +83,8 @@ def predict(
     """Name the class of images.
 
     Args:
-        images: files and folders (and bytes, Pillow images, arrays).
+        images: files and folders (and bytes, Pillow images, arrays). Of a folder every file is taken that is an image by its
+            content or its name; a warning counts and names the others.
 
     Returns:
         One dict an image, in order: path, label, confidence and top (class, probability); or path and error.
@@ -90,16 +92,24 @@ def predict(
     Raises:
         DataError: D001 for a path that does not exist, D002 when a folder holds no image.
     """
-    from ..engines.predictor import files_of
-
-    listed: list[Any] = []
-    for image in [images] if isinstance(images, str | Path) else images:
-        listed += files_of(Path(image)) if isinstance(image, str | Path) else [image]
+    asked = gather_images(images)
+    say_warning(asked.note())
     predictor = Predictor(run, runtime=runtime, precision=precision, batch=batch_size or 32, top_k=top_k, trust=trust)
     try:
-        return [answer.to_dict() for answer in predictor.stream(listed)]
+        return [answer.to_dict() for answer in predictor.stream(asked.images)]
     finally:
         predictor.close()
+
+
+def gather_images(images: Sequence[Any] | str | Path) -> Gathered:
+    """The images that `predict` would answer about, of folders those inside, and the files that it would pass over.
+
+    Raises:
+        DataError: D001 for a path that does not exist, D002 when a folder holds no image.
+    """
+    from ..engines.predictor import gather
+
+    return gather(images)
 
 
 def Predictor(

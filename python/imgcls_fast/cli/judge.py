@@ -60,10 +60,13 @@ def predict(request: Request, session: Session) -> Answer:
     from ..api import judge as api
     from ..tracking.lines import counted
 
+    asked = api.gather_images(images)
+    if asked.passed_over:
+        session.warn(asked.note())
     answers = plain(
         api.predict(
             run,
-            images,
+            asked.images,
             runtime=request.get("runtime", "torch"),
             precision=request.get("engine_precision"),
             top_k=top_k,
@@ -75,7 +78,8 @@ def predict(request: Request, session: Session) -> Answer:
     if out is not None:
         rows = [_heads(top_k), *_rows(answers, top_k)]
         write_text(out, to_csv(rows) if out.suffix.lower() == ".csv" else "".join(f"{to_json(answer)}\n" for answer in answers))
-    value = {"run": run or "last", "predictions": answers, "failed": len(bad), "out": str(out) if out else None}
+    value = {"run": run or "last", "predictions": answers, "failed": len(bad), "out": str(out) if out else None,
+             "passed_over": len(asked.passed_over)}  # fmt: skip
     line = f"{counted(len(answers) - len(bad), 'image')} answered, {len(bad):,} could not be read" + (
         f" -> {out}" if out else ""
     )

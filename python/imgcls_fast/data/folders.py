@@ -12,7 +12,7 @@ from imgcls_fast.core.places import RUN_NAMES, ours
 from imgcls_fast.core.text import command
 
 from .fetch import is_ignored
-from .listing import IMAGE_ENDINGS, Listing, Problem, is_table
+from .listing import Listing, Problem, is_named_as_image, is_table
 from .spelling import alike, class_name, split_of
 
 _SHOWN = 3  # names in a notice
@@ -199,7 +199,7 @@ def _names(names: list[str]) -> str:
 def _note_strays(listing: Listing, prefix: str, files: list[str]) -> None:
     """Files beside class folders have no class: kept for the list of skipped files, and named when they look like images."""
     listing.strays += [prefix + f for f in files]
-    images = [f for f in files if os.path.splitext(f)[1].lower() in IMAGE_ENDINGS]
+    images = [f for f in files if is_named_as_image(f)]
     if images:
         more = f" and {len(images) - 1:,} more" if len(images) > 1 else ""
         listing.notices.append(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from array import array
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,6 +64,11 @@ class Listing:
         self.paths = [self.paths[i] for i in order]
         self.classes = names
         return self
+
+
+def is_named_as_image(path: str) -> bool:
+    """Whether the ending is one of an image, supported or not: what is called so is never passed over."""
+    return os.path.splitext(path)[1].lower() in IMAGE_ENDINGS
 
 
 def is_table(path: Path) -> bool:

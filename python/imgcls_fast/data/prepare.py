@@ -47,6 +47,7 @@ class Prepared:
             "quarantined": len(self.found.quarantine),
             "duplicates_removed": self.found.dropped,
             "skipped": self.found.skipped,
+            "skipped_files": [vars(file) for file in self.found.skipped_files],
             "notices": list(self.found.notices),
             "fingerprint": manifest.fingerprint,
         }

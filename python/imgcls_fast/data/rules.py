@@ -14,8 +14,10 @@ from imgcls_fast.core.errors import DataError
 from imgcls_fast.core.manifest import NO_SPLIT, SPLITS, LabelSpace, Manifest, PathList
 from imgcls_fast.core.text import command
 
-from . import decode, duplicates, fetch, sources
+from . import decode, duplicates, fetch, skipped, sources
+from .listing import is_named_as_image
 from .quarantine import BadFile
+from .skipped import SkippedFile
 from .sources import Listing, Problem
 
 if TYPE_CHECKING:
@@ -57,6 +59,7 @@ class ScanResult:
     notices: tuple[str, ...] = ()
     skipped: int = 0  # files that are no images
     dropped: int = 0  # duplicates across splits that were removed
+    skipped_files: tuple[SkippedFile, ...] = ()  # the first of them, with their reasons
 
     def to_dict(self) -> dict[str, Any]:
         """What `api.check_data` returns."""
@@ -68,6 +71,7 @@ class ScanResult:
             "quarantine": [{"path": file.path, "reason": file.reason} for file in self.quarantine],
             "notices": list(self.notices),
             "skipped": self.skipped,
+            "skipped_files": [vars(file) for file in self.skipped_files],
             "duplicates_removed": self.dropped,
             "counts": {name: int(n) for name, n in counts},
         }
@@ -132,13 +136,13 @@ class Tabulation:
         self._check_groups(rows)
         self._remove_empty_classes(rows)
         self._check_classes(rows)
-        skipped = int(self.files.skip.sum()) + len(self.listing.strays)
-        if skipped:
-            self.notices.append(
-                f"{skipped:,} file{'s' * (skipped != 1)} that {'are not images were' if skipped != 1 else 'is no image was'} skipped"
-            )
+        strays, others = self.listing.strays, [self._path(row) for row in np.flatnonzero(self.files.skip).tolist()]
+        self.notices += skipped.note([path for path in strays if not is_named_as_image(path)] + others, "skipped")
         manifest = self._manifest(rows)
-        return ScanResult(manifest, bad, tuple(self.problems), tuple(self.notices), skipped, self.dropped)
+        return ScanResult(
+            manifest, bad, tuple(self.problems), tuple(self.notices), len(strays) + len(others), self.dropped,
+            skipped_files=skipped.first_skipped(self.listing.root, strays, others),
+        )  # fmt: skip
 
     def _path(self, row: int) -> str:
         return self.listing.paths[row]

@@ -19,15 +19,16 @@ from imgcls_fast.core.errors import DataError
 from imgcls_fast.core.manifest import FLAG_PILLOW, FLAG_SUSPECT
 
 from . import decode, duplicates, fetch, proof, reach, sources
+from .listing import is_named_as_image
 from .quarantine import Verdict, examine, examine_isolated
 from .rules import DataProblems, ScanOptions, ScanResult, Tabulation
-from .sources import IMAGE_ENDINGS, Columns, Listing, Problem
+from .sources import Columns, Listing, Problem
 
-__all__ = ["DataProblems", "Problem", "ScanOptions", "ScanResult", "inspect", "probe", "scan"]
+__all__ = ["DataProblems", "Problem", "ScanOptions", "ScanResult", "inspect", "probe", "scan", "unlabelled"]
 
 _JPEG, _PNG, _WEBP, _BMP, _TIFF, _GIF = 1, 2, 3, 4, 5, 6  # the probe's `format`
 _ODD_JPEG, _ODD_BMP = 1, 16  # bits of the probe's `detail`
-_UNREADABLE, _EMPTY, _FOREIGN, _DAMAGED = 1, 2, 3, 4  # the probe's `status`
+_SOUND, _UNREADABLE, _EMPTY, _FOREIGN, _DAMAGED = 0, 1, 2, 3, 4  # the probe's `status`
 _CHUNK = 20_000  # rows in flight, so that ten million rows do not become ten million futures
 _HASH_WHOLE = 64 << 20  # larger files are hashed in pieces
 
@@ -80,6 +81,35 @@ def _list(source: Path, options: ScanOptions) -> Listing:
             listing = sources.list_table(tables[0], columns, labelled=labelled)
             listing.notices.append(f"labels come from {tables[0].name} inside the archive")
     return listing
+
+
+@dataclass(frozen=True)
+class Unlabelled:
+    """The files of a tree: images, and what was passed over because it is none."""
+
+    images: tuple[str, ...]  # relative to the folder, by name
+    passed_over: tuple[str, ...]
+
+
+def unlabelled(folder: Path) -> Unlabelled:
+    """The images of a folder and its sub-folders, by the rule of the scan: the content decides, and not the name.
+
+    Only files without the ending of an image are opened here; hidden files and what systems leave behind are not listed.
+
+    Raises:
+        DataError: D001 when the folder is a run or another of our own.
+        HardwareError: H004 when there are such files and no compiled probe.
+    """
+    listing = sources.list_folder(folder, labelled=False)
+    odd = [path for path in listing.paths if not is_named_as_image(path)]
+    status = probe([os.fsencode(os.path.join(listing.root, path)) for path in odd], 1)["status"] if odd else ()
+    none = {path for path, found in zip(odd, status, strict=True) if is_no_image(path, int(found))}
+    return Unlabelled(tuple(path for path in listing.paths if path not in none), tuple(p for p in odd if p in none))
+
+
+def is_no_image(path: str, status: int) -> bool:
+    """Whether a file that was found in a folder is none of ours to judge: neither content nor name is an image's."""
+    return status not in (_SOUND, _DAMAGED) and not is_named_as_image(path)
 
 
 def probe(paths: list[bytes], threads: int) -> dict[str, np.ndarray]:
@@ -178,7 +208,7 @@ class Files:
 
     def _judge_foreign(self, row: int, status: int) -> None:
         path = self.full(row)
-        if not self.listing.explicit and os.path.splitext(path)[1].lower() not in IMAGE_ENDINGS:
+        if not self.listing.explicit and is_no_image(path, status):
             self.skip[row] = True
         elif status == _EMPTY:
             self.reasons[row] = decode.why_not("empty")

@@ -15,11 +15,11 @@ from imgcls_fast.core.manifest import NO_SPLIT
 from imgcls_fast.core.places import RUN_NAMES, is_run_folder
 
 from .folders import list_folder
-from .listing import IMAGE_ENDINGS, Listing, Problem, is_table
+from .listing import Listing, Problem, is_table
 from .spelling import SPLIT_NAMES, alike, as_windows, class_name, is_text, split_of
 from .tables import COLUMNS, FAULT, read_table
 
-__all__ = ["IMAGE_ENDINGS", "Columns", "Listing", "Problem", "group_by_pattern", "is_table", "list_folder", "list_table"]
+__all__ = ["Columns", "Listing", "Problem", "group_by_pattern", "is_table", "list_folder", "list_table"]
 
 _EDGES = " \t\r\n\xa0\u200b\u200c\u200d\u2060\ufeff"  # blanks around a path, seen or not
 

@@ -13,9 +13,9 @@ import numpy as np
 
 from ..core.errors import ConfigError, DataError
 from ..core.pixels import evaluation_geometry
+from ..data import skipped
 from ..data.decode import Undecodable, decode_pixels, read_file
-from ..data.scan import IMAGE_ENDINGS
-from ..data.sources import list_folder
+from ..data.scan import unlabelled
 from ..data.torch_loader import evaluation_view
 from .base import Engine
 
@@ -92,7 +92,7 @@ class Predictor:
     def stream(self, images: Iterable[Image] | str | Path) -> Iterator[Prediction]:
         """Answers in the order of `images` (a folder: its images, by name), batch by batch; never holds all of them."""
         if isinstance(images, str | Path):
-            images = images_in(Path(images))
+            images = [Path(images, path) for path in unlabelled(Path(images)).images]
         source = iter(images)
         with ThreadPoolExecutor(self._threads) as pool:
             ahead = [pool.submit(self._try, image) for image in islice(source, self.batch)]
@@ -182,23 +182,37 @@ class Predictor:
         return Prediction(name, top[0][0], top[0][1], top)
 
 
-def files_of(place: Path) -> list[Path]:
-    """A file, or the images of a folder.
+@dataclass(frozen=True)
+class Gathered:
+    """What is to be predicted: files, and what was not a file of the disk; and files of folders that are no images."""
+
+    images: tuple[Image, ...]
+    passed_over: tuple[str, ...] = ()
+
+    def note(self) -> str:
+        """One line about what was passed over; empty when nothing was."""
+        return "".join(skipped.note(self.passed_over, "passed over"))
+
+
+def gather(images: Iterable[Image] | str | Path) -> Gathered:
+    """Every image that is meant: of a folder its images, by name, found by their content as `train` finds them.
 
     Raises:
-        DataError: D001 for a path that does not exist, D002 when a folder holds no image.
+        DataError: D001 for a path that does not exist, or is a run; D002 when a folder holds no image.
     """
-    if place.is_dir():
-        found = images_in(place)
-        if not found:
-            raise DataError("D002", f"there are no images in {place}", try_="imgcls-fast data check DATA")
-        return found
-    if not place.exists():
-        raise DataError("D001", f"{place} does not exist", try_="imgcls-fast predict RUN IMAGES...")
-    return [place]
-
-
-def images_in(folder: Path) -> list[Path]:
-    """The images of a folder and its sub-folders, by name; hidden files and other files are passed over."""
-    listing = list_folder(folder, labelled=False)
-    return [folder / path for path in listing.paths if Path(path).suffix.lower() in IMAGE_ENDINGS]
+    found: list[Image] = []
+    passed_over: list[str] = []
+    for image in [images] if isinstance(images, str | Path) else images:
+        place = Path(image) if isinstance(image, str | Path) else None
+        if place is None or not place.is_dir():
+            if place is not None and not place.exists():
+                raise DataError("D001", f"{place} does not exist", try_="imgcls-fast predict RUN IMAGES...")
+            found.append(image if place is None else place)
+            continue
+        inside = unlabelled(place)
+        passed_over += [str(place / path) for path in inside.passed_over]
+        if not inside.images:
+            others = f", and {len(inside.passed_over):,} other files" if inside.passed_over else ""
+            raise DataError("D002", f"there are no images in {place}{others}", try_="imgcls-fast data check DATA")
+        found += [place / path for path in inside.images]
+    return Gathered(tuple(found), tuple(passed_over))
