@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickletools
 import resource
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +120,76 @@ def test_a_crash_at_any_step_of_a_save_leaves_a_checkpoint_no_older_than_the_one
             assert call > 8  # the loop went through every step
             return
     pytest.fail("a save never came to its end")
+
+
+@contextmanager
+def lower_layer(folder: Path) -> Iterator[None]:
+    """Let what is in `folder` now be of a lower layer of overlayfs: its folders cannot be renamed (EXDEV)."""
+    held = [os.open(path, os.O_RDONLY) for path in folder.iterdir()]  # else new folders would get the numbers of removed ones
+    lower, rename = {os.fstat(handle).st_ino for handle in held}, os.rename
+
+    def overlaid(source: Any, target: Any) -> None:
+        if os.stat(source).st_ino in lower:
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), str(source))
+        rename(source, target)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "rename", overlaid)
+        yield
+    for handle in held:
+        os.close(handle)
+
+
+def survive_kills_on_overlay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, best: bool, calls: range) -> None:
+    steps = ("rename", "replace", "fsync", "link", "unlink", "rmdir")
+    for call in calls:
+        folder = tmp_path / str(call)
+        save(folder, 1, best=True)
+        save(folder, 2)
+        save(folder, 3)
+        crashed, seen = False, 0
+        with lower_layer(folder):
+
+            def counted(original: Callable[..., Any], call: int = call) -> Callable[..., Any]:
+                def step(*arguments: Any, **more: Any) -> Any:
+                    nonlocal seen
+                    seen += 1
+                    if seen >= call:  # a killed process cleans nothing up
+                        raise Crash
+                    return original(*arguments, **more)
+
+                return step
+
+            with monkeypatch.context() as kill:
+                for name in steps:
+                    kill.setattr(os, name, counted(getattr(os, name)))
+                try:
+                    save(folder, 4, best=best)
+                except Crash:
+                    crashed = True
+            assert found_step(folder) in (3, 4)
+            assert read_checkpoint(folder / "best")[1].step in ((1, 4) if best else (1,))
+            save(folder, 5)
+            assert found_step(folder) == 5
+            assert names(folder) == {"last", "previous", "best"}
+        if not crashed:
+            assert call > 20  # the loop went through all of it
+            return
+    pytest.fail("a save never came to its end")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("best", [False, True], ids=["last", "best"])
+def test_checkpoints_of_a_container_image_survive_a_kill_at_any_step(
+    best: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    survive_kills_on_overlay(tmp_path, monkeypatch, best=best, calls=range(1, 300))
+
+
+def test_checkpoints_of_a_container_image_survive_a_kill_at_one_of_ten_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    survive_kills_on_overlay(tmp_path, monkeypatch, best=True, calls=range(2, 300, 10))
 
 
 def test_an_error_at_any_step_of_a_save_is_told_and_leaves_no_litter(

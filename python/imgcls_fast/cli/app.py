@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from importlib import import_module
 from typing import Any, NoReturn
 
-from ..core.env import calm_threads, distrust_folder
+from ..core.env import calm_threads, distrust_folder, lend_home
 from ..core.errors import ImgclsError, Interrupted, UsageError, near
 from ..core.flags import LATER_FLAGS, LATER_VERBS, VERBS, Flag, Verb, flags_of
 from ..core.text import command, printable
@@ -87,6 +87,7 @@ def _run(words: list[str], session: Session) -> Answer:
     for note in dict.fromkeys(notes):
         session.note(note)
     session.quiet |= bool(request.get("quiet"))
+    lend_home()
     module, function = next(verb.handler for verb in VERBS if verb.name == request.verb).split(":")
     answer: Answer = getattr(import_module(f".{module}", __package__), function)(request, session)
     return answer

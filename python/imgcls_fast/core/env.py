@@ -6,9 +6,13 @@ import os
 import platform
 import re
 import sys
+import warnings
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from . import homes
 from .compilers import Lack, compiler_lack, compiler_name
 from .cpus import Cpus, count_cpus
 from .errors import HardwareError
@@ -19,6 +23,7 @@ LIBRARIES = (
 )  # fmt: skip
 _NAME = "imgcls-fast"
 _COMMIT = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")
+_lent: list[Path] = []  # the home that this process was given because its user has none
 _DRIVER = Path("/proc/driver/nvidia/version")
 # the libraries whose version can change the bits of a resumed run
 NUMERIC_LIBRARIES = ("torch", "torchvision", "timm", "nvidia-dali-cuda130", "numpy", "pillow")
@@ -75,23 +80,65 @@ def child_environment() -> dict[str, str]:
 
 
 def cache_dir() -> Path:
-    """Where extracted archives and the embedded data go: $IMGCLS_CACHE, else the user's cache folder."""
+    """Where extracted archives and the embedded data go: $IMGCLS_CACHE, else the user's cache folder.
+
+    Where that cannot be written, or there is no home, a folder below $TMPDIR that only this user can open, with one warning.
+
+    Raises:
+        HardwareError: H003 when there is no such place either.
+    """
     own = os.environ.get("IMGCLS_CACHE")
     if own:
         return Path(own)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "imgcls-fast"
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    home = homes.home(os.environ)
+    usual = Path(base) if os.path.isabs(base) else home / ".cache" if home else None
+    if usual is not None and homes.is_writable(usual / "imgcls-fast"):
+        if home in _lent and not base:
+            _warn_of_home(None, usual / "imgcls-fast")
+        return usual / "imgcls-fast"
+    folder = homes.below_temporary(os.environ) / ".cache" / "imgcls-fast"
+    _warn_of_home(usual, folder)
+    return folder
+
+
+@cache
+def _warn_of_home(usual: Path | None, folder: Path) -> None:
+    why = f"{usual} cannot be written" if usual else f"user {os.geteuid()} has no home folder"
+    text = f"{why}: cached files go to {folder} (IMGCLS_CACHE names another place)"
+    warnings.warn(text, stacklevel=3)
 
 
 def config_dir() -> Path | None:
-    """Where the user's own key lies: $IMGCLS_CONFIG, else the user's configuration folder; None where there is no home."""
+    """Where the user's own key lies: $IMGCLS_CONFIG, else the user's configuration folder, else one below $TMPDIR; None: nowhere."""
     own, base = os.environ.get("IMGCLS_CONFIG"), os.environ.get("XDG_CONFIG_HOME", "")
     if own:
         return Path(own)
+    home = homes.home(os.environ)
+    usual = Path(base) if os.path.isabs(base) else home / ".config" if home else None
+    if usual is not None and ((usual / "imgcls-fast").is_dir() or homes.is_writable(usual)):
+        return usual / "imgcls-fast"
     try:
-        return (Path(base) if os.path.isabs(base) else Path.home() / ".config") / "imgcls-fast"
-    except RuntimeError:
+        return homes.below_temporary(os.environ) / ".config" / "imgcls-fast"
+    except HardwareError:
         return None
+
+
+def lend_home() -> None:
+    """Name a home for libraries where this user has none: they would make a folder called ~ in the current one. For the command line."""
+    if homes.home(os.environ) is None:
+        with suppress(HardwareError):  # what needs a place of its own will name it
+            _lent.append(homes.below_temporary(os.environ))
+            os.environ["HOME"] = str(_lent[-1])
+
+
+def lend_matplotlib_home() -> None:
+    """Name a folder for matplotlib's list of fonts where its own cannot be written: it would complain, and list them each time again."""
+    home, base = homes.home(os.environ), os.environ.get("XDG_CONFIG_HOME")
+    usual = Path(base) if base else home / ".config" if home else None
+    if "MPLCONFIGDIR" not in os.environ and (usual is None or not homes.is_writable(usual / "matplotlib")):
+        with suppress(HardwareError):
+            os.environ["MPLCONFIGDIR"] = str(homes.below_temporary(os.environ) / ".config" / "matplotlib")
 
 
 def runs_dir() -> Path:

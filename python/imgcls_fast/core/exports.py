@@ -13,11 +13,11 @@ versions that did not seal are read as before: their model's file is covered, th
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,13 +26,15 @@ from typing import Any
 
 from .bundle import Bundle
 from .errors import ExportError
-from .files import explained_write, read_sealed, sha256_file, sha256_json, sync_directory, write_sealed
+from .files import explained_write, move_folder, read_sealed, sha256_file, sha256_json, sync_directory, write_sealed
+from .locks import lock_descriptor
 from .text import command, quoted
 from .trust import NATIVE, demand_own_code, is_own, signed
 
 INDEX = "index.json"
 META = "meta.json"
 GATE = "gate.json"
+_ABANDONED_S = 86400.0  # since anything was made in a folder, where no lock tells whether its maker lives
 _UNFINISHED = re.compile(r"\.(old-)?(onnx|trt|pt2|aoti|torchscript|triton)-[a-z0-9]+-[^.]+\.[0-9a-f]{8}")
 
 
@@ -117,7 +119,7 @@ def new_export(exports: Path, target: str, precision: str, key: str) -> Iterator
         with _turn(exports):
             _remove_stale(exports)
             temporary = _new_folder(exports, f".{target}-{precision}-{key}")
-            lock = _lock(temporary, wait=False)
+            lock, _ = _lock(temporary, wait=False)
     try:
         with explained_write(exports):
             yield temporary
@@ -158,7 +160,7 @@ def finish(temporary: Path, bundle: Bundle, target: str, precision: str, file: s
         with _turn(exports):
             if folder.exists():
                 aside = _new_folder(exports, f".old-{folder.name}")
-                os.rename(folder, aside / folder.name)
+                move_folder(folder, aside / folder.name)
                 os.rename(temporary, folder)
                 shutil.rmtree(aside, ignore_errors=True)
             else:
@@ -282,12 +284,16 @@ def _remove_stale(exports: Path) -> list[str]:
         if not _UNFINISHED.fullmatch(folder.name):  # somebody else's
             continue
         try:
-            lock = _lock(folder, wait=False)
+            lock, known = _lock(folder, wait=False)
         except OSError:  # its maker lives
             continue
-        shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock)
-        removed.append(folder.name)
+        try:
+            # without locks only its age tells that nobody works in it any more
+            if known or time.time() - folder.stat().st_mtime > _ABANDONED_S:
+                shutil.rmtree(folder, ignore_errors=True)
+                removed.append(folder.name)
+        finally:
+            os.close(lock)
     return removed
 
 
@@ -332,21 +338,20 @@ def _new_folder(exports: Path, stem: str) -> Path:
     return folder
 
 
-def _lock(folder: Path, *, wait: bool) -> int:
-    """A descriptor of the folder that holds its lock; the lock ends with the process, however that ends."""
+def _lock(folder: Path, *, wait: bool) -> tuple[int, bool]:
+    """A descriptor of the folder that holds its lock until it is closed, and whether the file system has locks."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        return descriptor, lock_descriptor(descriptor, wait=wait)
     except BaseException:
         os.close(descriptor)
         raise
-    return descriptor
 
 
 @contextmanager
 def _turn(exports: Path) -> Iterator[None]:
     """One process at a time renames folders and writes index.json."""
-    descriptor = _lock(exports, wait=True)
+    descriptor, _ = _lock(exports, wait=True)
     try:
         yield
     finally:

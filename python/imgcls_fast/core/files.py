@@ -22,20 +22,71 @@ from .text import to_json
 
 SEAL = "seal"  # key of the digest that a sealed JSON file holds of itself
 _JSON_DEPTH = 64
+# what CIFS, FUSE and some network mounts answer to the fsync of a folder, and one that may be written but not read to its opening
+_NOT_SYNCED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF, errno.EACCES, errno.ENOSYS}
 
 
 def sync_directory(path: Path) -> None:
-    """Make renames inside `path` survive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
+    """Make renames inside `path` survive a power cut, where the file system can: one that cannot has not failed to write.
+
+    Raises:
+        OSError: any other fault of the disk.
+    """
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        if error.errno not in _NOT_SYNCED:
+            raise
+
+
+def move_folder(source: Path, target: Path, first: str = "") -> None:
+    """Rename a folder; where the file system cannot (overlayfs, a folder of a lower layer: EXDEV), copy it and remove the original.
+
+    `target` appears whole in both cases. While the original is removed it is incomplete, and the file `first` of it is gone.
+
+    Raises:
+        OSError: `target` exists, or the disk refuses.
+    """
+    try:
+        os.rename(source, target)
+        return
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+    temporary = target.with_name(f".copy.{os.getpid()}")
+    try:
+        shutil.copytree(source, temporary, symlinks=True)
+        for inner in temporary.rglob("*"):
+            if inner.is_file() and not inner.is_symlink():
+                with open(inner, "rb") as file:
+                    os.fsync(file.fileno())
+        sync_directory(temporary)
+        os.rename(temporary, target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    sync_directory(target.parent)
+    if first:
+        (source / first).unlink(missing_ok=True)
+    shutil.rmtree(source)
+
+_CURES = (
+    ((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free some space"),
+    ((errno.EACCES, errno.EPERM, errno.EROFS), "get permission to write there"),
+    ((errno.EMFILE, errno.ENFILE), "allow more open files (ulimit -n 4096)"),
+)
 
 
 @contextmanager
-def explained_write(path: Path) -> Iterator[None]:
+def explained_write(path: Path, named_by: str = "--out") -> Iterator[None]:
     """Turn a full disk or a missing permission into one clear error.
+
+    Args:
+        named_by: the option or variable that names another place.
 
     Raises:
         HardwareError: H003, with the path and the system's reason.
@@ -43,11 +94,12 @@ def explained_write(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        cure = next((text for numbers, text in _CURES if error.errno in numbers), "look at the disk")
         raise HardwareError(
             "H003",
             f"cannot write {path}: {error.strerror or error}",
             where=str(error.filename or path),
-            try_="free some space, or choose another place with --out",
+            try_=f"{cure}, or choose another place with {named_by}",
         ) from error
 
 

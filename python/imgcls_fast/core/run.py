@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import csv
-import fcntl
 import io
 import json
-import os
 import re
 import shutil
 import time
-import weakref
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from . import locks
 from .bounds import TEXT_BYTES
 from .config import RunConfig
 from .errors import DataError, HardwareError, UsageError
@@ -39,7 +37,7 @@ class Run:
 
     def __init__(self, directory: Path) -> None:
         self.directory = Path(directory)
-        self._lock: IO[str] | None = None
+        self._lock: locks.Lock | None = None
 
     def __repr__(self) -> str:
         return f"Run({str(self.directory)!r})"
@@ -285,26 +283,20 @@ class Run:
             HardwareError: H005 when another process writes here; H003 when a link in it leads elsewhere.
         """
         self.demand_own_places()
-        with explained_write(self.directory / ".lock"):
-            file = open(self.directory / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - held open: it is the lock
         try:
-            _lock_soon(file)
-        except OSError as error:
-            file.seek(0)
-            owner = file.read().strip()
-            file.close()
+            with explained_write(self.directory / ".lock"):
+                self._lock = locks.take(self.directory / ".lock")
+        except locks.Taken as owner:
             raise HardwareError(
                 "H005",
-                f"{self.directory} is being written by another process ({owner or 'unknown'})",
+                f"{self.directory} is being written by another process ({owner})",
                 try_="wait for it, or train into another directory with --out",
-            ) from error
-        file.truncate(0)
-        file.write(f"pid {os.getpid()}")
-        file.flush()
-        # a forked loader worker outlives a killed parent by seconds, and would hold the lock that it inherited
-        held = weakref.ref(file)
-        os.register_at_fork(after_in_child=lambda: _close(held()))
-        self._lock = file
+            ) from owner
+
+    @property
+    def caution(self) -> str:
+        """Why a second writer may go unnoticed; empty without a lock, and where the file system has locks."""
+        return self._lock.caution if self._lock else ""
 
     def clear_leftovers(self) -> None:
         """Remove the half-written files of a process that was killed; only for the holder of the lock."""
@@ -320,7 +312,7 @@ class Run:
     def unlock(self) -> None:
         """Let others write."""
         if self._lock is not None:
-            self._lock.close()
+            self._lock.release()
             self._lock = None
 
     def save_config(self, config: RunConfig) -> None:
@@ -355,21 +347,6 @@ class Run:
         write_text(self.directory / "metrics.csv", out.getvalue())
 
 
-def _lock_soon(file: IO[str], patience_s: float = 1.0) -> None:
-    """Lock, or raise OSError. A worker that was just forked by a killed owner lets go as soon as it first runs."""
-    give_up = time.monotonic() + patience_s
-    while True:
-        try:
-            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > give_up:
-                raise
-            time.sleep(0.02)
-
-
-def _close(file: IO[str] | None) -> None:
-    if file is not None:
-        file.close()
 
 
 def _object(value: Any) -> dict[str, Any]:

@@ -29,7 +29,7 @@ def write_digits(cache: Path) -> Path:
     if folder.is_dir():
         return folder
     temporary = cache / f".{_NAME}.{os.getpid()}"
-    with explained_write(folder):
+    with explained_write(folder, "IMGCLS_CACHE"):
         shutil.rmtree(temporary, ignore_errors=True)
         try:
             _write(temporary)

@@ -131,13 +131,13 @@ def _similar(path: Path) -> str:
 
 def _unpack_whole(path: Path, target: Path, limits: Limits) -> None:
     """Unpack beside the target and rename: the target exists whole or not at all."""
-    with explained_write(target):
+    with explained_write(target, "IMGCLS_CACHE"):
         target.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(dir=target.parent, prefix=".unpack-"))
     try:
         _unpack(path, work, limits)
         work.chmod(0o755)
-        with explained_write(target):
+        with explained_write(target, "IMGCLS_CACHE"):
             try:
                 os.rename(work, target)
             except OSError:
@@ -232,7 +232,7 @@ def _write(source: IO[bytes] | TarMember, place: Path, name: str, counter: _Coun
 def _writing(place: Path, name: str) -> Iterator[None]:
     """Tell a name that no file can have (the archive's fault) from a full disk (the machine's)."""
     try:
-        with explained_write(place):
+        with explained_write(place, "IMGCLS_CACHE"):
             yield
     except HardwareError as error:
         cause = error.__cause__

@@ -249,6 +249,7 @@ def load_matplotlib() -> None:
     """
     if "matplotlib" in sys.modules or not env.folder_is_distrusted():
         return
+    env.lend_matplotlib_home()
     exists = os.path.exists
     os.path.exists = lambda path: (
         path != "matplotlibrc" and exists(path)

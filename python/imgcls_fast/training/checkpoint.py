@@ -30,6 +30,7 @@ from ..core.bounds import JSON_BYTES, STATE_BYTES
 from ..core.errors import ModelError
 from ..core.files import (
     explained_write,
+    move_folder,
     parse_json,
     read_bounded,
     sha256_file,
@@ -43,7 +44,7 @@ SCHEMA = 1
 TENSORS, STATE, DIGESTS = "tensors.safetensors", "state.json", "manifest.json"
 _LARGEST = {DIGESTS: JSON_BYTES, STATE: STATE_BYTES}  # bytes that are read of a file
 _NAMES = ("last", "previous", "best")  # the newest first
-_LEFT = re.compile(r"\.(new|best|old\.(last|previous|best))\.\d+")
+_LEFT = re.compile(r"\.(new|best|copy|old\.(last|previous|best))\.\d+")
 _PATIENCE_S = 5.0  # for a reader between the two renames of a writer
 
 
@@ -104,8 +105,11 @@ def _sweep(folder: Path) -> None:
     ours = [left for left in folder.glob(".*") if _LEFT.fullmatch(left.name)]  # a stranger's link may have led us to other folders
     for name in _NAMES:
         for aside in ours:
-            if aside.name.startswith(f".old.{name}.") and not (folder / name).exists():
-                os.rename(aside, folder / name)
+            if aside.name.startswith(f".old.{name}.") and not (folder / name / DIGESTS).exists():
+                if (folder / name).exists() and (aside / DIGESTS).exists():  # killed while `move_folder` removed it
+                    shutil.rmtree(folder / name)
+                if not (folder / name).exists():
+                    move_folder(aside, folder / name, DIGESTS)
     for left in ours:
         shutil.rmtree(left, ignore_errors=True)
 
@@ -135,8 +139,8 @@ def _put(source: Path, target: Path, folder: Path) -> None:
     """Rename a directory over another one. Between the two renames `target` is absent, never half."""
     old = folder / f".old.{target.name}.{os.getpid()}"
     if target.exists():
-        os.rename(target, old)
-    os.rename(source, target)
+        move_folder(target, old, DIGESTS)
+    move_folder(source, target, DIGESTS)
     sync_directory(folder)
     shutil.rmtree(old, ignore_errors=True)
 

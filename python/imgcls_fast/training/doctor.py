@@ -105,7 +105,12 @@ def _libraries() -> list[Row]:
 
 def _places() -> list[Row]:
     rows: list[Row] = []
-    for name, place in (("cache", env.cache_dir()), ("runs", env.runs_dir())):
+    for name, where in (("cache", env.cache_dir), ("runs", env.runs_dir)):
+        try:
+            place = where()
+        except HardwareError as error:
+            rows.append((name, error.message, False, error.try_))
+            continue
         existing = next(folder for folder in (place.absolute(), *place.absolute().parents) if folder.exists())
         free = shutil.disk_usage(existing).free / 1e9
         rows.append((name, f"{place} ({free:.0f} GB free)", free > 1, "" if free > 1 else "free some space"))

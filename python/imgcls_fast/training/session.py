@@ -101,6 +101,7 @@ def start(config: RunConfig, sinks: Sequence[Callable[[Event], Any]] = (), comma
             for event in early:
                 log(event)
             listeners.sinks.append(log)
+            _warn_without_locks(run, listeners)
             with work_on(run.directory, parent=plan.start.parent) as work:
                 stage = _Stage(plan, prepared.manifest, run, listeners, work)
                 _write_beginning(stage, prepared, parameters, command)
@@ -140,6 +141,7 @@ def resume(run: Run, changes: dict[str, Any], sinks: Sequence[Callable[[Event], 
         if "trajectory" in facts:
             require_same_trajectory(facts["trajectory"], trajectory(plan, manifest), run, run.directory / "model.json")
         listeners.sinks.append(LogSink(run))
+        _warn_without_locks(run, listeners)
         death = run.unexplained_end()
         if death:
             listeners({"event": "warning", "text": death})
@@ -213,6 +215,11 @@ def _measure_step(plan: Plan, model: Any) -> tuple[float, float]:
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - begin)
     return min(times) * int(train.batch_size) / micro, memory_mb(device)
+
+
+def _warn_without_locks(run: Run, emit: Callable[[Event], Any]) -> None:
+    if run.caution:
+        emit({"event": "warning", "text": run.caution})
 
 
 def _require_splits(prepared: Prepared) -> None:

@@ -1,0 +1,215 @@
+"""Machines that are not a developer's laptop: containers, network file systems, users without a home."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from imgcls_fast.core import env, files, homes, locks
+from imgcls_fast.core.errors import HardwareError
+from imgcls_fast.core.exports import remove_stale
+from imgcls_fast.core.run import Run
+
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EBADF, errno.EINVAL)
+NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES, errno.ENOSYS)
+
+
+def refusing(
+    number: int, original: Callable[..., Any], when: Callable[..., bool] = lambda *_: True
+) -> Callable[..., Any]:
+    """`original`, but for calls that answer with an error number."""
+
+    def call(*arguments: Any, **more: Any) -> Any:
+        if when(*arguments):
+            raise OSError(number, os.strerror(number))
+        return original(*arguments, **more)
+
+    return call
+
+
+def is_folder(handle: int) -> bool:
+    return stat.S_ISDIR(os.fstat(handle).st_mode)
+
+
+# ---------------------------------------------------------------- file systems that cannot do everything
+
+
+@pytest.mark.parametrize("number", NO_FOLDER_SYNC, ids=errno.errorcode.get)
+def test_a_folder_that_cannot_be_synced_is_no_failed_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    monkeypatch.setattr(os, "fsync", refusing(number, os.fsync, is_folder))
+    files.write_text(tmp_path / "a.txt", "text")
+    assert (tmp_path / "a.txt").read_text() == "text"
+
+
+def test_a_folder_that_cannot_be_opened_for_reading_is_no_failed_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "open", refusing(errno.EACCES, os.open, lambda path, *_: Path(path).is_dir()))
+    files.write_text(tmp_path / "a.txt", "text")
+
+
+@pytest.mark.parametrize("where", [is_folder, lambda handle: not is_folder(handle)], ids=["folder", "file"])
+def test_a_disk_that_fails_to_sync_is_a_failed_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: Callable[[int], bool]
+) -> None:
+    monkeypatch.setattr(os, "fsync", refusing(errno.EIO, os.fsync, where))
+    with pytest.raises(HardwareError) as caught:
+        files.write_text(tmp_path / "a.txt", "text")
+    assert caught.value.code == "H003"
+    assert "space" not in caught.value.try_
+
+
+@pytest.mark.parametrize("number", NO_LOCKS, ids=errno.errorcode.get)
+def test_a_file_system_without_locks_is_not_another_writer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    monkeypatch.setattr(fcntl, "flock", refusing(number, fcntl.flock))
+    run = Run.create(tmp_path / "run")
+    assert "has no locks" in run.caution
+    with pytest.raises(
+        HardwareError, match=f"pid {os.getpid()}"
+    ) as refused:  # found by the file that the first one wrote
+        Run(run.directory).lock()
+    assert refused.value.code == "H005"
+    run.unlock()
+    Run(run.directory).lock()
+
+
+def claim(folder: Path, text: str) -> Path:
+    (folder / ".lock").write_text(text)
+    return folder / ".lock"
+
+
+def test_without_locks_a_dead_writer_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fcntl, "flock", refusing(errno.ENOSYS, fcntl.flock))
+    host = os.uname().nodename
+    for text in (
+        f"pid {os.getpid()} on {host}\nbegan 1\n",
+        f"pid 4194305 on {host}\nbegan 5\n",
+        "pid x",
+        "",
+        "pid 4194305",
+    ):
+        locks.take(claim(tmp_path, text)).release()  # the first: this number belongs to another process by now
+
+
+def test_without_locks_a_writer_on_another_host_is_known_by_what_it_wrote_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fcntl, "flock", refusing(errno.ENOLCK, fcntl.flock))
+    path = claim(tmp_path, "pid 7 on elsewhere\nbegan 5\n")
+    with pytest.raises(locks.Taken, match="pid 7 on elsewhere, which wrote"):
+        locks.take(path)
+    old = time.time() - 3600
+    os.utime(path, (old, old))
+    locks.take(path).release()
+
+
+def test_without_locks_only_an_old_half_made_export_is_cleared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fcntl, "flock", refusing(errno.EOPNOTSUPP, fcntl.flock))
+    young, old = (tmp_path / f".onnx-fp32-0a1b2c3d.{n}2345678" for n in "12")
+    for folder in (young, old):
+        folder.mkdir()
+    os.utime(old, (1e9, 1e9))
+    assert remove_stale(tmp_path) == [old.name]
+    assert young.is_dir()
+
+
+def test_a_folder_that_cannot_be_renamed_is_copied_whole_and_then_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "lower"
+    (source / "inner").mkdir(parents=True)
+    (source / "inner" / "a").write_text("1")
+    monkeypatch.setattr(os, "rename", refusing(errno.EXDEV, os.rename, lambda a, b: a == source))
+    files.move_folder(source, tmp_path / "target")
+    assert (tmp_path / "target" / "inner" / "a").read_text() == "1"
+    assert os.listdir(tmp_path) == ["target"]
+
+
+# ---------------------------------------------------------------- users without a home
+
+
+@pytest.fixture
+def homeless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """No HOME and no entry in the list of users; gives TMPDIR."""
+    import pwd
+
+    for name in ("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "IMGCLS_CACHE", "IMGCLS_CONFIG", "MPLCONFIGDIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", lambda number: {}[number])
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    known = (homes.is_writable, env._warn_of_home)
+    for function in known:
+        function.cache_clear()
+    yield tmp_path
+    for function in known:
+        function.cache_clear()
+    env._lent.clear()
+
+
+def test_without_a_home_the_cache_lies_in_a_private_folder_and_that_is_said_once(homeless: Path) -> None:
+    with pytest.warns(UserWarning, match="has no home folder.*IMGCLS_CACHE") as told:
+        places = {env.cache_dir() for _ in range(3)}
+    own = homeless / f"imgcls-fast-{os.geteuid()}"
+    assert len(told) == 1 and places == {own / ".cache" / "imgcls-fast"}
+    assert stat.S_IMODE(own.stat().st_mode) == 0o700
+    assert env.config_dir() == own / ".config" / "imgcls-fast"
+
+
+def test_a_home_that_cannot_be_written_is_left_for_one_below_the_temporary_folder(
+    homeless: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/proc")
+    with pytest.warns(UserWarning, match="/proc/.cache cannot be written"):
+        assert homeless in env.cache_dir().parents
+    assert homeless in (env.config_dir() or Path()).parents
+
+
+def test_libraries_get_a_home_where_there_is_none_and_keep_the_one_that_is_there(
+    homeless: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(os.environ, "HOME", "")  # so that it is put back
+    env.lend_home()
+    assert os.environ["HOME"] == str(homeless / f"imgcls-fast-{os.geteuid()}")
+    with pytest.warns(UserWarning, match="has no home folder"):
+        assert homeless in env.cache_dir().parents
+    monkeypatch.setenv("HOME", "/proc")  # not writable, but weights may lie there
+    env.lend_home()
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    env.lend_matplotlib_home()
+    assert os.environ["HOME"] == "/proc"
+    assert os.environ["MPLCONFIGDIR"].startswith(str(homeless))
+
+
+@pytest.mark.parametrize("trap", ["link", "open", "file"])
+def test_a_temporary_folder_that_others_prepared_is_not_used(homeless: Path, trap: str) -> None:
+    place = homeless / f"imgcls-fast-{os.geteuid()}"
+    if trap == "link":
+        place.symlink_to(homeless)
+    elif trap == "file":
+        place.write_text("")
+    else:
+        place.mkdir()
+        place.chmod(0o777)
+    with pytest.raises(HardwareError, match="not a folder of this user alone") as caught:
+        env.cache_dir()
+    assert "IMGCLS_CACHE" in caught.value.try_
+    assert env.config_dir() is None
+
+
+def test_without_any_place_the_error_names_the_variable(homeless: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(homes, "is_writable", lambda folder: False)
+    with pytest.raises(HardwareError, match="no folder for cached files") as caught:
+        env.cache_dir()
+    assert caught.value.code == "H003" and "IMGCLS_CACHE" in caught.value.try_
