@@ -102,6 +102,30 @@ def one_object(capsys: Capture) -> tuple[dict[str, Any], str]:
         (["train", "--set", "train.epohs=3"], "C001", "train.epochs"),
         (["train", "--preset", "fsat"], "C003", "--preset fast"),
         (["train", "--config", "none.yaml"], "C005", "--dump-config"),
+        (["train", "x", "-epochs", "3"], "U001", "--epochs 3"),
+        (["train", "x", "-epoch", "3"], "U001", "--epochs 3"),
+        (["train", "x", "-lr", "0.1"], "U001", "--lr 0.1"),
+        (["train", "x", "--learning-rate", "0.1"], "U001", "--lr 0.1"),
+        (["train", "x", "--imgsz=224"], "U001", "--img-size 224"),
+        (["train", "x", "--momentum", "0.8"], "U001", "--set optim.momentum=0.8"),
+        (["train", "x", "--pretrained"], "U001", "--init pretrained"),
+        (["train", "x", "--gpu", "0"], "U001", "--device cuda"),
+        (["train", "x", "-j", "8"], "U001", "--workers 8"),
+        (["train", "x", "--num-classes", "5"], "U001", "leave --num-classes out"),
+        (["train", "--data-dir", "my photos"], "U001", "imgcls-fast train 'my photos'"),
+        (["train", "x", "--foo", "1"], "U001", "imgcls-fast train --help"),
+        (["train", "x", "--set", "optim.lr", "0.1"], "U002", "--set optim.lr=0.1"),
+        (["train", "data=x", "epochs=3", "lr0=.1", "nc=3"], "U002", "imgcls-fast train x --epochs 3 --lr .1"),
+        (["predict", "model=runs/last", "source=x.jpg"], "U002", "imgcls-fast predict runs/last x.jpg"),
+        (["predict", "--weights", "best.pt", "x.jpg"], "U001", "imgcls-fast predict RUN IMAGES..."),
+        (["export", "--format", "engine"], "U001", "--trt"),
+        (["train", "--resume=runs/a"], "U002", "imgcls-fast train runs/a --resume"),
+        (["train", "x", "--compile", "false"], "U002", "--no-compile"),
+        (["fit", "x"], "U001", "imgcls-fast train x"),
+        (["val"], "U001", "imgcls-fast eval"),
+        (["infer", "x.jpg"], "U001", "imgcls-fast predict x.jpg"),
+        (["train", "x", "--lr", "1e6"], "C003", "--lr auto"),
+        (["eval", "no-run"], "U003", "imgcls-fast runs list"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
 )
@@ -115,6 +139,17 @@ def test_a_wrong_word_is_one_error_with_a_hint_and_exit_code_2(
     assert err.count("error[") == 1
     assert "Traceback" not in err
     assert hint in next(line for line in err.splitlines() if line.startswith("  try: "))
+
+
+@pytest.mark.parametrize(
+    "words", [["train", "x", "--opt", "adamw", "--opt", "adam"], ["doctor"]], ids=["option", "command"]
+)
+def test_a_hint_never_repeats_what_was_typed(
+    words: list[str], doctor_does: Callable[..., None], capsys: Capture
+) -> None:
+    doctor_does(DataError("D001", "no such thing", try_="imgcls-fast doctor   (again)"))
+    assert main(words) != 0
+    assert f"  try:   imgcls-fast {words[0]} --help\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("verb", LATER_VERBS)

@@ -78,6 +78,11 @@ def test_predict_takes_its_first_word_as_run_if_it_is_one(asked: dict[str, Any],
     [
         (["mien", "photos"], "U003", 2, "runs show mine"),
         (["mine"], "U002", 2, "predict needs images"),
+        (["missing.jpg"], "D001", 3, "missing.jpg does not exist"),
+        (["missing.jpg", "photos"], "D001", 3, "missing.jpg does not exist"),
+        (["nowhere/missing.jpg"], "D001", 3, "there is no folder nowhere"),
+        (["photo"], "U003", 2, "is not a run"),
+        (["phots/"], "D001", 3, "photos"),
         (["mine", "no.jpg", "nor.jpg"], "D001", 3, "no.jpg does not exist, nor do 1 more"),
     ],
 )

@@ -10,8 +10,10 @@ import pytest
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from imgcls_fast.core import other_names
 from imgcls_fast.core.config import ExportConfig, RunConfig, describe, free_settings, parse_seconds, setting_names
 from imgcls_fast.core.errors import ConfigError
+from imgcls_fast.core.flags import FLAGS, VERBS
 from imgcls_fast.core.settings import build_config, flatten, preset_names, replace_settings, save_config, to_yaml
 
 
@@ -319,9 +321,44 @@ def test_a_value_out_of_range_is_c003_and_a_wrong_type_c002(name: str, value: An
     assert repr(value) in error.message
 
 
-def test_several_wrong_settings_are_all_named() -> None:
-    message = refusal({"train.epochs": 0, "optim.lr": -1, "train.seed": -2}).message
-    assert all(name in message for name in ("train.epochs", "optim.lr", "train.seed"))
+def test_several_wrong_settings_are_all_told_in_full(tmp_path: Path) -> None:
+    lines = str(refusal({"train.epochs": 0, "optim.lr": -1, "train.seed": -2})).splitlines()
+    for text in ("train.epochs must be", "got 0", "optim.lr must be", "got -1", "train.seed must be", "got -2"):
+        assert any(text in line for line in lines[1:4])
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "trian:\n  epochs: 3\nlearning_rate: 0.1\ntrain:\n  epochs: -1\n  batchsize: 3\noptim: 3\nloss: {label_smoothing: 2}\n"
+    )
+    error = refusal(file=path)
+    told = [(line.split(": ")[0].rpartition(" ")[2], line) for line in error.details]
+    assert [number for number, _ in told] == ["1", "3", "5", "6", "7", "8"]
+    for part, (_, line) in zip(
+        ("rename it to train", "lr: in the section optim:", "got -1", "batch_size: in", "must be a section", "got 2"),
+        told,
+        strict=True,
+    ):
+        assert part in line
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("learning_rate", "optim.lr"), ("lr0", "optim.lr"), ("optim.learning_rate", "optim.lr"), ("imgsz", "pixels.size"),
+        ("train.batch", "train.batch_size"), ("num_workers", "train.workers"), ("wd", "optim.weight_decay"),
+        ("dropout", "model.drop_rate"), ("smoothing", "loss.label_smoothing"), ("momentum", "optim.momentum"),
+    ],
+)  # fmt: skip
+def test_the_name_of_another_tool_is_answered_with_ours_and_its_value(name: str, meant: str) -> None:
+    assert refusal(sets=[f"{name}=3"]).try_ == f"--set {meant}=3"
+
+
+def test_the_names_of_other_tools_lead_to_settings_that_exist() -> None:
+    assert set(other_names._SETTINGS) <= set(setting_names())
+    flagged = {flag.setting for flag in FLAGS}
+    own = [n for n in setting_names() if n.split(".")[0] != "export" and n not in flagged]
+    assert all(n in own for n in other_names._OWN.split())
+    verbs = {verb.name for verb in VERBS} | {"--help", "--version"}
+    assert {ours for ours in other_names.VERBS_ELSEWHERE if ours.split()[0] != "runs"} <= verbs
 
 
 # ---- the schema ----

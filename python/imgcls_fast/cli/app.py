@@ -18,9 +18,11 @@ from typing import Any, NoReturn
 
 from ..core.env import calm_threads, distrust_folder, lend_home
 from ..core.errors import ImgclsError, Interrupted, UsageError, near
-from ..core.flags import LATER_FLAGS, LATER_VERBS, VERBS, Flag, Verb, flags_of
+from ..core.flags import LATER_VERBS, VERBS, Flag, Verb, flags_of
+from ..core.other_names import setting_meant, verb_meant
 from ..core.text import command, printable
 from .answer import Answer, Request, Session
+from .hints import check_options, check_words, verbs_with, without_repetition
 from .old import is_old, modernize
 
 PROGRAM = "imgcls-fast"
@@ -42,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
             found = _run(words, session)
         return session.answer(found)
     except ImgclsError as error:
-        return _failed(session, error)
+        return _failed(session, without_repetition(error, words, _help_of(words)))
     except SystemExit as leaving:  # help and version
         return int(leaving.code or 0)
     except KeyboardInterrupt:
@@ -65,9 +67,10 @@ def parse(words: list[str]) -> tuple[Request, list[str]]:
     flags = flags_of(verb.name)
     known = {name for flag in flags for name in flag.all_names} | {"-h", "--help"}
     rest, notes = modernize(rest, known)
-    _check_options(rest, known, verb)
+    check_options(rest, known, verb)
     given = vars(_parser(verb, flags).parse_intermixed_args(rest))
     things = tuple(given.pop("things", None) or ())
+    check_words(things, given, verb)
     if not verb.least <= len(things) <= (verb.most if verb.most is not None else len(things)):
         wanted = f"`{PROGRAM} {verb.name}` takes {verb.things or 'no positional words'}"
         raise UsageError("U002", f"{wanted}, got {' '.join(things) or 'nothing'}", try_=f"{PROGRAM} {verb.name} --help")
@@ -107,14 +110,17 @@ def _verb(words: list[str]) -> tuple[Verb, list[str]]:
         if len(words) > 1 and words[1] in ("-h", "--help"):
             _leave(_group_help(first))
         said = f"unknown command {first} {words[1]}" if len(words) > 1 else f"{first} needs one of {', '.join(members)}"
-        guess = near(words[1], members) if len(words) > 1 else ""
+        guess = ""
+        if len(words) > 1:
+            meant = verb_meant(words[1])
+            guess = meant.partition(" ")[2] if meant.startswith(f"{first} ") else near(words[1], members)
         raise UsageError("U001" if len(words) > 1 else "U002", said, try_=f"{PROGRAM} {first} {guess or members[0]}")
     if first in table:
         return table[first], words[1:]
     if first in LATER_VERBS:
         raise UsageError("U001", f"{first} is not in this version", try_=f"{PROGRAM} --help")
     if first.startswith("-"):
-        hint = f"{PROGRAM} train DATA {first} ..." if is_old(first) or _anywhere(first) else f"{PROGRAM} --help"
+        hint = f"{PROGRAM} train DATA {first} ..." if is_old(first) or verbs_with(first) or setting_meant(first) else f"{PROGRAM} --help"
         raise UsageError("U001", f"a command line begins with a verb, got {first}", try_=hint)
     if os.path.exists(first):
         raise UsageError(
@@ -123,33 +129,10 @@ def _verb(words: list[str]) -> tuple[Verb, list[str]]:
             why="it is a path; a command line begins with a verb",
             try_=command("train", first),
         )
-    guess = near(first, tuple(sorted({name.split()[0] for name in table})))
-    raise UsageError("U001", f"unknown command {first}", try_=f"{PROGRAM} {guess}" if guess else f"{PROGRAM} --help")
-
-
-def _check_options(words: list[str], known: set[str], verb: Verb) -> None:
-    for word in words:
-        if word == "--":
-            return
-        name = word.partition("=")[0]
-        if name in known or not word.startswith("-") or len(word) == 1 or _is_number(word):
-            continue
-        if not word.startswith("--") and word[:2] in known:
-            continue  # -e30
-        if name in LATER_FLAGS:
-            raise UsageError("U001", f"{name} is not in this version", try_=f"{PROGRAM} {verb.name} --help")
-        guess = near(name, tuple(sorted(known)))
-        raise UsageError(
-            "U001",
-            f"unknown option {name} of `{PROGRAM} {verb.name}`",
-            why=f"it belongs to {', '.join(_anywhere(name))}" if _anywhere(name) else "",
-            try_=f"{guess}{word[len(name) :]}" if guess else f"{PROGRAM} {verb.name} --help",
-        )
-
-
-def _anywhere(name: str) -> list[str]:
-    """The verbs that know an option."""
-    return [verb.name for verb in VERBS if any(name in flag.all_names for flag in flags_of(verb.name))]
+    guess = verb_meant(first) or near(first, tuple(sorted({name.split()[0] for name in table})))
+    rest = words[1:] if verb_meant(first) in table else []
+    try_ = command(*guess.split(), *rest) if guess else f"{PROGRAM} --help"
+    raise UsageError("U001", f"unknown command {first}", try_=try_)
 
 
 def _check_choices(given: dict[str, Any], flags: tuple[Flag, ...]) -> None:
@@ -273,6 +256,12 @@ def _failed(session: Session, error: ImgclsError) -> int:
     return session.fail(error)
 
 
+def _help_of(words: list[str]) -> str:
+    """The help of the verb that a command line begins with."""
+    names = [verb.name for verb in VERBS if words[: len(verb.name.split())] == verb.name.split()]
+    return command(*max(names, key=len, default="").split(), "--help")
+
+
 def _internal(error: Exception, words: list[str]) -> ImgclsError:
     last = traceback.extract_tb(error.__traceback__)[-1]
     return ImgclsError(
@@ -289,11 +278,3 @@ def _tolerate_any_name() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text.split(",")[0])
-    except ValueError:
-        return False
-    return True

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import DataError, UsageError
+from ..core.errors import DataError, UsageError, near
 from ..core.files import write_text
 from ..core.outputs import ANSWERS, claim_file
-from ..core.text import command, to_csv, to_json
+from ..core.text import command, quoted, to_csv, to_json
 from .answer import Answer, Request, Session, plain
 from .settings import whole_number
 from .show import facts, say, share, table
@@ -137,16 +139,31 @@ def run_and_rest(things: Sequence[str], *, data: bool = True) -> tuple[str | Non
         find_run(first)
     except UsageError:
         if not data or not (Path(first).exists() or first.startswith(("http:", "https:"))):
+            if data and _is_a_file(first, alone=not rest):
+                raise _no_such_file(first) from None
             raise
         run, rest = None, list(things)
     else:
         run = first
     missing = [thing for thing in rest if not Path(thing).exists()]
     if missing and len(missing) == len(rest):
-        raise DataError(
-            "D001", f"{missing[0]} does not exist" + (f", nor do {len(missing) - 1} more" if len(missing) > 1 else "")
-        )
+        raise _no_such_file(missing[0], f", nor do {len(missing) - 1} more" if len(missing) > 1 else "")
     return run, rest
+
+
+def _is_a_file(word: str, *, alone: bool) -> bool:
+    """Whether a word that names nothing here was meant as images or data, and not as a run."""
+    return bool(re.fullmatch(r"\.[A-Za-z][A-Za-z0-9]{1,5}", Path(word).suffix)) or (alone and word.endswith(os.sep))
+
+
+def _no_such_file(word: str, more: str = "") -> DataError:
+    """D001, with the name in the same folder that is spelled most like it."""
+    path = Path(word)
+    folder = path.parent
+    if not folder.is_dir():
+        return DataError("D001", f"{word} does not exist{more}", why=f"there is no folder {folder}")
+    guess = near(path.name, sorted(os.listdir(folder)))
+    return DataError("D001", f"{word} does not exist{more}", try_=quoted(str(folder / guess)) if guess else "")
 
 
 def _show_metrics(console: Any, line: str, metrics: dict[str, Any]) -> None:

@@ -68,10 +68,13 @@ def whole_number(request: Request, keyword: str, least: int = 1) -> int | None:
 
 
 def _placed(error: ConfigError, request: Request) -> ConfigError:
-    """The same error with the flag that it came from, where only the command line can know."""
-    if not error.where:
-        for flag in flags_of(request.verb):
-            if flag.setting and flag.keyword in request.options and flag.setting in error.message:
-                error.where = f"{flag.long} {request.get(flag.keyword)}"
-                break
+    """The same error with the flags that it came from, where only the command line can know."""
+    flags = [flag for flag in flags_of(request.verb) if flag.setting and flag.keyword in request.options]
+    for flag in flags:
+        typed = f"{flag.long} {request.get(flag.keyword)}"
+        if not error.where and str(flag.setting) in error.message:
+            error.where = typed
+            if not error.try_ and "'auto'" in error.message:
+                error.try_ = f"{flag.long} auto"
+        error.details = tuple(f"{typed}: {line}" if line.startswith(f"{flag.setting} ") else line for line in error.details)
     return error

@@ -183,15 +183,15 @@ class LossConfig(Section):
     class_weights: Annotated[
         Literal["none", "auto", "effective"] | tuple[PositiveFloat, ...] | dict[str, PositiveFloat],
         BeforeValidator(_listed),
-    ] = Field("none", description="auto: inverse frequency; effective: effective number; cat=1,dog=2.5; or one a class")
+    ] = Field("none", description="auto: inverse frequency; effective: effective number; cat=1,dog=2.5; or one per class")
 
 
 class OptimConfig(Section):
     """How it is minimised."""
 
     opt: Literal["auto", "sgd", "adamw"] = Field("auto", description="optimizer")
-    lr: PositiveFloat | Auto = Field("auto", description="peak learning rate")
-    weight_decay: Annotated[float, Field(ge=0)] | Auto = Field(
+    lr: Annotated[float, Field(gt=0, le=100)] | Auto = Field("auto", description="peak learning rate")
+    weight_decay: Annotated[float, Field(ge=0, le=100)] | Auto = Field(
         "auto", description="of matrices and filters; not of biases, norms, scales, tokens and position tables"
     )
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="SGD momentum (Nesterov)")
@@ -203,7 +203,7 @@ class OptimConfig(Section):
     min_lr: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="floor, as a fraction of lr")
     clip: PositiveFloat | None = Field(None, description="largest norm of the whole gradient")
     ema: Annotated[float, Field(ge=0, lt=1)] | Auto = Field(
-        "auto", description="decay a step of averaged weights; 0: off"
+        "auto", description="decay per step of averaged weights; 0: off"
     )
 
 
@@ -214,7 +214,7 @@ class TrainConfig(Section):
     batch_size: PositiveInt | Auto = Field("auto", description="images per optimizer step")
     micro_batch: PositiveInt | Auto = Field("auto", description="images per forward pass")
     accum: PositiveInt | None = Field(None, description="micro_batch = ceil(batch_size / accum)")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="of the forward and backward pass")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="precision of the forward and backward pass")
     compile: bool | Auto = Field("auto", description="torch.compile")
     memory_format: Literal["auto", "channels-last", "contiguous"] = Field(
         "auto", description="order of the network's filters and maps in memory; auto: the faster one on this machine"
@@ -223,11 +223,11 @@ class TrainConfig(Section):
     threads: PositiveInt | Auto = Field(
         "auto", description="CPU threads of the training process", json_schema_extra=BITS
     )
-    loader: Literal["auto", "torch", "dali-cpu", "dali-gpu"] = Field("auto", description="who decodes")
+    loader: Literal["auto", "torch", "dali-cpu", "dali-gpu"] = Field("auto", description="image loader to use")
     workers: Annotated[int, Field(ge=0)] | Auto = Field(
         "auto", description="loader processes or threads", json_schema_extra=FREE
     )
-    seed: int = Field(0, ge=0, lt=2**64, description="of weights, order and augmentation")
+    seed: int = Field(0, ge=0, lt=2**64, description="seed of initial weights, data order and augmentation")
     deterministic: bool = Field(False, description="refuse operations without a deterministic form")
     monitor: Literal["auto", "val/accuracy", "val/macro_f1", "val/balanced_accuracy", "val/loss"] = Field(
         "auto", description="picks the best checkpoint, and stops early"

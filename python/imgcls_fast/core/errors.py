@@ -169,9 +169,9 @@ def shortened(text: str, limit: int = 120) -> str:
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
-def near(word: str, known: list[str] | tuple[str, ...]) -> str:
+def near(word: str, known: list[str] | tuple[str, ...], cutoff: float = 0.6) -> str:
     """The known word that `word` most probably meant, or an empty string."""
     from difflib import get_close_matches
 
-    found = get_close_matches(word.lower(), [k.lower() for k in known], n=1, cutoff=0.6)
+    found = get_close_matches(word.lower(), [k.lower() for k in known], n=1, cutoff=cutoff)
     return next((k for k in known if found and k.lower() == found[0]), "")

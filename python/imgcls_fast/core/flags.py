@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
 from .errors import ConfigError, near
+from .other_names import not_needed, setting_meant
 
 Kind = Literal["value", "numbers", "bool", "switch", "many"]
 
@@ -116,7 +117,7 @@ RUNTIMES = ("auto", "torch", "compile", "aoti", "onnx", "openvino", "trt")
 FLAGS: tuple[Flag, ...] = (
     Flag(("-m", "--model"), "a torchvision or timm classifier, or small-cnn", "model.arch", metavar="NAME", group=_MODEL),
     Flag(("--init",), "auto | scratch | pretrained (may download) | a weights file, bundle or run", "model.init", group=_MODEL),
-    Flag(("--freeze",), "none | backbone | K: the first K children stay as they are", "model.freeze", group=_MODEL),
+    Flag(("--freeze",), "none | backbone | K: the first K of its four stages stay as they are", "model.freeze", group=_MODEL),
     Flag(("--attention",), "insert NAME@PLACE, e.g. cbam@stage4, se(reduction=8)@every-block; may be repeated", "model.attention",
          metavar="NAME@PLACE", kind="many", group=_MODEL),
     Flag(("--kernels",), "our attention kernels: auto | proven (where measured faster) | on (or an error) | off", "model.kernels",
@@ -137,9 +138,9 @@ FLAGS: tuple[Flag, ...] = (
     Flag(("--warmup",), "warm-up in epochs (onecycle: its rise), or auto", "optim.warmup", metavar="E", group=_STEPS),
     Flag(("--weight-decay",), "weight decay, or auto", "optim.weight_decay", metavar="W", group=_STEPS),
     Flag(("--clip",), "largest norm of the gradient, or none", "optim.clip", metavar="G", group=_STEPS, values=(("none", None),)),
-    Flag(("--ema",), "decay a step of averaged weights; 0: off", "optim.ema", metavar="D", group=_STEPS),
+    Flag(("--ema",), "decay per step of averaged weights; 0: off", "optim.ema", metavar="D", group=_STEPS),
     Flag(("--label-smoothing",), "mass spread over all classes, or auto", "loss.label_smoothing", metavar="S", group=_STEPS),
-    Flag(("--class-weights",), "none | auto | effective | cat=1,dog=2.5 | one number a class", "loss.class_weights", metavar="W",
+    Flag(("--class-weights",), "none | auto | effective | cat=1,dog=2.5 | one number per class", "loss.class_weights", metavar="W",
          group=_STEPS),
     Flag(("--augment",), "strength of random changes", "augment.policy", metavar="NAME", group=_STEPS,
          choices=("auto", "none", "light", "medium", "heavy")),
@@ -156,13 +157,14 @@ FLAGS: tuple[Flag, ...] = (
          choices=("quarantine", "error")),
     Flag(("--max-bad",), "most bad images: a fraction below 1, else a count", "data.max_bad", _DATA, "X", group=_ROWS),
     Flag(("--near-duplicates",), "also treat near copies as duplicates", "data.near_duplicates", _DATA, kind="bool", group=_ROWS),
-    Flag(("--seed",), "of weights, order and augmentation", "train.seed", metavar="N", group=_WORK),
-    Flag(("--precision",), "of the forward and backward pass", "train.precision", metavar="NAME", group=_WORK,
+    Flag(("--seed",), "seed of initial weights, data order and augmentation", "train.seed", metavar="N", group=_WORK),
+    Flag(("--precision",), "precision of the forward and backward pass", "train.precision", metavar="NAME", group=_WORK,
          choices=("auto", "fp32", "bf16", "fp16")),
     Flag(("--compile",), "torch.compile", "train.compile", kind="bool", group=_WORK),
     Flag(("--deterministic",), "refuse operations without a deterministic form", "train.deterministic", kind="bool", group=_WORK),
     Flag(("--device",), "where to train", "train.device", metavar="NAME", group=_WORK, choices=("auto", "cpu", "cuda")),
-    Flag(("--loader",), "who decodes", "train.loader", metavar="NAME", group=_WORK, choices=("auto", "torch", "dali-cpu", "dali-gpu")),
+    Flag(("--loader",), "image loader to use", "train.loader", metavar="NAME", group=_WORK,
+         choices=("auto", "torch", "dali-cpu", "dali-gpu")),
     Flag(("--workers",), "loader processes or threads, or auto", "train.workers", metavar="N", group=_WORK),
     Flag(("--save-every",), "time between checkpoints inside an epoch: 90s, 10m, 2h", "train.save_every", metavar="T", group=_WORK),
     Flag(("-c", "--config"), "YAML file with settings", None, _DATA, "FILE", group=_GIVEN),
@@ -184,7 +186,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag(("--runtime",), "time this runtime only; may be repeated (default: all that are here)", None, ("bench",), "NAME", "many",
          choices=tuple(name for name in RUNTIMES if name != "auto")),
     Flag(("-b", "--batch-size"), "time this batch size; may be repeated (default: growing ones)", None, ("bench",), "N", "many"),
-    Flag(("--duration",), "of each timing: 3s, 1m", None, ("bench",), "T"),
+    Flag(("--duration",), "time of each measurement: 3s, 1m", None, ("bench",), "T"),
     Flag(("--device",), "where to compute", None, ("bench",), "NAME", choices=("auto", "cpu", "cuda")),
     Flag(("--engine-precision",), "which of the exports: fp32 | fp16 | bf16 | int8; default: the chosen one", None, ("eval", "predict"),
          "NAME", choices=PRECISIONS),
@@ -210,8 +212,8 @@ FLAGS: tuple[Flag, ...] = (
     Flag(("--gate-data",), "more labelled images that judge the engine", "export.gate_data", ("export",), "DATA", group=_GATE),
     Flag(("--search",), "time for finding the layers that INT8 harms: 90s, 10m; 0: no search", "export.search_s", ("export",), "T",
          group=_GATE),
-    Flag(("--name",), "of the service (default: classifier)", None, ("deploy render",), "NAME"),
-    Flag(("--image",), "of Triton, pinned; default: the release that fits the export", None, ("deploy render",), "IMAGE"),
+    Flag(("--name",), "name of the service (default: classifier)", None, ("deploy render",), "NAME"),
+    Flag(("--image",), "image of Triton, pinned; default: the release that fits the export", None, ("deploy render",), "IMAGE"),
     Flag(("--storage",), "where the model repository was copied to: pvc://claim/path, s3://...", None, ("deploy render",), "URL"),
     Flag(("--set",), "any export setting; may be repeated", None, ("export",), "EXPORT.FIELD=VALUE", "many", _GIVEN),
     Flag(("--json",), "one JSON object on stdout, everything else on stderr", None, _ALL, kind="switch", group=_SAY),
@@ -309,12 +311,16 @@ def python_overrides(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     changes: dict[str, Any] = {}
     for keyword, value in kwargs.items():
         if keyword not in known:
-            guess = near(keyword, sorted(known))
+            meant = setting_meant(keyword)
+            ours = next((flag.keyword for flag in known.values() if flag.setting == meant), "")
+            guess = ours or near(keyword, sorted(known)) if ours or not meant else ""
+            named = "leave it out" if not_needed(keyword) else f"overrides={{{meant or 'section.field'!r}: {value!r}}}"
             raise ConfigError(
                 "C001",
                 f"unknown setting {keyword}",
                 where=f"{keyword}={value!r}",
-                try_=f"{guess}={value!r}" if guess else f"overrides={{'section.field': {value!r}}}",
+                why=not_needed(keyword),
+                try_=f"{guess}={value!r}" if guess else named,
             )
         flag = known[keyword]
         if flag.setting in changes:

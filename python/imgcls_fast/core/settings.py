@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -14,6 +15,7 @@ from .bounds import YAML_BYTES, YAML_DEPTH
 from .config import RunConfig, setting_names
 from .errors import ConfigError, near, shortened
 from .files import write_text
+from .other_names import not_needed, setting_meant
 from .text import to_yaml as as_yaml
 
 
@@ -35,23 +37,26 @@ def build_config(
     Raises:
         ConfigError: C001 unknown setting (with the nearest name), C002 or C003 a wrong value, C005 an unreadable file.
     """
-    merged: dict[str, Any] = {}
-    origin: dict[str, str] = {}
+    given = _Given()
     if preset:
-        _merge(merged, origin, *_read_yaml(_preset_text(preset), f"preset {preset}"))
+        given.merge(*_read_yaml(_preset_text(preset), f"preset {preset}"))
     if file is not None:
-        _merge(merged, origin, *_read_yaml(_file_text(file), str(file)))
+        given.merge(*_read_yaml(_file_text(file), str(file)))
     for name, value in (overrides or {}).items():
-        _put(merged, origin, name, value, "")
+        given.put(name, value, "")
     for text in sets:
         name, equals, value = text.partition("=")
         if not equals or not name.strip():
             raise ConfigError("C002", f"--set needs section.field=value, got {text!r}", try_="--set train.epochs=30")
-        _put(merged, origin, name.strip(), _scalar(value), f"--set {text}")
+        given.put(name.strip(), _scalar(value), f"--set {text}")
     try:
-        return RunConfig.model_validate(merged)
+        config = RunConfig.model_validate(given.merged)
     except ValidationError as error:
-        raise _explain(error, origin) from error
+        given.faults += _explain(error, given.origin)
+        raise _together(given.faults) from error
+    if given.faults:
+        raise _together(given.faults)
+    return config
 
 
 def from_sets(sets: Sequence[str]) -> dict[str, Any]:
@@ -92,79 +97,120 @@ def replace_settings(config: RunConfig, changes: dict[str, Any]) -> RunConfig:
     return build_config({**flatten(config), **changes})
 
 
-def _put(merged: dict[str, Any], origin: dict[str, str], name: str, value: Any, where: str) -> None:
-    known = setting_names()
-    if name not in known:
-        raise _unknown(name, where)
+def _written(name: str, value: str, in_file: bool) -> str:
+    """How a setting is written: in a YAML file, or with --set."""
     section, _, key = name.partition(".")
-    if key:
-        merged.setdefault(section, {})[key] = value
-    else:
-        merged[section] = value
-    origin[name] = where
+    if in_file and key:
+        return f"write {key}: in the section {section}:"
+    return f"write {name}:" if in_file else f"--set {name}={value or '...'}"
 
 
-def _merge(merged: dict[str, Any], origin: dict[str, str], tree: Any, lines: dict[str, str], source: str) -> None:
-    if tree is None:
-        return
-    if not isinstance(tree, dict):
-        raise ConfigError(
-            "C005", f"{source} must hold sections (data:, train:, ...), got {type(tree).__name__}", where=source
-        )
-    sections = {name.partition(".")[0] for name in setting_names() if "." in name}
-    for section, value in tree.items():
-        if section in sections and isinstance(value, dict):
-            for key, inner in value.items():
-                _put(merged, origin, f"{section}.{key}", inner, lines.get(f"{section}.{key}", source))
-        elif section in sections and value is None:
-            continue
-        elif section in sections:
-            raise ConfigError(
-                "C002", f"{section} must be a section with settings, got {shortened(repr(value))}", where=lines.get(section, source)
-            )
+class _Given:
+    """What was given so far: the tree of values, where each came from, and the faults that are known before the check."""
+
+    def __init__(self) -> None:
+        self.merged: dict[str, Any] = {}
+        self.origin: dict[str, str] = {}
+        self.faults: list[ConfigError] = []
+
+    def put(self, name: str, value: Any, where: str) -> None:
+        """Set one dotted name; an unknown one is a fault."""
+        if name not in setting_names():
+            self.faults.append(_unknown(name, where))
+            return
+        section, _, key = name.partition(".")
+        if key:
+            self.merged.setdefault(section, {})[key] = value
         else:
-            _put(merged, origin, str(section), value, lines.get(str(section), source))
+            self.merged[section] = value
+        self.origin[name] = where
+
+    def merge(self, tree: Any, lines: dict[str, str], source: str) -> None:
+        """Put in what a file says."""
+        if tree is None:
+            return
+        if not isinstance(tree, dict):
+            raise ConfigError(
+                "C005", f"{source} must hold sections (data:, train:, ...), got {type(tree).__name__}", where=source
+            )
+        sections = {name.partition(".")[0] for name in setting_names() if "." in name}
+        for section, value in tree.items():
+            where = lines.get(str(section), source)
+            if section in sections and isinstance(value, dict):
+                for key, inner in value.items():
+                    self.put(f"{section}.{key}", inner, lines.get(f"{section}.{key}", source))
+            elif section in sections and value is None:
+                continue
+            elif section in sections:
+                text = f"{section} must be a section with settings, got {shortened(repr(value))}"
+                self.faults.append(ConfigError("C002", text, where=where))
+            else:
+                self.put(str(section), value, where)
+
+
+def _together(faults: Sequence[ConfigError]) -> ConfigError:
+    """One error for all faults: each in full, in a line of its own, with what to do about it."""
+    first = faults[0]
+    if len(faults) == 1:
+        return first
+    faults = sorted(faults, key=lambda f: _line_of(f.where))
+    details = [f"{f.where}: {f.message}" if f.where else f.message for f in faults]
+    details = [f"{line}   ({f.try_})" if f.try_ else line for line, f in zip(details, faults, strict=True)]
+    return ConfigError(
+        first.code, f"{len(faults)} settings are wrong", details=details, try_="imgcls-fast train --dump-config   (lists every setting)"
+    )  # fmt: skip
 
 
 def _unknown(name: str, where: str) -> ConfigError:
     known = setting_names()
     section = near(name, sorted({k.partition(".")[0] for k in known if "." in k}))
-    if section and section != name and "." not in name:
+    meant = setting_meant(name)
+    if meant not in known:
+        meant = ""
+    if not meant and section and section != name and "." not in name:
         return ConfigError("C001", f"unknown section {shortened(name)}", where=where, try_=f"rename it to {section}")
+    in_file = ", line " in where and not where.startswith("--set ")
     last = name.split(".")[-1]
     same = [k for k in known if k.endswith(f".{last}")]  # the right field in the wrong section
-    guess = same[0] if len(same) == 1 else near(name, known) or near(last, [k.split(".")[-1] for k in known])
+    guess = meant or same[0] if meant or len(same) == 1 else near(name, known) or near(last, [k.split(".")[-1] for k in known])
     full = guess if guess in known else next((k for k in known if guess and k.endswith("." + guess)), "")
+    value = where.partition("=")[2] if where.startswith("--set ") else ""
     return ConfigError(
         "C001",
         f"unknown setting {shortened(name)}",
         where=where,
-        try_=f"--set {full}=..." if full else "imgcls-fast train --dump-config   (lists every setting)",
+        why=not_needed(name),
+        try_=_written(full, value, in_file) if full else "imgcls-fast train --dump-config   (lists every setting)",
     )
 
 
-def _explain(error: ValidationError, origin: dict[str, str]) -> ConfigError:
-    """The first wrong setting in our words; the others are counted."""
-    problems = []
+def _line_of(where: str) -> int:
+    found = re.search(r", line (\d+)", where)
+    return int(found[1]) if found else 0
+
+
+def _explain(error: ValidationError, origin: dict[str, str]) -> list[ConfigError]:
+    """Each wrong setting in our words, in the order of the schema."""
+    problems: dict[str, list[Any]] = {}
     for item in error.errors():
         place = [str(part) for part in item["loc"]]
         name = ".".join(place[:2]) if len(place) > 1 and ".".join(place[:2]) in setting_names() else ".".join(place[:1])
-        problems.append((name, item))
-    name, item = problems[0]
-    same = [i for n, i in problems if n == name]
-    wanted = " or ".join(dict.fromkeys(_wanted(i) for i in same))
+        problems.setdefault(name, []).append(item)
+    return [_explained(name, items, origin) for name, items in problems.items()]
+
+
+def _explained(name: str, items: list[Any], origin: dict[str, str]) -> ConfigError:
+    item = items[0]
     if item["type"] == "value_error":
         message = item["msg"].removeprefix("Value error, ")
         if name in setting_names() and name not in message:  # a rule that several settings share
             message = f"{name} {message}"
     else:
+        wanted = " or ".join(dict.fromkeys(_wanted(i) for i in items))
         message = f"{name} must be {wanted}, got {shortened(repr(item['input']))}"
-    others = sorted({n for n, _ in problems if n != name})
-    if others:
-        message += f" (also wrong: {', '.join(others)})"
     if item["type"] == "value_error" and name not in setting_names():  # a rule about several settings of a section
         return ConfigError("C004", message, where=_where(name, origin))
-    range_error = any(i["type"].startswith(("greater", "less", "literal", "finite", "value_error")) for i in same)
+    range_error = any(i["type"].startswith(("greater", "less", "literal", "finite", "value_error")) for i in items)
     return ConfigError("C003" if range_error else "C002", message, where=_where(name, origin))
 
 
