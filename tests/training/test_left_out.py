@@ -8,13 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import imgcls_fast as ic
 from imgcls_fast.cli.app import main
+from imgcls_fast.core.errors import DataError
 from imgcls_fast.core.run import Run
 from imgcls_fast.core.settings import build_config
 from imgcls_fast.core.undecoded import Undecoded
+from imgcls_fast.data import reach
 from imgcls_fast.training import session
 
 Capture = pytest.CaptureFixture[str]
@@ -73,6 +76,103 @@ def test_evaluate_on_other_images_reports_what_their_scan_left_out(
     assert [file["path"] for file in metrics.undecodable_files] == ["a/000.jpg"]
     assert any("a/000.jpg" in text for text in metrics.warnings)
     assert any("unknown" in text for text in metrics.warnings)
+
+
+def test_images_that_the_run_was_trained_on_are_left_out_and_counted(
+    spoiled: tuple[Run, list[str]], own_data: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    run, _ = spoiled
+    capsys.readouterr()
+    out = tmp_path / "judged"
+    assert main(["eval", str(run.directory), str(own_data), "--json", "--out", str(out)]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["metrics"]["n"] == 23
+    assert answer["metrics"]["seen"] == {"train_left_out": 42, "train_judged": 0, "val_judged": 14}
+    assert json.loads((out / "metrics.json").read_text())["seen"] == answer["metrics"]["seen"]
+    for told in (answer["warnings"], answer["metrics"]["warnings"]):
+        assert any(text.startswith("42 of 65 images are training images") for text in told)
+        assert any(text.startswith("14 of 23 judged images also chose the epoch") for text in told)
+    assert main(["eval", str(run.directory), str(own_data), "--include-train"]) == 0
+    shown = capsys.readouterr()
+    assert "on 65 images" in shown.out and "note: 42" not in shown.out  # a warning once, not again as a note
+    assert "warning: 42 of 65 images are training images" in shown.err and "flatter" in shown.err
+
+
+def test_training_images_alone_are_refused_and_can_be_judged_anyhow(
+    spoiled: tuple[Run, list[str]], own_data: Path
+) -> None:
+    run, _ = spoiled
+    with pytest.raises(DataError, match=r"all 42 images of .* are training images") as caught:
+        ic.evaluate(run, own_data / "train")
+    assert caught.value.code == "D014" and "--include-train" in caught.value.try_
+    with pytest.warns(UserWarning, match="flatter"):
+        assert ic.evaluate(run, own_data / "train", include_train=True).n == 42
+
+
+def test_classes_that_the_model_does_not_know_are_named_with_their_images(
+    spoiled: tuple[Run, list[str]], own_data: Path, capsys: Capture
+) -> None:
+    run, _ = spoiled
+    (own_data / "test" / "a").rename(own_data / "test" / "A")
+    capsys.readouterr()
+    assert main(["eval", str(run.directory), str(own_data / "test"), "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    said = "3 images of 1 class that the model does not know were left out: A 3 (perhaps the model's a)"
+    assert answer["metrics"]["unknown_classes"] == {"A": 3} and answer["metrics"]["n"] == 6
+    assert said in answer["warnings"] and said in answer["metrics"]["warnings"]
+    for name in "bc":
+        (own_data / "test" / name).rename(own_data / "test" / f"wolf {name}")
+    with pytest.raises(DataError, match=r"none of the 3 classes .* is a class of the model: A 3 .*wolf b 3, wolf c 3") as caught:
+        ic.evaluate(run, own_data / "test")
+    assert (caught.value.code, caught.value.why, caught.value.try_) == ("D014", "the model knows a, b, c", "rename A to a")
+
+
+def test_the_runs_own_images_are_judged_only_as_they_were(
+    spoiled: tuple[Run, list[str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A file that became another picture was judged under its old label, without a word."""
+    monkeypatch.setattr(reach, "WAITS_S", ())
+    run, bad = spoiled
+    manifest = run.manifest
+    good = [manifest.path(row) for row in manifest.rows("test") if manifest.paths[row] not in bad]
+    data, content = manifest.root, good[0].read_bytes()
+    good[0].write_bytes(good[1].read_bytes())
+    with pytest.warns(UserWarning, match="1 image changed since the run was trained and was left out: test/"):
+        metrics = ic.evaluate(run)
+    assert metrics.n == 6 and [data / path for path in metrics.changed_files] == [good[0]]
+    good[1].unlink()
+    with pytest.raises(DataError, match=r"1 of 9 test images of .* are missing under .*, and 3 have changed") as caught:
+        ic.evaluate(run)
+    assert caught.value.code == "D015" and str(data) in caught.value.try_
+    good[1].write_bytes(good[0].read_bytes())
+    data.rename(tmp_path / "moved")
+    with pytest.raises(DataError, match=r"9 of 9 test images of .* are missing under") as caught:
+        ic.evaluate(run)
+    assert caught.value.code == "D015" and "where the images are now" in caught.value.try_
+    (tmp_path / "moved").rename(data)
+    kept = {path: path.read_bytes() for path in good}
+    for path in good:
+        path.write_bytes(content + b"more")
+    with pytest.raises(DataError, match=r"all 9 test images .* changed") as caught:
+        ic.evaluate(run)
+    assert caught.value.code == "D010"
+    for path, whole in {**kept, good[0]: content}.items():
+        path.write_bytes(whole)
+    assert ic.evaluate(run).n == 7
+
+
+def test_an_image_of_several_splits_counts_as_learnt(tiny_data: Path) -> None:
+    from imgcls_fast.core.manifest import NO_SPLIT
+    from imgcls_fast.data.scan import scan
+    from imgcls_fast.training.judged_rows import splits_seen
+
+    own = scan(tiny_data).manifest
+    assert (splits_seen(own, own) == own.split).all()
+    own.digest[own.rows("test")[0]] = own.digest[own.rows("train")[0]]
+    own.digest[own.rows("val")[0]] = 0  # never hashed, so nothing is known of it
+    seen = splits_seen(own, own)
+    assert seen[own.rows("test")[0]] == 0 and seen[own.rows("val")[0]] == NO_SPLIT
+    assert len(splits_seen(own, own.take(np.zeros(0, np.int64)))) == 0
 
 
 def test_a_bench_sample_and_calibration_images_name_what_they_left_out(spoiled: tuple[Run, list[str]]) -> None:

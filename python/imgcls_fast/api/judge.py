@@ -25,23 +25,29 @@ def evaluate(
     batch_size: int | None = None,
     out: str | Path | None = None,
     trust: bool = False,
+    include_train: bool = False,
     force: bool = False,
 ) -> Metrics:
     """Judge a run on one of its own splits, or on other labelled images; each row counts exactly once.
 
+    Images that would flatter the model or cannot be judged are left out and counted, in warnings and in the metrics: files
+    that the run was trained on (`seen`), of classes that the model does not know (`unknown_classes`), that cannot be decoded
+    (`undecodable_files`), and of the run itself that have other bytes now (`changed_files`).
+
     Args:
-        data: other images, in any form that `train` takes; their classes must be classes of the model.
-        split: train, val or test; with `data`, all of its images are judged.
+        data: other images, in any form that `train` takes; at least one of their classes must be a class of the model.
+        split: train, val or test; with `data`, all of its images are judged but those that the run was trained on.
         runtime: torch, compile, aoti, onnx, openvino, trt or auto.
         precision: of the export that the runtime opens; None: the chosen one.
         out: folder for metrics.json, per_class.csv, confusion.csv and predictions.csv.
         trust: open native code (aoti, trt) that this user has not exported; here and below.
 
+        include_train: with `data`, judge images that the run was trained on as well; they are counted in any case.
         force: replace files in `out` that no evaluation has written; never the table that `data` names.
 
     Raises:
         UsageError: U002 when files in `out` may not be replaced.
-        DataError: D001..D014; ModelError M004, M005; ExportError E001.
+        DataError: D001..D015; ModelError M004, M005; ExportError E001.
     """
     from ..core.outputs import JUDGED, JUDGED_NAMES, claim_folder
 
@@ -51,22 +57,26 @@ def evaluate(
     from ..data.loader import usual_loader
     from ..evaluation.metrics import judge, without
     from ..evaluation.report import write_evaluation
-    from ..training.judging import engine_and_rows, score_rows
+    from ..training.judged_rows import demand_split, rows_to_judge
+    from ..training.judging import run_engine, score_rows
 
-    found = run_of(run)
-    device = usual_device()
-    engine, note, manifest, rows, left, said = engine_and_rows(found, images, split, runtime, device, precision, trust)
+    demand_split(split)
+    found, device = run_of(run), usual_device()
+    engine, note = run_engine(found, runtime, device, precision, trust)
+    asked = rows_to_judge(found, images, split, engine, include_train=include_train)
     settings = found.config.evaluate
     predictions = score_rows(
-        engine, manifest, rows, batch_size=batch_size or int(settings.batch_size), on_bad=left.of(manifest),
-        loader=usual_loader(engine.pixels, device), workers=min(4, env.usable_cpus()),
+        engine, asked.manifest, asked.rows, batch_size=batch_size or int(settings.batch_size),
+        on_bad=asked.undecoded.of(asked.manifest), loader=usual_loader(engine.pixels, device), workers=min(4, env.usable_cpus()),
     )  # fmt: skip
     engine.close()
+    predictions = asked.kept(predictions)
     metrics = judge(predictions, top_k=settings.top_k, bootstrap=settings.bootstrap, seed=found.config.train.seed)
-    metrics = without(metrics, left, said)
+    metrics = without(metrics, asked.undecoded, (*asked.warnings, *asked.notices), asked.facts)
     if out is not None:
         write_evaluation(Path(out), predictions, metrics, Path(out) / "plots")
-    say_warning(note)
+    for text in (note, *asked.warnings):
+        say_warning(text)
     return metrics
 
 

@@ -39,13 +39,14 @@ def evaluate(request: Request, session: Session) -> Answer:
         batch_size=batch_size,
         out=request.get("out"),
         trust=trusted(request, runtime),
+        include_train=bool(request.get("include_train")),
         force=bool(request.get("force")),
     )
     metrics = plain(found)
     what = rest[0] if rest else split
     line = f"{what} accuracy {share(metrics['accuracy'])} {_interval(metrics.get('accuracy_ci'))}on {counted(metrics['n'], 'image')}"
     return Answer({"run": run or "last", "data": rest[0] if rest else None, "split": split, "runtime": runtime, "metrics": metrics},
-                  lambda console: _show_metrics(console, line, metrics), line)  # fmt: skip
+                  lambda console: _show_metrics(console, line, metrics, session.warnings), line)  # fmt: skip
 
 
 def predict(request: Request, session: Session) -> Answer:
@@ -166,7 +167,8 @@ def _no_such_file(word: str, more: str = "") -> DataError:
     return DataError("D001", f"{word} does not exist{more}", try_=quoted(str(folder / guess)) if guess else "")
 
 
-def _show_metrics(console: Any, line: str, metrics: dict[str, Any]) -> None:
+def _show_metrics(console: Any, line: str, metrics: dict[str, Any], told: Sequence[str]) -> None:
+    """What `eval` found; warnings that were `told` already are not repeated as notes."""
     say(console, line, "bold")
     names = ("macro_f1", "balanced_accuracy", "roc_auc", "log_loss", "ece")
     facts(console, {**{f"top-{k} accuracy": share(value) for k, value in (metrics.get("top_k") or {}).items() if str(k) != "1"},
@@ -177,7 +179,7 @@ def _show_metrics(console: Any, line: str, metrics: dict[str, Any]) -> None:
         say(console, f"the {MANY_CLASSES} worst of {len(metrics['per_class'])} classes:")
     rows = ([c["name"], c["support"], share(c["precision"]), share(c["recall"]), share(c["f1"])] for c in classes)
     table(console, ["class", "images", "precision", "recall", "F1"], rows, numbers=range(1, 5))
-    for text in metrics.get("warnings") or ():
+    for text in (text for text in metrics.get("warnings") or () if text not in told):
         say(console, f"note: {text}", "yellow")
 
 

@@ -182,6 +182,8 @@ FLAGS: tuple[Flag, ...] = (
          "export", "verify", "deploy render", "data split", "bench", "bench report", "bench compare"), kind="switch", group=_SAY),
     Flag(("--force",), "replace a report.html that is not ours", None, ("report",), kind="switch", group=_SAY),
     Flag(("--split",), "rows to judge", None, ("eval",), "NAME", choices=("train", "val", "test")),
+    Flag(("--include-train",), "with DATA: judge images that the run was trained on as well; by default they are left out", None,
+         ("eval",), kind="switch"),
     Flag(("--runtime",), "what computes the scores", None, ("eval", "predict"), "NAME", choices=RUNTIMES),
     Flag(("--runtime",), "time this runtime only; may be repeated (default: all that are here)", None, ("bench",), "NAME", "many",
          choices=tuple(name for name in RUNTIMES if name != "auto")),

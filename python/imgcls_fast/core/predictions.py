@@ -104,6 +104,12 @@ class Predictions:
             fingerprint=fingerprint,
         )
 
+    def take(self, keep: np.ndarray) -> Predictions:
+        """Some of the rows, by an (n,) bool mask."""
+        targets = None if self.targets is None else self.targets[keep]
+        paths = tuple(path for path, stays in zip(self.paths, keep, strict=True) if stays)
+        return Predictions(self.rows[keep], self.scores[keep], targets, self.labels, paths, self.fingerprint)
+
     def save(self, directory: Path) -> None:
         """Write scores.npy (row-aligned), predictions.csv for people and predictions.json (labels, fingerprint)."""
         directory.mkdir(parents=True, exist_ok=True)

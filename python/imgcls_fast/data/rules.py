@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from imgcls_fast.core.errors import DataError
+from imgcls_fast.core.errors import DataError, near
 from imgcls_fast.core.manifest import NO_SPLIT, SPLITS, LabelSpace, Manifest, PathList
 from imgcls_fast.core.text import command
 
@@ -60,6 +60,7 @@ class ScanResult:
     skipped: int = 0  # files that are no images
     dropped: int = 0  # duplicates across splits that were removed
     skipped_files: tuple[SkippedFile, ...] = ()  # the first of them, with their reasons
+    unknown_classes: Mapping[str, int] = field(default_factory=dict)  # usable images of classes that were not asked for
 
     def to_dict(self) -> dict[str, Any]:
         """What `api.check_data` returns."""
@@ -116,6 +117,7 @@ class Tabulation:
         self.listing, self.files, self.options, self.source = listing, files, options, source
         self.problems, self.notices = list(dict.fromkeys(listing.problems)), list(listing.notices)
         self.dropped = 0
+        self.unknown: dict[str, int] = {}
         self.classes = list(listing.classes)
         self.label = np.array(listing.labels, np.int32)
         self.split = np.array(listing.splits, np.uint8)
@@ -141,7 +143,7 @@ class Tabulation:
         manifest = self._manifest(rows)
         return ScanResult(
             manifest, bad, tuple(self.problems), tuple(self.notices), len(strays) + len(others), self.dropped,
-            skipped_files=skipped.first_skipped(self.listing.root, strays, others),
+            skipped_files=skipped.first_skipped(self.listing.root, strays, others), unknown_classes=self.unknown,
         )  # fmt: skip
 
     def _path(self, row: int) -> str:
@@ -154,11 +156,11 @@ class Tabulation:
             return
         place = {name: i for i, name in enumerate(wanted)}
         table = np.array([place.get(name, -1) for name in self.classes] + [-1], np.int32)
+        good = self.files.good()
+        counts = np.bincount(self.label[good][self.label[good] >= 0], minlength=len(self.classes))
+        self.unknown = {name: int(n) for name, n in zip(self.classes, counts, strict=True) if name not in place and n}
+        self.notices += [about_unknown(self.unknown, wanted)] if self.unknown else []
         self.label = table[self.label]
-        left_out = [name for name in self.classes if name not in place]
-        if left_out:
-            count = int((self.label < 0).sum())
-            self.notices.append(f"{count:,} files of {len(left_out)} other classes left out: {', '.join(left_out[:5])}")
         for name in wanted:
             if name not in self.classes and self.options.purpose == "train":
                 self.problems.append(Problem("D005", "missing class", f"class {name!r} has no images in {self.source}"))
@@ -317,7 +319,9 @@ class Tabulation:
     def _check_classes(self, rows: np.ndarray) -> None:
         told = {p.code for p in self.problems}
         if not len(rows):
-            if "D002" not in told:
+            if self.unknown and self.options.purpose == "judge":
+                self.problems.append(_no_known_class(self.unknown, self.classes, self.source))
+            elif "D002" not in told:
                 self.problems.append(Problem("D002", "no images", f"no usable images in {self.source}"))
             return
         if self.options.purpose != "train":
@@ -355,6 +359,41 @@ class Tabulation:
             source=self.source,
             group_names=names,
         )
+
+
+def about_unknown(unknown: Mapping[str, int], known: Sequence[str]) -> str:
+    """How many images have classes that a model does not know, and which; empty where there are none."""
+    if not unknown:
+        return ""
+    images, kinds = sum(unknown.values()), len(unknown)
+    what = f"{images:,} image{'s' * (images != 1)} of {kinds:,} class{'es' * (kinds != 1)} that the model does not know"
+    return f"{what} {'were' if images != 1 else 'was'} left out: {_listed(unknown, known)}"
+
+
+def _listed(unknown: Mapping[str, int], known: Sequence[str]) -> str:
+    """Classes with their number of images, and the class of the model that may be meant."""
+    names = sorted(unknown, key=lambda name: -unknown[name])
+    parts = []
+    for name in names[:_SHOWN]:
+        meant = near(name, list(known))
+        parts.append(f"{name} {unknown[name]:,}" + (f" (perhaps the model's {meant})" if meant else ""))
+    return ", ".join(parts) + (f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else "")
+
+
+def _no_known_class(unknown: Mapping[str, int], known: Sequence[str], source: str) -> Problem:
+    """None of the images has a class of the model: both sides are named, and what is spelled almost alike."""
+    several = len(unknown) != 1
+    theirs = f"none of the {len(unknown):,} classes" if several else "the only class"
+    ours = ", ".join(known[:_SHOWN]) + (f" and {len(known) - _SHOWN:,} more" if len(known) > _SHOWN else "")
+    pairs = {name: meant for name in unknown if (meant := near(name, list(known)))}
+    renamed = ", ".join(f"{name} to {meant}" for name, meant in list(pairs.items())[:_SHOWN])
+    return Problem(
+        "D014",
+        "classes of another model",
+        f"{theirs} of {source} is {'a class of the model' if several else 'no class of the model'}: {_listed(unknown, known)}",
+        why=f"the model knows {ours}",
+        try_=f"rename {renamed}" if renamed else "name the folders, or the labels of the table, as the model's classes",
+    )
 
 
 def _elsewhere(source: Path) -> str:

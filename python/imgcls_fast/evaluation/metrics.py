@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from statistics import NormalDist
 from typing import Any, Literal, get_args
 
@@ -88,6 +88,10 @@ class Metrics:
     coverage: Coverage
     warnings: tuple[str, ...]
     undecodable_files: tuple[dict[str, str], ...] = ()  # path and reason of each row that could not be judged
+    changed_files: tuple[str, ...] = ()  # rows whose file has other bytes than when the run was made; not judged
+    unknown_classes: Mapping[str, int] = field(default_factory=dict)  # images of classes that the model does not know; not judged
+    # images that the run was trained on, left out or judged, and judged images that chose its epoch
+    seen: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def macro_f1(self) -> float:
@@ -106,10 +110,17 @@ class Metrics:
         return plain
 
 
-def without(metrics: Metrics, undecoded: Undecoded, notices: Sequence[str] = ()) -> Metrics:
-    """The same figures, with the images that had to be left out of them, and other notices, among the warnings."""
+def without(
+    metrics: Metrics, undecoded: Undecoded, notices: Sequence[str] = (), facts: Mapping[str, Any] | None = None
+) -> Metrics:
+    """The same figures, with the images that had to be left out of them, and other notices, among the warnings.
+
+    Args:
+        facts: the same as figures: changed_files, unknown_classes, seen.
+    """
     said = [text for text in (undecoded.sentence(), *notices) if text]
-    return replace(metrics, warnings=(*metrics.warnings, *said), undecodable_files=tuple(undecoded.to_list()))
+    files = tuple(undecoded.to_list())
+    return replace(metrics, warnings=(*metrics.warnings, *said), undecodable_files=files, **(facts or {}))
 
 
 def average(metrics: Metrics, name: str) -> Average:

@@ -11,18 +11,15 @@ from safetensors.torch import save
 
 from ..core import env
 from ..core.bundle import Bundle, read_bundle, write_bundle
-from ..core.errors import ConfigError, DataError, ModelError
+from ..core.errors import ConfigError, ModelError
 from ..core.files import sha256_json
-from ..core.manifest import SPLITS, Manifest
+from ..core.manifest import Manifest
 from ..core.pixels import Pixels
 from ..core.predictions import Predictions
 from ..core.run import Run
 from ..core.runs import find_run
 from ..core.settings import flatten
-from ..core.text import command
-from ..core.undecoded import Undecoded
 from ..data.loader import open_loader
-from ..data.prepare import scan_to_judge
 from ..data.sampler import Sampler
 from ..engines.as_found import as_found
 from ..engines.base import Engine, predict
@@ -168,30 +165,3 @@ def open_model(
     if lone is not None:
         return open_engine(read_bundle(lone), runtime, device=device, precision=precision, trust=trust), ""
     return run_engine(run if isinstance(run, Run) else find_run(run), runtime, device, precision, trust)
-
-
-def engine_and_rows(
-    run: Run, data: Path | None, split: str, runtime: str, device: str, precision: str | None, trust: bool = False
-) -> tuple[Engine, str, Manifest, np.ndarray, Undecoded, tuple[str, ...]]:
-    """An engine with its note (see `run_engine`), and what it is to judge: one split of a run, or all of other labelled images.
-
-    Returns:
-        engine, note, manifest, rows, the images that the scan has left out, and what else it had to say.
-
-    Raises:
-        ConfigError: C003 for an unknown split, before anything is opened.
-        DataError: D014 when the run has no such rows; D001..D013 for other images.
-    """
-    if split not in SPLITS:
-        raise ConfigError("C003", f"split must be one of 'train', 'val', 'test', got {split!r}", try_="--split test")
-    engine, note = run_engine(run, runtime, device, precision, trust)
-    if data is not None:
-        found = scan_to_judge(run.config.data, data, engine.pixels, engine.labels, env.cache_dir())
-        undecoded = Undecoded({file.path: file.reason for file in found.quarantine})
-        return engine, note, found.manifest, np.arange(len(found.manifest), dtype=np.int64), undecoded, found.notices
-    rows = run.manifest.rows(split)
-    if not len(rows):
-        raise DataError(
-            "D014", f"{run.name} has no {split} images", try_=command("eval", run.directory, "--split", "val")
-        )
-    return engine, note, run.manifest, rows, Undecoded(), ()

@@ -1,0 +1,193 @@
+"""Which images an evaluation judges: those that the run has not learnt from, and whose files are still what they were."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..core import env
+from ..core.errors import ConfigError, DataError
+from ..core.manifest import NO_SPLIT, SPLITS, Manifest
+from ..core.predictions import Predictions
+from ..core.run import Run
+from ..core.text import command
+from ..core.undecoded import Undecoded
+from ..data.prepare import changed_files, scan_to_judge
+from ..data.rules import about_unknown
+from ..engines.base import Engine
+from .quarantined import Quarantined
+
+_NAMED = 3  # files that a message names; metrics.json holds all
+
+
+@dataclass
+class JudgedRows:
+    """Rows of a manifest that are to be judged, and what has to be reported about the others.
+
+    Args:
+        manifest: of the run, or of other images.
+        rows: to be judged.
+        undecoded: images that the scan or the run has left out; the loader adds those that it cannot decode.
+        warnings: sentences that must not be overlooked.
+        notices: other sentences of the scan.
+        facts: the same as figures, fields of `Metrics`: seen, unknown_classes, changed_files.
+        changed: rows whose file has other bytes than at the scan; they are judged with the others, and `kept` drops them.
+    """
+
+    manifest: Manifest
+    rows: np.ndarray
+    undecoded: Undecoded = field(default_factory=Undecoded)
+    warnings: tuple[str, ...] = ()
+    notices: tuple[str, ...] = ()
+    facts: dict[str, Any] = field(default_factory=dict)
+    changed: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+
+    def kept(self, predictions: Predictions) -> Predictions:
+        """The predictions without those of changed files, which are then named in `warnings` and `facts`.
+
+        A changed file that is no image any more has been reported as undecodable already.
+        """
+        drop = np.isin(predictions.rows, self.changed)
+        if not drop.any():
+            return predictions
+        names = [path for path, gone in zip(predictions.paths, drop, strict=True) if gone]
+        plural = len(names) > 1
+        self.warnings += (
+            f"{len(names):,} image{'s' * plural} changed since the run was trained and {'were' if plural else 'was'} left out: "
+            + _named(names),
+        )
+        self.facts["changed_files"] = tuple(names)
+        return predictions.take(~drop)
+
+
+def demand_split(split: str) -> None:
+    """Raise for a split that there is not, before anything is opened.
+
+    Raises:
+        ConfigError: C003.
+    """
+    if split not in SPLITS:
+        raise ConfigError("C003", f"split must be one of 'train', 'val', 'test', got {split!r}", try_="--split test")
+
+
+def rows_to_judge(run: Run, data: Path | None, split: str, engine: Engine, *, include_train: bool = False) -> JudgedRows:
+    """One split of a run, or other labelled images without those that the run was trained on.
+
+    Args:
+        data: the other images; None: those of the run.
+        split: of the run; with `data` it is not looked at.
+        engine: knows pixels and classes.
+        include_train: judge images that the run was trained on as well; they are counted in any case.
+
+    Raises:
+        DataError: D014 when nothing is left to judge; D015 and D010 when files of the run are missing, or all have changed;
+            D001..D013 for other images.
+    """
+    return _own(run, split) if data is None else _others(run, data, engine, include_train)
+
+
+def _own(run: Run, split: str) -> JudgedRows:
+    manifest = run.manifest
+    late = Quarantined(run, manifest, run.config.data.max_bad).rows()
+    rows = manifest.rows(split)
+    if not len(rows):
+        raise DataError(
+            "D014", f"{run.name} has no {split} images", try_=command("eval", run.directory, "--split", "val")
+        )
+    left = Undecoded({manifest.paths[row]: reason for row, reason in late.items() if row in set(rows.tolist())})
+    rows = rows[~np.isin(rows, list(late))]
+    changed = _same_files(run, manifest, rows, split)
+    said = {
+        "train": "these are the images that the run was trained on: the figures flatter the model",
+        "val": "these images also chose the epoch and the temperature of the run: the figures are a little too good",
+    }
+    return JudgedRows(manifest, rows, left, tuple(filter(None, [said.get(split)])), changed=changed)
+
+
+def _same_files(run: Run, manifest: Manifest, rows: np.ndarray, split: str) -> np.ndarray:
+    """(m,) rows whose files have other bytes than at the scan.
+
+    Raises:
+        DataError: D015 where files are missing, D010 where none is as it was.
+    """
+    part = manifest.take(rows)
+    paths = changed_files(part, env.usable_cpus())
+    away = [path for path in paths if not (manifest.root / path).exists()]
+    there = Path(manifest.source).exists() and len(away) < len(rows)
+    again = command("eval", run.directory, manifest.source if there else "DATA")
+    if away:
+        others = len(paths) - len(away)
+        also = f", and {others:,} {'have' if others > 1 else 'has'} changed" if others else ""
+        raise DataError(
+            "D015",
+            f"{len(away):,} of {len(rows):,} {split} images of {run.name} are missing under {manifest.root}{also}",
+            where=_named(away),
+            why="the rest alone is not what the run was judged on" if there else "the folder was moved, or its disk is not there",
+            try_=f"bring the files back, or judge what is there now: {again}" if there else f"{again}   (where the images are now)",
+        )
+    if len(paths) == len(rows) > 0:
+        raise DataError(
+            "D010",
+            f"all {len(rows):,} {split} images of {run.name} changed since it was trained",
+            where=_named(paths),
+            try_=f"restore the files, or judge them as they are now: {again}",
+        )
+    gone = set(paths)
+    return np.array([row for row, path in zip(rows.tolist(), part.paths, strict=True) if path in gone], np.int64)
+
+
+def _others(run: Run, data: Path, engine: Engine, include_train: bool) -> JudgedRows:
+    found = scan_to_judge(run.config.data, data, engine.pixels, engine.labels, env.cache_dir())
+    manifest, total = found.manifest, len(found.manifest)
+    seen = splits_seen(run.manifest, manifest)
+    learnt, chose = seen == SPLITS.index("train"), seen == SPLITS.index("val")
+    train, rows = int(learnt.sum()), np.arange(total, dtype=np.int64)
+    warnings = []
+    if train and not include_train:
+        anyhow = command("eval", run.directory, data, "--include-train")
+        if train == total:
+            raise DataError(
+                "D014",
+                f"all {total:,} images of {data} are training images of {run.name}, so they cannot tell how good it is",
+                try_=f"{command('eval', run.directory)}   (its own test images), or all the same: {anyhow}",
+            )
+        rows = rows[~learnt]
+        warnings.append(
+            f"{train:,} of {total:,} images are training images of {run.name} and were left out (judge them too: --include-train)"
+        )
+    elif train:
+        warnings.append(
+            f"{train:,} of {total:,} images are training images of {run.name}: the figures flatter the model"
+        )
+    if chose.any():
+        warnings.append(
+            f"{int(chose.sum()):,} of {len(rows):,} judged images also chose the epoch and the temperature of {run.name}: "
+            "the figures are a little too good"
+        )
+    judged = train if include_train else 0
+    counts = {"train_left_out": train - judged, "train_judged": judged, "val_judged": int(chose.sum())}
+    unknown = about_unknown(found.unknown_classes, engine.labels.classes)
+    return JudgedRows(
+        manifest, rows, Undecoded({file.path: file.reason for file in found.quarantine}), tuple(filter(None, (unknown, *warnings))),
+        tuple(text for text in found.notices if text != unknown),
+        {"seen": counts, "unknown_classes": dict(found.unknown_classes)},
+    )  # fmt: skip
+
+
+def splits_seen(own: Manifest, other: Manifest) -> np.ndarray:
+    """(N,) uint8: the split in which a run has an image of the same bytes as each row of `other`; train before val before test."""
+    found = np.full(len(other), NO_SPLIT, np.uint8)
+    if not len(other):
+        return found
+    mine, theirs = (np.ascontiguousarray(manifest.digest).view("V16").ravel() for manifest in (own, other))
+    known = own.digest.any(1)  # zeros: a row that was never hashed
+    for code in reversed(range(len(SPLITS))):
+        found[np.isin(theirs, mine[known & (own.split == code)])] = code
+    return found
+
+
+def _named(paths: list[str]) -> str:
+    return ", ".join(paths[:_NAMED]) + (f", +{len(paths) - _NAMED:,} more" if len(paths) > _NAMED else "")
