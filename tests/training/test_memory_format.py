@@ -153,7 +153,7 @@ class TestMeasured:
             steps.append(name)
             return seconds[name]
 
-        monkeypatch.setattr(layout, "_step_s", step)
+        monkeypatch.setattr(layout, "step_s", step)
         config = build_config({"train.precision": "fp32", "train.threads": 1, "model.kernels": "off"})
         spec = ModelSpec("small-cnn", num_outputs=3, image_size=32, arch_args={"width": 4}).to_dict()
         return layout.faster_format(spec, config, 4), steps
@@ -179,7 +179,7 @@ class TestMeasured:
     ) -> None:
         happened: list[str] = []
         monkeypatch.setattr(layout, "use_kernels", lambda model, mode: happened.append(f"kernels {mode}"))
-        monkeypatch.setattr(layout, "_step_s", lambda model, name, *more: happened.append(name) or 9.0)
+        monkeypatch.setattr(layout, "step_s", lambda model, name, *more: happened.append(name) or 9.0)
         config = build_config({"train.precision": "fp32", "train.threads": 1, "model.kernels": "off"})
         spec = ModelSpec("small-cnn", num_outputs=3, image_size=32, arch_args={"width": 4}).to_dict()
         layout.faster_format(spec, config, 4, happened.append)
@@ -193,7 +193,7 @@ class TestMeasured:
             raise AssertionError("it was timed")
 
         monkeypatch.setattr(layout, "faster_format", answer)
-        may = replace(LAPTOP, measures=True)
+        may = replace(LAPTOP, cpus=1, measures=True)
         plan = plan_of({"model.arch": "timm/vit_tiny_patch16_224", "model.init": "scratch"}, machine=may)
         assert plan.config.train.memory_format == "channels-last"
         assert not outline_of(ModelSpec("torchvision/swin_t", num_outputs=3)).convolves
@@ -229,7 +229,7 @@ class TestMeasured:
             return "contiguous", "measured"
 
         monkeypatch.setattr(layout, "faster_format", answer)
-        may = replace(LAPTOP, measures=True)
+        may = replace(LAPTOP, cpus=1, measures=True)
         assert plan_of({"model.arch": "resnet18"}, machine=LAPTOP).config.train.memory_format == "channels-last"
         assert plan_of({"model.arch": "small-cnn"}, machine=may).config.train.memory_format == "channels-last"
         assert plan_of({"model.arch": "resnet18", "train.memory_format": "channels-last"}, images(), may).rows

@@ -178,3 +178,9 @@ def queued_s(proc: Path = PROC) -> float | None:
     """Seconds that this thread was ready to run and waited for a core, since it began; None where the system does not tell."""
     words = " ".join(_lines(proc / "thread-self" / "schedstat")).split()
     return int(words[1]) / 1e9 if len(words) == 3 else None
+
+
+def spent_s(pid: int, proc: Path = PROC) -> float:
+    """CPU seconds of another process; 0 where it has ended."""
+    words = " ".join(_lines(proc / str(pid) / "stat")).rpartition(")")[2].split()  # its name may hold anything
+    return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK") if len(words) > 12 else 0.0

@@ -26,6 +26,7 @@ from ..models.build import Classifier
 from ..models.kernels import use_kernels
 from . import checkpoint
 from .checkpoint import Progress
+from .crowding import Crowd
 from .identity import LOST, environment_key, trajectory, what_differs
 from .objectives import CrossEntropy, class_weights
 from .optim import Averaged, Schedule, build_optimizer, set_rates
@@ -83,6 +84,7 @@ class Fit:
         self.loss_weight = 0.0
         self._saved_at = self._shown_at = time.monotonic()
         self.pace = Pace()
+        self.crowd = Crowd(self.device.type, int(train.threads), run.resume_command)
         self._saved_step = 0  # of the newest checkpoint
         self.differences: list[str] = []  # between the process that wrote the restored checkpoint and this one
         self._whole = True  # between two steps, where a checkpoint can be written
@@ -405,6 +407,8 @@ class Fit:
             "steps": self.steps, "loss": loss, "lr": lr, "images_per_s": rate, "data_share": self.pace.data_share,
             "eta_s": left * int(self.config.train.batch_size) / max(rate, 1e-9),
         })  # fmt: skip
+        if crowded := self.crowd.look(progress.step * int(self.config.train.batch_size)):
+            self.emit({"event": "warning", "text": crowded})
 
     def _interrupt(self) -> None:
         self.save()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from ..core.config import RunConfig
 from ..core.files import sha256_json, write_json
 from ..engines.runtimes import AUTOCAST
 from ..models.build import ModelSpec, build_model
+from ..models.classifier import Classifier
 from ..models.kernels import use_kernels
 
 FORMATS = ("channels-last", "contiguous")
@@ -58,31 +59,41 @@ def faster_format(
 
 def measure(spec: dict[str, Any], images: int, precision: str, threads: int, kernels: str) -> dict[str, float]:
     """Seconds of a forward and backward pass in each format: the best of three, or the first where it takes long."""
+    with built(spec, images, kernels) as (model, pixels):
+        torch.set_num_threads(threads)
+        first = {name: step_s(model, name, pixels, precision) for name in FORMATS}
+        if max(first.values()) > _LONG_S:  # what a first step takes for memory and threads is little of it
+            return first
+        return {
+            name: min(seconds)
+            for name, *seconds in zip(
+                FORMATS,
+                *([step_s(model, name, pixels, precision) for name in FORMATS] for _ in range(3)),
+                strict=True,
+            )
+        }
+
+
+@contextmanager
+def built(spec: dict[str, Any], images: int, kernels: str) -> Iterator[tuple[Classifier, torch.Tensor]]:
+    """The network of a plan with random weights, ready for a training step, and pixels for it.
+
+    Threads may be changed meanwhile; they and the random numbers are as before afterwards.
+    """
     model_spec = ModelSpec.from_dict(spec)
     size = model_spec.image_size or 224
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
     try:
         with torch.random.fork_rng(devices=[]):
             model = build_model(model_spec).train()
             use_kernels(model, kernels)  # as in training
-            pixels = torch.randint(0, 256, (images, size, size, model_spec.channels), dtype=torch.uint8)
-            first = {name: _step_s(model, name, pixels, precision) for name in FORMATS}
-            if max(first.values()) > _LONG_S:  # what a first step takes for memory and threads is little of it
-                return first
-            return {
-                name: min(seconds)
-                for name, *seconds in zip(
-                    FORMATS,
-                    *([_step_s(model, name, pixels, precision) for name in FORMATS] for _ in range(3)),
-                    strict=True,
-                )
-            }
+            yield model, torch.randint(0, 256, (images, size, size, model_spec.channels), dtype=torch.uint8)
     finally:
         torch.set_num_threads(before)
 
 
-def _step_s(model: Any, name: str, pixels: torch.Tensor, precision: str) -> float:
+def step_s(model: Classifier, name: str, pixels: torch.Tensor, precision: str) -> float:
+    """Seconds of one forward and backward pass in a memory format."""
     model.lay_out(name)
     model.zero_grad(set_to_none=True)
     begin = time.perf_counter()

@@ -12,6 +12,7 @@ from ..core.manifest import Manifest
 from ..core.pixels import Pixels
 from ..core.settings import replace_settings
 from ..data.augment import Augment
+from .crowding import choose_threads
 from .defaults import RECIPES, Machine, Notes, look_at_machine, text
 from .plan_model import (
     Start,
@@ -117,6 +118,8 @@ def make_plan(
     choose_class_weights(notes, manifest)
     choose_speed(notes, manifest, machine, device)
     spec = describe_model(notes, manifest, arch, start, pixels, recipe, outline)
+    safe = "contiguous" if outline.breaks_channels_last else "channels-last"
+    choose_threads(notes, machine, device, spec, safe, notice)
     choose_memory_format(notes, machine, device, spec, outline, notice)
     resolved = replace_settings(config, notes.changes)
     return Plan(resolved, tuple(notes.rows), pixels, augment, spec, start)

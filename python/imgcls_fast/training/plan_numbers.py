@@ -239,7 +239,7 @@ def choose_class_weights(notes: Notes, manifest: Manifest) -> None:
 
 
 def choose_speed(notes: Notes, manifest: Manifest, machine: Machine, device: str) -> None:
-    """Precision, compiling, threads, kernels and loader."""
+    """Precision, compiling, kernels and loader."""
     asked = notes.config.train.precision
     if device == "cuda":
         precision, reason = (
@@ -251,7 +251,6 @@ def choose_speed(notes: Notes, manifest: Manifest, machine: Machine, device: str
         raise ConfigError("C004", "train.precision fp16 needs a GPU", try_="--precision bf16   (or fp32)")
     notes.decide("train.precision", precision, reason)
     _choose_compile(notes, machine, device)
-    notes.decide("train.threads", machine.cpus, machine.why_cpus)
     kernels = ("off", "ours are not measured on a GPU yet") if device == "cuda" else ("proven", "where measured faster")
     notes.decide("model.kernels", *kernels)
     loader = notes.decide("train.loader", *_loader(manifest, machine, device, notes.value("pixels.color")))

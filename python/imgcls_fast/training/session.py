@@ -203,6 +203,8 @@ def _measure_step(plan: Plan, model: Any) -> tuple[float, float]:
 
     train, size = plan.config.train, plan.pixels.size
     device = torch.device(train.device)
+    if device.type == "cpu":
+        torch.set_num_threads(int(train.threads))  # as in training
     model = model.to(device).train()
     micro = int(train.micro_batch)
     pixels = torch.randint(0, 256, (micro, size, size, plan.pixels.channels), dtype=torch.uint8, device=device)
