@@ -96,6 +96,8 @@ VERBS: tuple[Verb, ...] = (
     Verb("data stats", "count classes, sizes and formats", "DATA", 1, "data:stats", ("data stats flowers/",), 1),
     Verb("runs list", "all runs with their accuracy", "", 0, "runs:listing"),
     Verb("runs show", "one run: configuration, data and metrics", "[RUN]", 1, "runs:show"),
+    Verb("models list", "image classifiers: parameters, usual size, weights here or where from", "[PATTERN]", 1, "models:listing",
+         ("models list resnet18", "models list 'timm/vit_*'")),
     Verb("demo", "train on handwritten digits in about a minute, offline", "", 0, "train:demo"),
     Verb("doctor", "what this machine and this installation can do", "", 0, "runs:doctor"),
 )  # fmt: skip

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from imgcls_fast.core.errors import ModelError
+from imgcls_fast.core.text import quoted
 
 State = dict[str, Tensor]
 
@@ -81,7 +82,7 @@ def _inside(content: Mapping[Any, Any], source: str) -> str:
     trained = [key for key in found if not _AVERAGE.search(key) and not _NO_WEIGHTS.search(key)]
     if len(trained) > 1:
         raise ModelError(
-            "M003", f"{source} holds several sets of weights: {some(trained)}", try_=f"--init '{source}#{trained[0]}'"
+            "M003", f"{source} holds several sets of weights: {some(trained)}", try_=f"--init {quoted(f'{source}#{trained[0]}')}"
         )
     return (trained or [key for key in found if _AVERAGE.search(key)] or [""])[0]
 

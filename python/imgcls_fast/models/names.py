@@ -10,6 +10,7 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 from imgcls_fast.core.errors import ModelError
+from imgcls_fast.core.text import command
 
 SMALL_CNN = "small-cnn"
 
@@ -76,14 +77,22 @@ def _in_timm(name: str) -> bool:
     return timm.is_model(base) and (not dot or name in timm.list_pretrained(f"{base}.*"))
 
 
+def nearest_model(name: str) -> str:
+    """The known name that was most probably meant; "" when nothing is near."""
+    prefix, _, bare = name.rpartition("/")
+    return _nearest(bare, _LIBRARIES.get(prefix, ""))
+
+
 def _unknown(name: str, bare: str, library: str) -> ModelError:
     guess = _nearest(bare, library)
+    begun = sum(_plain(known).startswith(_plain(bare)) for known in (*torchvision_names(), *timm_names())) if bare else 0
+    more = f"   (or one of the {begun} names that {command('models', 'list', f'{bare}*')} lists)" if begun > 1 else ""
     why = "" if "." in bare else "only classifiers of torchvision and timm are offered, and small-cnn"
     return ModelError(
         "M001",
         f"unknown model {name!r}" + (f", did you mean {guess!r}?" if guess else ""),
         why=why,
-        try_=f"--model {guess}" if guess else "--model resnet50",
+        try_=f"--model {guess or 'resnet50'}{more}",
     )
 
 
@@ -92,7 +101,7 @@ def _plain(name: str) -> str:
 
 
 def _nearest(bare: str, library: str) -> str:
-    """The known name that differs least, ignoring case and '-' against '_'; "" when nothing is near."""
+    """The shortest known name that begins so, else the one that differs least (case, - and _ ignored); "" if none is near."""
     choices: dict[str, str] = {}
     if library in ("", "timm"):
         base, dot, _ = bare.partition(".")
@@ -101,7 +110,8 @@ def _nearest(bare: str, library: str) -> str:
         choices |= {_plain(n): n for n in torchvision_names()}
     if not library:
         choices[_plain(SMALL_CNN)] = SMALL_CNN
-    found = get_close_matches(_plain(bare), choices, n=1, cutoff=0.6)
+    begun = sorted((known for known in choices if bare and known.startswith(_plain(bare))), key=len)
+    found = begun[:1] or get_close_matches(_plain(bare), choices, n=1, cutoff=0.6)
     if not found:
         return ""
     return f"{library}/{choices[found[0]]}" if library else choices[found[0]]

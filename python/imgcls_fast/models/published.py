@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -12,6 +11,7 @@ from urllib.parse import urlsplit
 
 from imgcls_fast.core.errors import ModelError
 from imgcls_fast.core.files import sha256_file
+from imgcls_fast.core.text import quoted
 from imgcls_fast.models.names import SMALL_CNN
 from imgcls_fast.models.weights import read_state
 
@@ -90,7 +90,7 @@ class Published:
             "M003",
             f"the pretrained weights of {self.arch} on this machine are damaged: {self.path}",
             why=self.damage,
-            try_=f"rm {shlex.quote(str(self.path))}   (and repeat with --init pretrained, which fetches it; or --init scratch)",
+            try_=f"rm {quoted(str(self.path))}   (and repeat with --init pretrained, which fetches it; or --init scratch)",
         )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pickle
 import re
-import shlex
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from imgcls_fast.core.errors import ModelError
 from imgcls_fast.core.files import plain_path
+from imgcls_fast.core.text import quoted
 from imgcls_fast.models.backbones import input_keys, is_auxiliary
 from imgcls_fast.models.classifier import Classifier
 from imgcls_fast.models.contents import (
@@ -171,7 +171,7 @@ def _warn_of_the_rest(name: str, averages: Sequence[str], beside: State) -> None
     if averages:
         warnings.warn(
             f"{name} also holds averaged weights ({', '.join(averages)}), which are often the better ones: "
-            f"--init {shlex.quote(f'{name}#{averages[0]}')} takes them",
+            f"--init {quoted(f'{name}#{averages[0]}')} takes them",
             stacklevel=3,
         )
     rest = [key for key in beside if key.split(".")[0] not in averages and not key.endswith(_COUNTERS)]

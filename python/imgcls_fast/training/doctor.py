@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..core import env
 from ..core.errors import HardwareError
+from ..core.text import quoted
 from ..data.loader import dali_missing
 
 Row = tuple[str, str, bool, str]  # item, value, fine, hint
@@ -21,6 +22,7 @@ def examine_machine() -> list[tuple[str, list[Row]]]:
         ("loaders", _loaders()),
         ("libraries", _libraries()),
         ("places", _places()),
+        ("published weights", _weights()),
     ]
 
 
@@ -126,3 +128,26 @@ def _places() -> list[Row]:
             )
         )
     return rows
+
+
+def _weights() -> list[Row]:
+    """The caches that are looked in, and which published weights lie there, whole or damaged."""
+    from huggingface_hub import constants
+    from torch.hub import get_dir
+
+    torch_cache, hub_cache = Path(get_dir()) / "checkpoints", Path(constants.HF_HUB_CACHE)
+    rows: list[Row] = [
+        ("torch's cache", str(torch_cache), True, ""),
+        ("Hugging Face's cache", str(hub_cache), True, ""),
+    ]
+    found: list[Row] = []
+    if any(torch_cache.glob("*.*")) or any(hub_cache.glob("models--*")):
+        from ..models.build import list_models, published_weights
+
+        here = [weights for arch in list_models() if (weights := published_weights(arch)).path is not None]
+        found = [
+            (weights.arch, weights.damage or str(weights.path), not weights.damage, weights.damage and f"rm {quoted(str(weights.path))}")
+            for weights in here
+        ]
+    where = "imgcls-fast models list NAME   (names the file, its place, its address and its licence)"
+    return rows + (found or [("weights", "none here; `--init pretrained` would fetch them", True, where)])
