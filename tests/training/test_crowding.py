@@ -12,7 +12,7 @@ import torch
 
 from imgcls_fast.core import cpus, env
 from imgcls_fast.core.settings import build_config
-from imgcls_fast.training import crowding, session
+from imgcls_fast.training import crowding, dry, session
 from imgcls_fast.training.crowding import Crowd
 from imgcls_fast.training.defaults import Machine, Notes
 
@@ -187,12 +187,12 @@ def test_a_dry_run_estimates_with_the_threads_that_it_plans(
     configure: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
-    measured = session.time.perf_counter
+    measured = dry.time.perf_counter
 
     def clock() -> float:
         seen.append(torch.get_num_threads())
         return measured()
 
-    monkeypatch.setattr(session.time, "perf_counter", clock)
-    session.dry_run(configure({"train.threads": 3}))
+    monkeypatch.setattr(dry.time, "perf_counter", clock)
+    dry.dry_run(configure({"train.threads": 3}))
     assert seen and set(seen) == {3}

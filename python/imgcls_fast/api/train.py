@@ -64,14 +64,15 @@ def plan(
     """What `train` would do, with measured estimates of memory (MB) and time (s); trains nothing.
 
     Returns:
-        rows of (setting, value, reason), parameters, memory_mb, seconds_per_epoch, epochs, device, data, config.
+        rows of (setting, value, reason), parameters, memory_mb, seconds_per_epoch and seconds of all epochs (training and
+        validation), left_out (of these times), epochs, device, data, config.
 
     Raises:
         ImgclsError: as `train`.
     """
-    from ..training import session
+    from ..training.dry import dry_run
 
-    return session.dry_run(config_from(data, config, preset, sets, overrides_from(overrides, settings)))
+    return dry_run(config_from(data, config, preset, sets, overrides_from(overrides, settings)))
 
 
 def demo(*, out: str | Path | None = None, sinks: Sequence[Callable[[dict[str, Any]], Any]] = ()) -> Run:

@@ -20,12 +20,14 @@ from ..core.env import calm_threads, distrust_folder, lend_home
 from ..core.errors import ImgclsError, Interrupted, UsageError, near
 from ..core.flags import LATER_VERBS, VERBS, Flag, Verb, flags_of
 from ..core.other_names import setting_meant, verb_meant
+from ..core.phases import heard_by, phase
 from ..core.text import command, printable
 from .answer import Answer, Request, Session
 from .hints import check_options, check_words, verbs_with, without_repetition
 from .old import is_old, modernize
 
 PROGRAM = "imgcls-fast"
+_OWN_EVENTS = ("train", "demo")  # verbs that show what they do, on stdout
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -92,7 +94,8 @@ def _run(words: list[str], session: Session) -> Answer:
     session.quiet |= bool(request.get("quiet"))
     lend_home()
     module, function = next(verb.handler for verb in VERBS if verb.name == request.verb).split(":")
-    answer: Answer = getattr(import_module(f".{module}", __package__), function)(request, session)
+    with contextlib.nullcontext() if request.verb in _OWN_EVENTS else phase(request.verb):
+        answer: Answer = getattr(import_module(f".{module}", __package__), function)(request, session)
     return answer
 
 
@@ -234,7 +237,10 @@ def _leave(text: str) -> NoReturn:
 
 @contextlib.contextmanager
 def _talking(session: Session) -> Iterator[None]:
-    """Our warnings are counted, those inside libraries shown with --debug; with --json only the answer reaches stdout."""
+    """Our warnings are counted, those inside libraries shown with --debug; with --json only the answer reaches stdout.
+
+    What takes long gives a sign of life on stderr (`core/phases`); training shows its own events on stdout instead.
+    """
     ours = os.path.dirname(os.path.dirname(__file__))
 
     def show(message: Any, category: Any, filename: str, *_: Any, **__: Any) -> None:
@@ -247,7 +253,27 @@ def _talking(session: Session) -> Iterator[None]:
         if session.json:
             stack.enter_context(contextlib.redirect_stdout(sys.stderr))
         warnings.showwarning = show
+        stack.enter_context(heard_by(stack.enter_context(contextlib.closing(_Waiting(session)))))
         yield
+
+
+class _Waiting:
+    """Shows phases on stderr; the console is imported when the first one begins."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._sink: Any = None
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        if self._sink is None:
+            from ..tracking.console import ConsoleSink
+
+            self._sink = ConsoleSink(sys.stderr, quiet=self._session.quiet)
+        self._sink(event)
+
+    def close(self) -> None:
+        if self._sink is not None:
+            self._sink.close()
 
 
 def _failed(session: Session, error: ImgclsError) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..core.errors import UsageError
+from ..core.phases import heard_by, phase
 from ..core.text import command
 from .answer import Answer, Request, Session, plain
 from .settings import settings_of
@@ -32,7 +33,8 @@ def train(request: Request, session: Session) -> Answer:
     sink = _sink(session)
     where: dict[str, Any] = {"data": None, "resume": thing or "last"} if resume else {"data": thing}
     try:
-        run = api.train(**where, **arguments, sinks=[sink], command=["imgcls-fast", *request.words])
+        with heard_by(sink), phase("starting"):
+            run = api.train(**where, **arguments, sinks=[sink], command=["imgcls-fast", *request.words])
     finally:
         _finish(sink, session)
     return _trained(run)
@@ -44,7 +46,8 @@ def demo(request: Request, session: Session) -> Answer:
 
     sink = _sink(session)
     try:
-        run = api.demo(out=request.get("out"), sinks=[sink])
+        with heard_by(sink), phase("starting"):
+            run = api.demo(out=request.get("out"), sinks=[sink])
     finally:
         _finish(sink, session)
     return _trained(run)
@@ -52,16 +55,17 @@ def demo(request: Request, session: Session) -> Answer:
 
 def _plan(source: str | None, arguments: dict[str, Any]) -> Answer:
     from ..api import train as api
-    from ..tracking.lines import clock, interesting, plan_line
+    from ..tracking.lines import clock, plan_line, plan_rows
 
-    plan = plain(api.plan(source, **arguments))
+    with phase("planning"):
+        plan = plain(api.plan(source, **arguments))
 
     def show(console: Any) -> None:
         say(console, plan_line({"device": "", **plan}), "bold")
-        for name, value, reason in interesting(plan["rows"]):
-            say(console, f"  {name:<24}{value:<20} {reason}".rstrip())
-        if plan.get("seconds_per_epoch") is not None:
-            say(console, f"about {clock(plan['seconds_per_epoch'])} an epoch")
+        for line in plan_rows(plan["rows"]):
+            say(console, line)
+        say(console, f"about {clock(plan['seconds_per_epoch'])} per epoch, {clock(plan['seconds'])} for all {plan['epochs']:,}")
+        say(console, f"  training and validation; not counted: {plan['left_out']}")
         say(console, "nothing was trained (--dry-run)")
 
     return Answer(plan, show)

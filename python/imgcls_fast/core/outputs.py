@@ -61,7 +61,7 @@ def claim_file(path: Path, kind: Kind, *, force: bool = False, inputs: Iterable[
         legal = " or ".join(kind.endings)
         better = quoted(str(path.with_suffix(kind.endings[0])))
         raise UsageError("U002", f"{kind.what} is written with the ending {legal}, got {path}", try_=f"--out {better}")
-    _demand_open(path, path.parent)
+    demand_open(path, path.parent)
     if os.path.lexists(path):
         _demand_free(path, inputs)
         if not force and not _empty(path) and not kind.ours(path):
@@ -85,7 +85,7 @@ def claim_folder(
     """
     if not os.path.lexists(folder) and folder.suffix.lower() in _OF_FILES:
         raise UsageError("U002", f"--out names a folder here, got {folder}", try_=f"--out {quoted(str(folder.with_suffix('')))}")
-    _demand_open(folder, next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place)))
+    demand_room(folder)
     inputs, taken = list(inputs), sorted(name for name in names if os.path.lexists(folder / name))
     for name in taken:
         _demand_free(folder / name, inputs)
@@ -104,7 +104,7 @@ def demand_new(path: Path, kind: Kind) -> Path:
     if os.path.lexists(path):
         replaces = f"--out {quoted(str(path))}   (replaces {kind.what} that imgcls-fast has written)"
         raise UsageError("U002", f"{path} exists, and no --out names it", try_=replaces)
-    _demand_open(path, path.parent)
+    demand_open(path, path.parent)
     return path
 
 
@@ -124,7 +124,16 @@ def _taken(message: str) -> UsageError:
     return UsageError("U002", message, try_="choose another place with --out, or add --force   (in Python: force=True)")
 
 
-def _demand_open(path: Path, folder: Path) -> None:
+def demand_room(folder: Path) -> None:
+    """Go on only where a folder can be made, or is there and can be written in.
+
+    Raises:
+        HardwareError: H003.
+    """
+    demand_open(folder, next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place)))
+
+
+def demand_open(path: Path, folder: Path) -> None:
     """Go on only where `folder` is one that can be written in.
 
     Raises:

@@ -72,7 +72,7 @@ def phase(what: str, total: int | None = None, unit: str = "") -> Iterator[Phase
 
 
 def counted_off(things: Iterable[T], current: Phase) -> Iterator[T]:
-    """The same things; a phase is told how many have gone by."""
-    for done, thing in enumerate(things, 1):
+    """The same things; a phase is told how many more have gone by."""
+    for thing in things:
         yield thing
-        current.to(done)
+        current.to(current.done + 1)

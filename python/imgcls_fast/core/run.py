@@ -18,6 +18,7 @@ from .config import RunConfig
 from .errors import DataError, HardwareError, UsageError
 from .files import explained_write, parse_json, read_bounded, read_end, read_json, write_json, write_text
 from .manifest import Manifest
+from .outputs import demand_room
 from .places import demand_no_links, is_run_folder, others_files
 from .predictions import Predictions
 from .record import record_of
@@ -252,24 +253,33 @@ class Run:
             HardwareError: H003 when it cannot be made.
         """
         run = cls(directory)
-        with explained_write(directory):
-            whole, taken = is_run_folder(directory), others_files(directory)
-        if whole:
-            raise UsageError(
-                "U002",
-                f"{directory} already holds a run",
-                try_=f"{run.resume_command}   (or another --out)",
-            )
-        if taken:
-            raise UsageError(
-                "U002",
-                f"{directory} is not a run, and holds files that a run would replace: {', '.join(taken)}",
-                try_="choose an empty or new directory with --out",
-            )
+        run.demand_vacant()
         with explained_write(directory):
             run.directory.mkdir(parents=True, exist_ok=True)
         run.lock()
         return run
+
+    def demand_vacant(self) -> None:
+        """Raise where no new run can be made; makes nothing.
+
+        Raises:
+            UsageError, HardwareError: as `create`.
+        """
+        with explained_write(self.directory):
+            whole, taken = is_run_folder(self.directory), others_files(self.directory)
+        if whole:
+            raise UsageError(
+                "U002",
+                f"{self.directory} already holds a run",
+                try_=f"{self.resume_command}   (or another --out)",
+            )
+        if taken:
+            raise UsageError(
+                "U002",
+                f"{self.directory} is not a run, and holds files that a run would replace: {', '.join(taken)}",
+                try_="choose an empty or new directory with --out",
+            )
+        demand_room(self.directory)
 
     def demand_own_places(self) -> None:
         """`places.demand_no_links` of this run."""

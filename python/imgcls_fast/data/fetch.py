@@ -25,6 +25,7 @@ from imgcls_fast.core.files import explained_write, sha256_file
 from imgcls_fast.core.text import command
 from imgcls_fast.core.zips import HostileZip, ZipBounds, check_zip
 
+from ..core.phases import phase
 from .spelling import split_of
 from .tar import HostileTar, TarMember, open_tar, read_members
 
@@ -129,6 +130,7 @@ def _similar(path: Path) -> str:
     return command("data", "check", path.parent / found) if found else ""
 
 
+@phase("unpacking the archive")
 def _unpack_whole(path: Path, target: Path, limits: Limits) -> None:
     """Unpack beside the target and rename: the target exists whole or not at all."""
     with explained_write(target, "IMGCLS_CACHE"):

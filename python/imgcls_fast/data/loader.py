@@ -96,22 +96,36 @@ def open_loader(
         HardwareError: H004 when DALI is not installed, H001 when `dali-gpu` has no GPU.
         ConfigError: C003 for an unknown backend, C004 when it cannot deliver the wanted channels.
     """
+    require_loader(backend, sampler.pixels.color, device)
+    if backend == "torch":
+        from .torch_loader import TorchLoader
+
+        return TorchLoader(sampler, workers, dict(bad or {}), on_bad, pin=device != "cpu")
+    from .dali import DaliLoader
+
+    return DaliLoader(sampler, backend, workers, dict(bad or {}), on_bad, device=device, once=once)
+
+
+def require_loader(backend: str, color: str, device: str) -> None:
+    """Refuse a loader that cannot deliver such pixels here; asked before the scan, too, which may take long.
+
+    Args:
+        color: pixels.color; "auto" where it is not known yet.
+
+    Raises:
+        HardwareError, ConfigError: as `open_loader`.
+    """
     if backend not in BACKENDS:
         raise ConfigError(
             "C003", f"the loader must be one of {', '.join(BACKENDS)}, got {backend!r}", try_="--loader torch"
         )
     if backend == "torch":
-        from .torch_loader import TorchLoader
-
-        return TorchLoader(sampler, workers, dict(bad or {}), on_bad, pin=device != "cpu")
+        return
     if missing := dali_missing():
         raise HardwareError("H004", f"the loader {backend} needs DALI: {missing}", try_="--loader torch")
-    if sampler.pixels.color == "rgba":
+    if color == "rgba":
         raise ConfigError(
             "C004", f"the loader {backend} delivers 1 or 3 channels, and pixels.color is rgba", try_="--loader torch"
         )
     if backend == "dali-gpu" and not device.startswith("cuda"):
         raise HardwareError("H001", f"the loader dali-gpu delivers to a GPU, not to {device}", try_="--loader dali-cpu")
-    from .dali import DaliLoader
-
-    return DaliLoader(sampler, backend, workers, dict(bad or {}), on_bad, device=device, once=once)

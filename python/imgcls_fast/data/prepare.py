@@ -15,6 +15,7 @@ from PIL import Image
 from ..core.config import DataConfig
 from ..core.errors import DataError
 from ..core.manifest import SPLITS, LabelSpace, Manifest
+from ..core.phases import phase
 from ..core.pixels import CHANNELS, Pixels
 from . import reach
 from .decode import Color, Undecodable, decode_pixels
@@ -90,6 +91,20 @@ def prepare(config: DataConfig, exif: str, cache: Path) -> Prepared:
     return Prepared(manifest, found)
 
 
+def require_splits(prepared: Prepared) -> None:
+    """Refuse to train without training or validation images.
+
+    Raises:
+        DataError: D008.
+    """
+    splits = prepared.facts()["splits"]
+    for name in ("train", "val"):
+        if not splits[name]:
+            raise DataError("D008", f"there are no {name} images in {prepared.manifest.source}", why=f"splits: {splits}",
+                            try_="imgcls-fast data split DATA")  # fmt: skip
+
+
+@phase("checking that no image has changed")
 def changed_files(manifest: Manifest, threads: int, without: Collection[int] = ()) -> list[str]:
     """Paths of the manifest whose file has other bytes than at the scan, or is gone and does not come back in time.
 

@@ -17,6 +17,7 @@ import numpy as np
 from imgcls_fast.core import env
 from imgcls_fast.core.errors import DataError
 from imgcls_fast.core.manifest import FLAG_PILLOW, FLAG_SUSPECT
+from imgcls_fast.core.phases import counted_off, phase
 
 from . import decode, duplicates, fetch, proof, reach, sources
 from .listing import is_named_as_image
@@ -143,11 +144,12 @@ class Files:
     def look(self) -> None:
         """Probe, judge headers, hash, and decode what is suspicious."""
         n = len(self.listing.paths)
-        parts = [
-            probe([os.fsencode(self.full(r)) for r in range(s, min(s + _CHUNK, n))], self.threads)
-            for s in range(0, n, _CHUNK)
-        ]
-        parts = parts or [probe([], 1)]
+        with phase("looking at the files", n, "files") as current:
+            pieces = [range(s, min(s + _CHUNK, n)) for s in range(0, n, _CHUNK)] or [range(0)]
+            parts = []
+            for piece in pieces:
+                parts.append(probe([os.fsencode(self.full(row)) for row in piece], self.threads))
+                current.to(piece.stop)
         self.head = {name: np.concatenate([p[name] for p in parts]) for name in parts[0]}
         self._wait_for_unreachable()
         self.skip = np.zeros(n, bool)
@@ -224,7 +226,8 @@ class Files:
         def one(row: int) -> tuple[bytes, bool]:
             return _digest(self.full(row), int(kind[row]))
 
-        for row, answer in zip(rows, _in_threads(one, rows, self.threads), strict=True):
+        answers = _in_threads(one, rows, self.threads, "reading the images")
+        for row, answer in zip(rows, answers, strict=True):
             if isinstance(answer, reach.NotAFile):
                 self.reasons[row] = answer.reason
                 continue
@@ -238,9 +241,10 @@ class Files:
         if not rows:
             return
         workers = max(1, min(self.threads, len(rows) // 16))
-        verdicts = examine_isolated(
-            [self.full(r) for r in rows], max_megapixels=self.options.max_megapixels, workers=workers
-        )
+        with phase(f"decoding {len(rows):,} unusual images"):
+            verdicts = examine_isolated(
+                [self.full(r) for r in rows], max_megapixels=self.options.max_megapixels, workers=workers
+            )
         unusual = (self.head["truncated"] != 0) | (self.head["status"] == _DAMAGED)
         for row, verdict in zip(rows, map(self._final, rows, verdicts), strict=True):
             if not verdict.ok:
@@ -272,7 +276,8 @@ class Files:
         def one(row: int) -> Verdict:
             return examine(self.full(row), limit)
 
-        for row, verdict in zip(rows, _in_threads(one, rows, self.threads), strict=True):
+        verdicts = _in_threads(one, rows, self.threads, "decoding every image")
+        for row, verdict in zip(rows, verdicts, strict=True):
             if not (final := self._final(row, verdict)).ok:
                 self.reasons[row] = final.reason
 
@@ -289,7 +294,8 @@ class Files:
                 self.reasons[row] = fault.reason
                 return 0
 
-        return np.fromiter(_in_threads(one, rows.tolist(), self.threads), np.uint64, len(rows))
+        hashes = _in_threads(one, rows.tolist(), self.threads, "looking for near duplicates")
+        return np.fromiter(hashes, np.uint64, len(rows))
 
 
 def pillow_flags(head: dict[str, np.ndarray]) -> np.ndarray:
@@ -304,8 +310,8 @@ def pillow_flags(head: dict[str, np.ndarray]) -> np.ndarray:
     return np.where(odd, FLAG_PILLOW, 0).astype(np.uint8)
 
 
-def _in_threads(work: Callable[[int], Any], rows: Sequence[int], threads: int) -> Iterator[Any]:
-    """Results in order; NotAFile becomes a result, any other error ends the work at once."""
+def _in_threads(work: Callable[[int], Any], rows: Sequence[int], threads: int, what: str) -> Iterator[Any]:
+    """Results in order, counted in a phase of this name; NotAFile becomes a result, any other error ends the work at once."""
 
     def guarded(row: int) -> Any:
         try:
@@ -315,8 +321,9 @@ def _in_threads(work: Callable[[int], Any], rows: Sequence[int], threads: int) -
 
     pool = ThreadPoolExecutor(max(1, threads))
     try:
-        for start in range(0, len(rows), _CHUNK):
-            yield from pool.map(guarded, rows[start : start + _CHUNK])
+        with phase(what, len(rows), "images") as current:
+            for start in range(0, len(rows), _CHUNK):
+                yield from counted_off(pool.map(guarded, rows[start : start + _CHUNK]), current)
     finally:
         pool.shutdown(cancel_futures=True)  # else thousands of rows would each wait for a disk that is away
 

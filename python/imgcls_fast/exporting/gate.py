@@ -21,6 +21,7 @@ from ..core.batch import Batch
 from ..core.errors import DataError, GateFailed
 from ..core.files import sha256_json
 from ..core.manifest import Manifest, PathList
+from ..core.phases import phase
 from ..core.predictions import Predictions
 from ..core.text import command
 from ..engines.base import Engine, predict
@@ -249,6 +250,7 @@ class Gate:
         self._said: dict[str, Predictions] = {}
         self._judged = ""
 
+    @phase("judging a candidate")
     def look(self, name: str, engine: Engine, *, simulated: bool, **facts: Any) -> Judgement:
         """Judge a candidate on the search rows, and write it into the history with `facts`.
 
@@ -259,6 +261,7 @@ class Gate:
         self.history.append({"name": name, "precision": engine.precision, **facts, **judgement.to_dict()})
         return judgement
 
+    @phase("judging the file on the gate rows")
     def verdict(self, name: str, engine: Engine, *, simulated: bool) -> Judgement:
         """Judge the chosen candidate on the verdict rows. Whoever comes back with another one has searched on them.
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..core import env
+from ..core.phases import phase
 from .qdq import (
     BFLOAT16,
     DEQUANTIZE,
@@ -117,6 +118,7 @@ def fp16_overflows(onnx_fp32: Path, calibration: np.ndarray) -> list[tuple[str, 
     return sorted(beyond, key=lambda pair: (np.isfinite(pair[1]), -pair[1] if np.isfinite(pair[1]) else 0.0))
 
 
+@phase("looking for values beyond FP16")
 def beyond_half(onnx_fp32: Path, images: np.ndarray) -> str:
     """A sentence about the tensors that these images drive beyond FP16; "" when there are none.
 

@@ -12,6 +12,7 @@ from ..core.batch import Batch
 from ..core.bundle import Bundle
 from ..core.config import DataConfig
 from ..core.manifest import Manifest
+from ..core.phases import phase
 from ..core.undecoded import Undecoded
 from ..data.loader import open_loader, usual_loader
 from ..data.prepare import scan_to_judge
@@ -31,6 +32,7 @@ def batches_of(
         loader.close()
 
 
+@phase("reading images")
 def pixels_of(
     bundle: Bundle, manifest: Manifest, rows: np.ndarray, left: Undecoded, *, batch_size: int = 32
 ) -> list[np.ndarray]:

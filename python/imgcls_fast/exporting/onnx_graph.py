@@ -18,6 +18,7 @@ from ..core.config import ExportConfig
 from ..core.errors import ExportError, GateFailed
 from ..core.exports import Export, choose, export_key, find_key, finish, new_export
 from ..core.manifest import LabelSpace
+from ..core.phases import phase
 from ..core.text import to_json
 from ..engines.base import Engine
 from ..engines.onnx_runtimes import OnnxEngine
@@ -146,6 +147,7 @@ def judge_comparison(result: Comparison, precision: str, max_score_diff: float, 
     )  # fmt: skip
 
 
+@phase("writing the ONNX file and comparing it")
 def export_onnx(
     bundle: Bundle,
     exports: Path,

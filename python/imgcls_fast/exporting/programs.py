@@ -22,6 +22,7 @@ from ..core.bundle import Bundle
 from ..core.config import ExportConfig
 from ..core.errors import ConfigError, ExportError, near
 from ..core.exports import Export, choose, export_key, find_key, finish, new_export
+from ..core.phases import phase
 from ..core.text import command
 from ..engines.base import Engine, dominant
 from ..engines.packages import AotiEngine, aoti_host
@@ -96,6 +97,7 @@ def write_torchscript(
 WRITERS: dict[str, Callable[..., Export]] = {"pt2": write_pt2, "aoti": write_aoti, "torchscript": write_torchscript}
 
 
+@phase("exporting the program and comparing it")
 def export_program(
     bundle: Bundle,
     exports: Path,
@@ -168,6 +170,7 @@ def _save_pt2(scorer: Scorer, bundle: Bundle, path: Path, batch: int | None, dev
         raise ExportError("E001", f"{path.name} would hold pickled tensors: {', '.join(pickled)}")
 
 
+@phase("compiling with AOTInductor")
 def _save_aoti(scorer: Scorer, bundle: Bundle, path: Path, batch: int | None, device: str) -> None:
     program = program_of(scorer, bundle, batch, device)
     options: dict[str, Any] = {}

@@ -20,6 +20,7 @@ from ..core import child, env
 from ..core.errors import ExportError, HardwareError
 from ..core.files import explained_write, sha256_json, sync_directory
 from ..core.manifest import Manifest
+from ..core.phases import phase
 from ..core.text import command
 from .qdq import UINT8, View, holds_quantisation, load, opset
 from .quantize_child import CALIBRATION, MADE, MODEL, REQUEST, RESULT
@@ -33,6 +34,7 @@ _FALLBACK_OPSET = 20  # ONNX Runtime's static quantizer fails on transformers at
 _TAIL_LINES, _TAIL_CHARACTERS = 12, 2000
 
 
+@phase("quantizing to INT8")
 def quantize(
     onnx_fp32: Path,
     out: Path,
@@ -86,6 +88,7 @@ def quantize(
     }  # fmt: skip
 
 
+@phase("finding the layers that need float32")
 def autocast(
     onnx_fp32: Path,
     out: Path,

@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 
 from ..core.errors import ExportError
+from ..core.phases import phase
 from .half import run_in_steps, session
 from .qdq import DEQUANTIZE, FLOAT, QUANTIZE, Quantised, View, load
 
 SHARE = 0.2  # of the INT8 layers that may stay in FP16; with more of them INT8 is hardly worth having
 
 
+@phase("ranking the layers that INT8 harms")
 def layer_sqnr(fp32: Path, int8: Path, calibration: np.ndarray) -> list[tuple[str, float]]:
     """Signal to quantisation noise of every INT8 layer by itself, in dB, worst first.
 

@@ -20,6 +20,7 @@ from ..core.config import ExportConfig
 from ..core.errors import ConfigError, ExportError, HardwareError
 from ..core.files import sha256_file, write_whole
 from ..core.onnx_bytes import check_onnx as check_bytes
+from ..core.phases import phase
 from ..engines.trt_plan import (
     CudaDevice,
     Messages,
@@ -128,6 +129,7 @@ def require_builder(onnx: Path, plan: Path, options: TrtOptions) -> None:
         )
 
 
+@phase("building the TensorRT engine")
 def build_plan(
     onnx: Path,
     plan: Path,

@@ -21,6 +21,7 @@ from ..core.bundle import Bundle
 from ..core.errors import DataError, GateFailed, ImgclsError
 from ..core.exports import list_exports
 from ..core.manifest import Manifest
+from ..core.phases import phase
 from ..core.pixels import Pixels
 from ..core.text import command
 from ..core.undecoded import Undecoded
@@ -82,6 +83,7 @@ class Compared:
     unlike: list[int] = field(default_factory=list)  # rows that only one of the two could read
 
 
+@phase("comparing loaders and runtimes")
 def verify_run(
     bundle: Bundle,
     manifest: Manifest,

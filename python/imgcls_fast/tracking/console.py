@@ -193,7 +193,7 @@ class ConsoleSink:
         if self.quiet:
             self._say(done_line(event))
             return
-        self.console.print(self._box(event), soft_wrap=False, width=None if self.console.is_terminal else _WHOLE)
+        self.console.print(self._box(event), soft_wrap=False)
         for note in event.get("notes") or ():
             self._say(f"note: {note}", "yellow")
         self._say(f"report   {event.get('report') or '-'}", "bold")
@@ -230,4 +230,5 @@ def make_console(stream: IO[str]) -> Console:
     """A console that takes every text as it is: no markup, no guessing of numbers, no emoji."""
     from rich.console import Console
 
-    return Console(file=stream, markup=False, highlight=False, emoji=False)
+    whole = None if stream.isatty() else _WHOLE
+    return Console(file=stream, markup=False, highlight=False, emoji=False, width=whole)

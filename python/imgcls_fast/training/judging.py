@@ -14,6 +14,7 @@ from ..core.bundle import Bundle, read_bundle, write_bundle
 from ..core.errors import ConfigError, ModelError
 from ..core.files import sha256_json
 from ..core.manifest import Manifest
+from ..core.phases import phase
 from ..core.pixels import Pixels
 from ..core.predictions import Predictions
 from ..core.run import Run
@@ -52,9 +53,11 @@ def score_rows(
     backend = loader if device != "cpu" or loader != "dali-gpu" else "dali-cpu"
     source = open_loader(sampler, backend, workers=workers, bad=bad, on_bad=on_bad, device=device, once=True)
     try:
-        return predict(
-            engine, source.epoch(0), paths=manifest.paths, fingerprint=manifest.fingerprint, labelled=labelled
-        )
+        with phase("judging images", len(rows), "images") as current:
+            return predict(
+                engine, source.epoch(0), paths=manifest.paths, fingerprint=manifest.fingerprint, labelled=labelled,
+                progress=current.to,
+            )  # fmt: skip
     finally:
         source.close()
 

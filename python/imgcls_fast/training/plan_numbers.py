@@ -240,25 +240,35 @@ def choose_class_weights(notes: Notes, manifest: Manifest) -> None:
 
 def choose_speed(notes: Notes, manifest: Manifest, machine: Machine, device: str) -> None:
     """Precision, compiling, kernels and loader."""
-    asked = notes.config.train.precision
     if device == "cuda":
         precision, reason = (
             ("bf16", "the GPU has bf16") if machine.bf16 else ("fp16", "the GPU has no bf16; losses are scaled")
         )
     else:
         precision, reason = "fp32", "CPU"
-    if asked == "fp16" and device == "cpu":
-        raise ConfigError("C004", "train.precision fp16 needs a GPU", try_="--precision bf16   (or fp32)")
+    require_device_for(notes.config, device)
     notes.decide("train.precision", precision, reason)
     _choose_compile(notes, machine, device)
     kernels = ("off", "ours are not measured on a GPU yet") if device == "cuda" else ("proven", "where measured faster")
     notes.decide("model.kernels", *kernels)
     loader = notes.decide("train.loader", *_loader(manifest, machine, device, notes.value("pixels.color")))
-    if loader == "dali-gpu" and device != "cuda":
-        raise ConfigError("C004", "train.loader dali-gpu needs train.device cuda", try_="--loader dali-cpu")
     workers = min(16, max(1, machine.cpus - 1)) if device == "cuda" else min(4, machine.cpus)
     why = "" if machine.why_cpus == Machine.why_cpus else f"; {machine.why_cpus}"
     notes.decide("train.workers", workers, "decoding " + ("processes" if loader == "torch" else "threads") + why)
+
+
+def require_device_for(config: RunConfig, device: str) -> None:
+    """Refuse a precision or a loader that needs a GPU, on a CPU; asked before the scan, too, which may take long.
+
+    Raises:
+        ConfigError: C004.
+    """
+    if device == "cuda":
+        return
+    if config.train.precision == "fp16":
+        raise ConfigError("C004", "train.precision fp16 needs a GPU", try_="--precision bf16   (or fp32)")
+    if config.train.loader == "dali-gpu":
+        raise ConfigError("C004", "train.loader dali-gpu needs train.device cuda", try_="--loader dali-cpu")
 
 
 def require_compiler(config: RunConfig, machine: Machine) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..core.errors import UsageError
 from ..core.manifest import Manifest
+from ..core.phases import phase
 from ..core.predictions import Predictions
 from ..core.record import day, record_of, resumed_lines, unequal_line
 from ..core.run import Run
@@ -57,6 +58,7 @@ def next_commands(run: Run) -> list[tuple[str, str]]:
     ]
 
 
+@phase("writing the report")
 def report_run(run: Run) -> Path:
     """Write report.html from what lies in the run directory.
 

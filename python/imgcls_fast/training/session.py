@@ -15,6 +15,7 @@ from ..core.bundle import Bundle, read_bundle
 from ..core.config import RunConfig, bits_settings, free_settings
 from ..core.errors import DataError, Interrupted, ModelError
 from ..core.manifest import Manifest
+from ..core.phases import heard_by, phase
 from ..core.pixels import Pixels
 from ..core.predictions import Predictions
 from ..core.record import Work, record_of, unequal_line, work_on
@@ -24,7 +25,7 @@ from ..core.settings import flatten, replace_settings
 from ..core.text import command
 from ..core.undecoded import Undecoded
 from ..data import reach
-from ..data.prepare import Prepared, changed_files, prepare
+from ..data.prepare import Prepared, changed_files, prepare, require_splits
 from ..data.quarantine import write_quarantine
 from ..data.split import write_split_csv
 from ..engines.as_found import as_found
@@ -32,7 +33,7 @@ from ..engines.runtimes import TorchEngine
 from ..evaluation.metrics import Metrics, judge, without
 from ..evaluation.plots import training_curves
 from ..evaluation.report import write_evaluation, write_plots
-from ..models.build import ModelSpec, build_model, sketch_model
+from ..models.build import ModelSpec, sketch_model
 from ..models.kernels import use_kernels
 from ..tracking.sinks import LogSink, Sinks
 from .baseline import fit_baseline
@@ -61,6 +62,8 @@ class _Stage:
     run: Run
     emit: Callable[[Event], None]
     work: Work
+    began: float  # `time.monotonic()` at the beginning of this process's work, before the scan
+    trained_s: float = 0.0  # spent in epochs by this process
 
 
 @as_found()
@@ -78,7 +81,7 @@ def start(config: RunConfig, sinks: Sequence[Callable[[Event], Any]] = (), comma
     Raises:
         ImgclsError: of any family; Interrupted after a signal, with the work saved.
     """
-    early: list[Event] = []
+    began, early = time.monotonic(), list[Event]()
     listeners = Sinks(sinks)
 
     def tell(event: Event) -> None:
@@ -87,14 +90,15 @@ def start(config: RunConfig, sinks: Sequence[Callable[[Event], Any]] = (), comma
 
     record = Recorded(None, listeners)
     try:
-        with record:
+        with record, heard_by(listeners):
             machine = look_at_machine()
             refuse_early(config, machine)
             prepared = prepare(config.data, config.pixels.exif, env.cache_dir())
             tell({"event": "data", **prepared.facts()})
-            _require_splits(prepared)
-            plan = make_plan(config, prepared.manifest, machine, lambda text: tell({"event": "notice", "text": text}))
-            parameters = _parameters(plan, prepared.manifest)  # a network that is refused leaves no folder
+            require_splits(prepared)
+            with phase("planning"):
+                plan = make_plan(config, prepared.manifest, machine, lambda text: tell({"event": "notice", "text": text}))
+                parameters = _parameters(plan, prepared.manifest)  # a network that is refused leaves no folder
             out = Path(config.out) if config.out else new_run_path(config.data.source, plan.spec["arch"])
             run = record.run = Run.create(out)
             log = LogSink(run)
@@ -103,7 +107,7 @@ def start(config: RunConfig, sinks: Sequence[Callable[[Event], Any]] = (), comma
             listeners.sinks.append(log)
             _warn_without_locks(run, listeners)
             with work_on(run.directory, parent=plan.start.parent) as work:
-                stage = _Stage(plan, prepared.manifest, run, listeners, work)
+                stage = _Stage(plan, prepared.manifest, run, listeners, work, began)
                 _write_beginning(stage, prepared, parameters, command)
                 return _conduct(stage, resumed=False)
     finally:
@@ -124,7 +128,7 @@ def resume(run: Run, changes: dict[str, Any], sinks: Sequence[Callable[[Event], 
         ModelError: M006 when a change would make it another run, M005 when no checkpoint is intact.
         DataError: D010 when files have changed since the run began, naming them.
     """
-    listeners = Sinks(sinks)
+    began, listeners = time.monotonic(), Sinks(sinks)
     run.lock()
     try:
         run.clear_leftovers()
@@ -151,7 +155,7 @@ def resume(run: Run, changes: dict[str, Any], sinks: Sequence[Callable[[Event], 
                 {"event": "warning", "text": f"{run.name} is finished; to go on training, begin a new run: {more}"}
             )
             return run
-        with Recorded(run, listeners):
+        with Recorded(run, listeners), heard_by(listeners):
             require_compiler(config, look_at_machine())
             _require_same_files(run, manifest)
             changed = _differing(run.config, config)
@@ -160,76 +164,15 @@ def resume(run: Run, changes: dict[str, Any], sinks: Sequence[Callable[[Event], 
                     plan = plan.with_changes(changed)
                     run.write_json("model.json", {**facts, "plan": plan.to_dict()["plan"]})
                     run.save_config(config)
-                return _conduct(_Stage(plan, manifest, run, listeners, work), resumed=True)
+                return _conduct(_Stage(plan, manifest, run, listeners, work, began), resumed=True)
     finally:
         listeners.close()
         run.unlock()
 
 
-@as_found()
-def dry_run(config: RunConfig) -> dict[str, Any]:
-    """What `start` would do, with measured estimates, without writing anything but the data cache.
-
-    Returns:
-        rows, parameters, memory_mb, seconds_per_epoch, data, config, device.
-    """
-    machine = look_at_machine()
-    refuse_early(config, machine)
-    prepared = prepare(config.data, config.pixels.exif, env.cache_dir())
-    _require_splits(prepared)
-    plan = make_plan(config, prepared.manifest, machine)
-    model = build_model(ModelSpec.from_dict(plan.spec))
-    use_kernels(model, plan.config.model.kernels)
-    model.lay_out(str(plan.config.train.memory_format))
-    seconds, memory = _measure_step(plan, model)
-    steps = len(prepared.manifest.rows("train")) // int(plan.config.train.batch_size)
-    return {
-        "rows": [list(row) for row in plan.rows],
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "memory_mb": memory,
-        "seconds_per_epoch": round(seconds * steps, 2),
-        "epochs": plan.config.train.epochs,
-        "device": plan.config.train.device,
-        "data": prepared.facts(),
-        "config": plan.config.model_dump(mode="json"),
-    }
-
-
-def _measure_step(plan: Plan, model: Any) -> tuple[float, float]:
-    """(seconds, MB) of one optimizer step's forward and backward pass on random pixels, without compiling."""
-    import torch
-
-    from .progress import memory_mb
-
-    train, size = plan.config.train, plan.pixels.size
-    device = torch.device(train.device)
-    if device.type == "cpu":
-        torch.set_num_threads(int(train.threads))  # as in training
-    model = model.to(device).train()
-    micro = int(train.micro_batch)
-    pixels = torch.randint(0, 256, (micro, size, size, plan.pixels.channels), dtype=torch.uint8, device=device)
-    times = []
-    for _ in range(2):
-        begin = time.perf_counter()
-        outputs = model(pixels)
-        (outputs[0] if isinstance(outputs, tuple) else outputs).float().sum().backward()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - begin)
-    return min(times) * int(train.batch_size) / micro, memory_mb(device)
-
-
 def _warn_without_locks(run: Run, emit: Callable[[Event], Any]) -> None:
     if run.caution:
         emit({"event": "warning", "text": run.caution})
-
-
-def _require_splits(prepared: Prepared) -> None:
-    splits = prepared.facts()["splits"]
-    for name in ("train", "val"):
-        if not splits[name]:
-            raise DataError("D008", f"there are no {name} images in {prepared.manifest.source}", why=f"splits: {splits}",
-                            try_="imgcls-fast data split DATA")  # fmt: skip
 
 
 def _changed_config(run: Run, changes: dict[str, Any]) -> RunConfig:
@@ -346,7 +289,8 @@ def _work(stage: _Stage, *, resumed: bool) -> Run:
     })  # fmt: skip
     baseline = run.read_json("baseline.json")
     if baseline is None and plan.config.train.baseline and not run.finished:
-        baseline = fit_baseline(plan, stage.manifest, run)
+        with phase("fitting the baseline"):
+            baseline = fit_baseline(plan, stage.manifest, run)
     if baseline is not None and not resumed:
         stage.emit({"event": "baseline", **baseline})
     if not run.finished:
@@ -356,18 +300,25 @@ def _work(stage: _Stage, *, resumed: bool) -> Run:
 
 
 def _train(stage: _Stage, *, resumed: bool) -> None:
-    fit = Fit(stage.plan, stage.manifest, stage.run, stage.emit)
-    for note in fit.restore() if resumed else ():
+    with phase("building the network"):
+        fit = Fit(stage.plan, stage.manifest, stage.run, stage.emit)
+        notes = fit.restore() if resumed else []
+    for note in notes:
         stage.emit({"event": "warning", "text": note})
     stage.work.differs(fit.differences)
-    fit.run()
+    compiles = "; the first step compiles the network" if stage.plan.config.train.compile else ""
+    begin = time.monotonic()
+    with phase(f"training{compiles}"):
+        fit.run()
+    stage.trained_s = time.monotonic() - begin
 
 
 def _finish(stage: _Stage, baseline: dict[str, Any] | None) -> None:
     """Bundle, judgement of val and test, report, final box."""
     run, manifest = stage.run, stage.manifest
     config = stage.plan.config
-    model, facts, progress = best_model(run)
+    with phase("reading the best checkpoint"):
+        model, facts, progress = best_model(run)
     device = config.train.device
     raw = TorchEngine(model.to(device), manifest.labels, Pixels.from_dict(facts["pixels"]), device=device)
     quarantined = Quarantined(run, manifest, config.data.max_bad)
@@ -398,18 +349,20 @@ def _finish(stage: _Stage, baseline: dict[str, Any] | None) -> None:
     for split in ("val", "test"):
         if len(manifest.rows(split)):
             predictions = calibrated(validation if split == "val" else score(split), bundle.temperature)
-            judged[split] = judge(
-                predictions, top_k=config.evaluate.top_k, bootstrap=config.evaluate.bootstrap, seed=config.train.seed
-            )
+            with phase(f"computing intervals of the {split} figures"):
+                judged[split] = judge(
+                    predictions, top_k=config.evaluate.top_k, bootstrap=config.evaluate.bootstrap, seed=config.train.seed
+                )
             rows = set(manifest.rows(split).tolist())
             left = Undecoded({manifest.paths[row]: reason for row, reason in sorted(bad.items()) if row in rows})
             judged[split] = without(judged[split], left)
-            write_evaluation(run.evaluation(split), predictions, judged[split], run.plots)
+            with phase(f"drawing the {split} pictures"):
+                write_evaluation(run.evaluation(split), predictions, judged[split], run.plots)
             against = against_baseline(run, manifest, split, predictions)
     write_plots(run.plots, training_curves(run.epochs))
     report = report_run(run)
-    done = _done_event(stage, judged, baseline, report, bundle)
-    stage.emit(done | {"against": against.to_dict() if against else None})
+    done = _done_event(stage, judged, baseline, report, bundle) | {"against": against.to_dict() if against else None}
+    stage.emit(done | {"around_s": round(time.monotonic() - stage.began - stage.trained_s, 1)})
 
 
 def _done_event(
