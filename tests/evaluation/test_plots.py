@@ -171,3 +171,11 @@ def test_the_axis_of_accuracy_against_latency_ends_at_a_hundred():
     (points,) = axes.plot([1.0, 2.0], [99.0, 100.0], "o")
     scatter.style_axes(axes, "t", [1.0, 2.0])
     assert axes.get_ylim()[1] == 100 and axes.get_ylim()[0] < 99 and not points.get_clip_on()
+
+
+def test_engines_of_a_run_are_drawn_with_accuracy_and_latency_and_only_where_there_are_two():
+    row = {"name": "torch", "precision": "fp32", "latency": {"end_to_end": {"p50_ms": 5.0}},
+           "accuracy": {"accuracy": 0.99, "low": 0.97, "high": 1.0, "split": "test"}}  # fmt: skip
+    other = row | {"name": "onnx int8", "precision": "int8", "latency": {"end_to_end": {"p50_ms": 2.0}}}
+    assert min(size_of(scatter.engines_picture([row, other]) or b"")) > 300
+    assert scatter.engines_picture([row, other | {"accuracy": None}]) is None

@@ -18,6 +18,7 @@ from ..core.text import to_csv
 from . import plots as draw
 from .metrics import Metrics
 from .paired import Difference
+from .scatter import engines_picture
 from .text import printable, shorten
 from .thumbnails import thumbnail
 
@@ -36,6 +37,7 @@ PLOTS = {
     "curves_loss": "Loss over the epochs",
     "curves_validation": "Validation figures over the epochs",
     "curves_lr": "Learning rate over the epochs",
+    "engines": "Accuracy of each engine against the latency of one image",
 }
 
 
@@ -198,6 +200,8 @@ def _context(facts: ReportFacts) -> dict[str, Any]:
         context["notes"] += [f"{name}: {text}" for name, (_, m) in facts.splits.items() for text in m.warnings]
     if facts.epochs:
         pictures |= draw.training_curves(facts.epochs)
+    if facts.efficiency and (engines := engines_picture(facts.efficiency.get("engines", ()))):
+        pictures["engines"] = engines
     context["pictures"] = {name: data_address(picture) for name, picture in pictures.items()}
     context |= {"tiles": _quarantine(facts), "classes": _classes(facts), "max_rows": MAX_ROWS}
     return context

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import io
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .plots import ACCENT, INK, MUTED, house_style
+from .plots import ACCENT, DPI, INK, MUTED, house_style, load_matplotlib
 from .text import printable
 
 if TYPE_CHECKING:
@@ -97,6 +98,44 @@ def _lead(axes: Axes, at: Point, box: Any) -> None:
     corner = (box.x0 if x < box.x0 else min(x, box.x1), box.y0 if y < box.y0 else min(y, box.y1))
     end = axes.transData.inverted().transform(corner)
     axes.plot((at[0], end[0]), (at[1], end[1]), color=MUTED, lw=0.7, zorder=1, scalex=False, scaley=False)
+
+
+def engines_picture(rows: Sequence[Mapping[str, Any]]) -> bytes | None:
+    """PNG of the engines of a run: accuracy, with its interval, against the median latency of one image.
+
+    Args:
+        rows: `engines` of `exporting.efficiency`; those without an accuracy are left out.
+
+    Returns:
+        None when fewer than two have both figures.
+    """
+    known = [row for row in rows if row["accuracy"] and row["latency"]["end_to_end"]["p50_ms"]]
+    if len(known) < 2:
+        return None
+    load_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    points = [(row["latency"]["end_to_end"]["p50_ms"], 100 * row["accuracy"]["accuracy"]) for row in known]
+    figure = Figure(figsize=(7.0, 4.2), dpi=DPI, layout="constrained", facecolor="white")
+    canvas = FigureCanvasAgg(figure)
+    axes, best = figure.subplots(), unbeaten(points)
+    draw_frontier(axes, [points[k] for k in best])
+    for k, (row, (x, y)) in enumerate(zip(known, points, strict=True)):
+        color = ACCENT if k in best else MUTED
+        low, high = row["accuracy"].get("low"), row["accuracy"].get("high")
+        if low is not None and high is not None:
+            axes.vlines(x, 100 * low, 100 * high, color=color, lw=1.1, alpha=0.45)
+        axes.plot(x, y, "o", ms=7.5, color=color, mfc=color if k in best else "white", mew=1.4)
+    style_axes(axes, "Accuracy against latency", [x for x, _ in points])
+    axes.set_xlabel("median latency of one image (ms)", fontsize=10.5, color=MUTED)
+    axes.set_ylabel(f"accuracy on {known[0]['accuracy']['split']} (%)", fontsize=10.5, color=MUTED)
+    figure.draw_without_rendering()  # the layout decides where a point lies
+    names = [row["name"] if row["precision"] in row["name"] else f"{row['name']} ({row['precision']})" for row in known]
+    name_points(axes, list(zip(names, points, strict=True)), canvas.get_renderer())
+    out = io.BytesIO()
+    figure.savefig(out, format="png", metadata={"Software": None})
+    return out.getvalue()
 
 
 def shown(name: str) -> str:
