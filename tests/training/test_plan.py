@@ -386,3 +386,60 @@ def test_a_missing_compiler_is_told_before_the_scan(
     with pytest.raises(HardwareError) as refused:  # else D001: there is no such folder
         verb(configure({"train.compile": True, "data.source": str(tmp_path / "none")}))
     assert refused.value.code == "H004"
+
+
+# ---------------------------------------------------------------- what counts epochs
+
+
+@pytest.mark.parametrize("sched", ["cosine", "step", "plateau", "none", "onecycle"])
+@pytest.mark.parametrize(("epochs", "warmup"), [(2, 5), (2, 2), (1, 1), (30, 100.5)])
+def test_a_warm_up_is_shorter_than_the_run_so_that_the_rate_is_reached(epochs: int, warmup: float, sched: str) -> None:
+    """With 5 of 2 epochs it ended at 40 % of optim.lr and never fell."""
+    notices: list[str] = []
+    config = build_config({"model.init": "scratch", "train.epochs": epochs, "optim.warmup": warmup, "optim.sched": sched})
+    plan = make_plan(config, images(), LAPTOP, notices.append)
+    share = 0.3 if sched == "onecycle" else 0.15
+    assert plan.config.optim.warmup == pytest.approx(share * epochs, abs=0.01)
+    count = f"{epochs} epoch{'s' * (epochs > 1)}"
+    assert reason_of(plan, "optim.warmup") == f"shortened from {warmup:g}: the run has {count}"
+    assert any(f"optim.warmup {warmup:g} is as long as the run of {count} or longer" in line for line in notices)
+    rates = Schedule(plan.config.optim, 100, epochs)
+    values = [rates.lr(step) for step in range(100 * epochs)]
+    assert max(values) == pytest.approx(float(plan.config.optim.lr))
+    assert (values[-1] < max(values) / 2) == (sched in ("cosine", "onecycle") or (sched == "step" and epochs > 10))
+
+
+def test_a_warm_up_that_leaves_a_step_of_the_run_is_as_asked() -> None:
+    assert reason_of(plan_of({"train.epochs": 2, "optim.warmup": 1.9}), "optim.warmup") == "as asked"
+    assert plan_of({"train.epochs": 1, "optim.warmup": 0}).config.optim.warmup == 0
+    shortened = plan_of({"train.epochs": 2, "optim.warmup": 5})
+    assert reason_of(make_plan(shortened.config, images(), LAPTOP), "optim.warmup") == "as asked"  # a run made again
+
+
+@pytest.mark.parametrize(
+    ("changes", "name", "enough"),
+    [
+        ({"optim.sched": "step", "optim.step_epochs": 4}, "optim.step_epochs", 5),
+        ({"optim.sched": "plateau", "optim.plateau_patience": 2}, "optim.plateau_patience", 5),
+        ({"train.patience": 3}, "train.patience", 5),
+    ],
+)
+def test_what_waits_longer_than_the_run_is_told(changes: dict[str, Any], name: str, enough: int) -> None:
+    for epochs in (1, enough - 1, enough):
+        notices: list[str] = []
+        config = build_config({"model.init": "scratch", "train.epochs": epochs, "optim.warmup": 0, **changes})
+        plan = make_plan(config, images(), LAPTOP, notices.append)
+        told = [reason for row, _, reason in plan.rows if row == name]
+        assert bool(told) == bool(notices) == (epochs < enough)
+        assert all("never" in line and f"--set {name}=N" in line for line in notices)
+
+
+def test_a_plateau_and_a_patience_of_just_the_length_do_act() -> None:
+    """The counts behind the row above: the first epoch is the best, then none is better."""
+    plan = plan_of({"optim.sched": "plateau", "optim.plateau_patience": 2, "train.epochs": 5, "optim.warmup": 0})
+    rates = Schedule(plan.config.optim, 10, 5)
+    seen = []
+    for epoch in range(5):
+        seen.append(rates.lr(10 * epoch))
+        rates.after_epoch(-float(epoch))
+    assert seen[3] == seen[0] > seen[4]

@@ -163,6 +163,7 @@ class Notes:
     config: RunConfig
     changes: dict[str, Any] = field(default_factory=dict)
     rows: list[tuple[str, str, str]] = field(default_factory=list)
+    told: list[str] = field(default_factory=list)  # what the user should know beside the rows
 
     def value(self, name: str) -> Any:
         if name in self.changes:
@@ -179,6 +180,11 @@ class Notes:
         self.changes[name] = value
         self.rows.append((name, text(value), reason))
         return value
+
+    def shorten(self, name: str, value: Any, reason: str) -> None:
+        """Put another value in place of the one just decided, which cannot be."""
+        self.changes[name] = value
+        self.rows[-1] = (name, text(value), reason)
 
 
 def text(value: Any) -> str:

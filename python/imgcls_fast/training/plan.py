@@ -33,6 +33,7 @@ from .plan_numbers import (
     choose_optimizer,
     choose_pixels,
     choose_speed,
+    look_at_waits,
 )
 
 __all__ = ["Machine", "Plan", "Start", "look_at_machine", "make_plan", "starting_model"]
@@ -98,7 +99,7 @@ def make_plan(
     """Resolve a configuration for this data on this machine.
 
     Args:
-        notice: receives what is about to take long.
+        notice: receives what is about to take long, and what of the settings cannot be as it was asked for.
 
     Raises:
         ConfigError: C003 or C004 for settings that contradict each other or the data.
@@ -115,11 +116,14 @@ def make_plan(
     augment = choose_augment(notes, recipe, pixels)
     choose_lengths(notes, manifest, recipe, device, images_needed(notes, outline))
     choose_optimizer(notes, recipe)
+    look_at_waits(notes)
     choose_class_weights(notes, manifest)
     choose_speed(notes, manifest, machine, device)
     spec = describe_model(notes, manifest, arch, start, pixels, recipe, outline)
     safe = "contiguous" if outline.breaks_channels_last else "channels-last"
     choose_threads(notes, machine, device, spec, safe, notice)
     choose_memory_format(notes, machine, device, spec, outline, notice)
+    for line in notes.told:
+        notice(line)
     resolved = replace_settings(config, notes.changes)
     return Plan(resolved, tuple(notes.rows), pixels, augment, spec, start)

@@ -211,11 +211,39 @@ def choose_optimizer(notes: Notes, recipe: Recipe) -> None:
     sched = notes.decide("optim.sched", recipe.sched, "recipe")
     epochs = notes.value("train.epochs")
     if sched == "onecycle":  # Smith and Topin 2017; a rise before this one would run the cycle twice
-        notes.decide("optim.warmup", round(0.3 * epochs, 2), "epochs; the rise of the cycle, 30 % of the run")
+        warmup, why = round(0.3 * epochs, 2), "epochs; the rise of the cycle, 30 % of the run"
     else:
-        notes.decide("optim.warmup", round(min(recipe.warmup, 0.15 * epochs), 2), "epochs; at most 15 % of the run")
+        warmup, why = round(min(recipe.warmup, 0.15 * epochs), 2), "epochs; at most 15 % of the run"
+    asked = notes.decide("optim.warmup", warmup, why)
+    if asked and asked >= epochs:  # the rate would never reach optim.lr, or only with the last step, and never fall
+        shorter = warmup or round(0.15 * epochs, 2)
+        notes.shorten("optim.warmup", shorter, f"shortened from {asked:g}: the run has {_epochs(epochs)}")
+        told = f"optim.warmup {asked:g} is as long as the run of {_epochs(epochs)} or longer: it is shortened to {shorter:g}"
+        notes.told.append(f"{told}   (another: --warmup)")
     notes.decide("loss.label_smoothing", recipe.smoothing, "recipe")
     notes.decide("optim.ema", recipe.ema, "recipe")
+
+
+def look_at_waits(notes: Notes) -> None:
+    """Tell what counts epochs and waits for longer than the run lasts: a rate that never falls, a stop that never comes."""
+    epochs, optim, train = notes.value("train.epochs"), notes.config.optim, notes.config.train
+    sched, so = notes.value("optim.sched"), f"the run has {_epochs(epochs)}"
+    if sched == "step" and optim.step_epochs >= epochs:
+        _never(notes, "optim.step_epochs", optim.step_epochs, f"the rate never drops: {so}")
+    # the first epoch is the best so far; a drop after the last one changes nothing
+    if sched == "plateau" and optim.plateau_patience + 3 > epochs:
+        _never(notes, "optim.plateau_patience", optim.plateau_patience, f"the rate never drops: {so}")
+    if train.patience is not None and train.patience + 2 > epochs:
+        _never(notes, "train.patience", train.patience, f"training never stops early: {so}")
+
+
+def _never(notes: Notes, name: str, value: int, why: str) -> None:
+    notes.rows.append((name, str(value), why))
+    notes.told.append(f"{name} is {value}, and {why}   (another: --set {name}=N)")
+
+
+def _epochs(count: int) -> str:
+    return f"{count} epoch{'s' * (count != 1)}"
 
 
 def choose_class_weights(notes: Notes, manifest: Manifest) -> None:
