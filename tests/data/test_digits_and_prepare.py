@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imgcls_fast.core.config import DataConfig
+from imgcls_fast.core.config import RunConfig
 from imgcls_fast.core.errors import HardwareError
 from imgcls_fast.data import reach
 from imgcls_fast.data.decode import decode_pixels
@@ -71,7 +71,7 @@ def test_each_picture_is_the_digit_of_its_name(cache):
 
 
 def test_the_first_run_meets_three_bad_files_and_one_duplicate_of_a_test_image(cache):
-    prepared = prepare(DataConfig(), "apply", cache)
+    prepared = prepare(RunConfig(), cache)
     assert len(prepared.manifest) == 1797
     assert {bad.path for bad in prepared.found.quarantine} == PLANTED - {"train/4/copy_of_a_test_image.png"}
     assert prepared.found.dropped == 1
@@ -190,7 +190,7 @@ def test_a_uniform_image_has_no_deviation_to_divide_by_zero(kit, tmp_path):
 def test_statistics_are_plain_values_about_all_images(cache):
     import json
 
-    found = statistics(prepare(DataConfig(), "apply", cache))
+    found = statistics(prepare(RunConfig(), cache))
     json.dumps(found)
     assert found["width"] == {"min": 32, "p5": 32, "median": 32, "p95": 32, "max": 32} == found["height"]
     assert sum(sum(counts.values()) for counts in found["per_split"].values()) == 1797

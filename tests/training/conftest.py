@@ -142,7 +142,7 @@ def make_fit(configure: Callable[..., RunConfig], tmp_path: Path) -> Iterator[Ca
 
     def make(changes: dict[str, Any] | None = None, **more: Any) -> Any:
         config = configure(changes, **more)
-        prepared = prepare(config.data, "apply", tmp_path / "cache")
+        prepared = prepare(config, tmp_path / "cache")
         plan = make_plan(config, prepared.manifest, Machine(cpus=1))
         events: list[dict[str, Any]] = []
         fit = Fit(plan, prepared.manifest, Run.create(Path(config.out or "")), events.append)

@@ -123,9 +123,7 @@ def read_column(role: str) -> Callable[..., Any]:
 def read_needed_column(role: str) -> Callable[..., Any]:
     def read(value: str, make_fit: Any, folder: Path) -> int:
         with pytest.raises(DataError, match=f"no column for the {role}"):
-            prepare(
-                build_config({"data.source": str(folder / "t.csv"), f"data.{role}_col": value}).data, "apply", folder
-            )
+            prepare(build_config({"data.source": str(folder / "t.csv"), f"data.{role}_col": value}), folder)
         return 0
 
     return read
@@ -134,7 +132,7 @@ def read_needed_column(role: str) -> Callable[..., Any]:
 def read_max_bad(value: float, make_fit: Any, folder: Path) -> int:
     (folder / "x" / "3.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
     with pytest.raises(DataError, match="bad"):
-        prepare(build_config({"data.source": str(folder / "t.csv"), "data.max_bad": value}).data, "apply", folder)
+        prepare(build_config({"data.source": str(folder / "t.csv"), "data.max_bad": value}), folder)
     return 0
 
 

@@ -16,12 +16,12 @@ def check_data(data: str | Path | None = None, **arguments: Any) -> dict[str, An
         ok, line (the summary), problems, quarantine (path and reason of each), notices, classes and counts.
     """
     from ..data.digits import write_digits
-    from ..data.prepare import scan_options
+    from ..data.prepare import training_options
     from ..data.scan import inspect
 
     config = config_of(data, arguments)
     source = Path(config.data.source) if config.data.source else write_digits(env.cache_dir())
-    found = inspect(source, scan_options(config.data, config.pixels.exif, env.cache_dir()))
+    found = inspect(source, training_options(config, env.cache_dir()))
     return found.to_dict()
 
 
@@ -47,7 +47,7 @@ def split_data(
     config = config_of(data, arguments)
     inputs = [Path(config.data.source)] if config.data.source else []
     path = claim_file(Path(out), SPLIT, force=force, inputs=inputs) if out else demand_new(Path("split.csv"), SPLIT)
-    prepared = prepare(config.data, config.pixels.exif, env.cache_dir())
+    prepared = prepare(config, env.cache_dir())
     write_split_csv(path, prepared.manifest)
     names = ("images", "splits", "quarantined", "duplicates_removed", "notices")
     return {"path": str(path), **{name: prepared.facts()[name] for name in names}}
@@ -58,4 +58,4 @@ def data_stats(data: str | Path | None = None, **arguments: Any) -> dict[str, An
     from ..data.prepare import prepare, statistics
 
     config = config_of(data, arguments)
-    return statistics(prepare(config.data, config.pixels.exif, env.cache_dir()))
+    return statistics(prepare(config, env.cache_dir()))

@@ -8,6 +8,7 @@ from typing import Any
 from ..core.text import printable
 
 MAX_ROWS = 40  # of one table on a terminal; files and --json hold all
+_WORD = 30  # characters: a longer text in a list is a sentence
 
 
 def table(
@@ -73,7 +74,14 @@ def facts(console: Any, values: Mapping[str, Any], indent: int = 0, *, names: bo
             heads = list(dict.fromkeys(key for row in value for key in row))
             table(console, heads, ([row.get(head) for head in heads] for row in value))
         else:
-            say(console, f"{' ' * indent}{shown(name):<{width}}  {text(value)}")
+            lines = value if _is_prose(value) else [text(value)]
+            for k, line in enumerate(lines):
+                say(console, f"{' ' * indent}{'' if k else shown(name):<{width}}  {line}")
+
+
+def _is_prose(value: Any) -> bool:
+    """Whether a list holds sentences, which stand better on a line each."""
+    return isinstance(value, list | tuple) and any(isinstance(part, str) and len(part) > _WORD for part in value)
 
 
 def words(name: str) -> str:

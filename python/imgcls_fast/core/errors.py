@@ -45,6 +45,7 @@ CODES: dict[str, str] = {
     "D014": "predictions that cannot be judged",
     "D015": "images that cannot be reached",
     "D016": "damaged or oversized file of a run",
+    "D017": "several labels for one image",
     "M001": "unknown model",
     "M002": "weights that do not fit",
     "M003": "unknown or damaged weights file",

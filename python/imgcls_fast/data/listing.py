@@ -39,6 +39,7 @@ class Listing:
     splits: array[int] = field(default_factory=lambda: array("B"))
     groups: list[str] | None = None  # "": a group of its own
     classes: list[str] = field(default_factory=list)
+    columns: list[str] = field(default_factory=list)  # of a table
     explicit: bool = False  # every row was named by the user: none may be skipped as "not an image"
     strays: list[str] = field(default_factory=list)  # files beside the class folders
     ours: list[tuple[str, str]] = field(default_factory=list)  # folders passed over, and what they are: "a run"

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..core.config import DataConfig
+from ..core.config import DataConfig, RunConfig
 from ..core.errors import DataError
 from ..core.manifest import SPLITS, LabelSpace, Manifest
 from ..core.phases import phase
@@ -74,20 +74,26 @@ def scan_options(config: DataConfig, exif: str, cache: Path, **more: Any) -> Sca
     )
 
 
-def prepare(config: DataConfig, exif: str, cache: Path) -> Prepared:
+def training_options(config: RunConfig, cache: Path) -> ScanOptions:
+    """The scan's options for a training run, with what has been asked for and so need not be suggested."""
+    asked = {"color": config.pixels.color, "weighted": config.loss.class_weights != "none"}
+    return scan_options(config.data, config.pixels.exif, cache, advice=config.data.source is not None, **asked)
+
+
+def prepare(config: RunConfig, cache: Path) -> Prepared:
     """Scan the source (none: the embedded digits) and give every row a split.
 
     Args:
-        config: section data.
-        exif: pixels.exif, because it decides what the size of an image is.
+        config: what the run was asked to do: sections data, pixels and loss.
         cache: folder for extracted archives and the digits.
 
     Raises:
         DataError: everything that is wrong with the data, at once.
     """
-    source = Path(config.source) if config.source else write_digits(cache)
-    found = scan(source, scan_options(config, exif, cache))
-    manifest = make_splits(found.manifest, fractions=config.split, seed=config.split_seed)
+    data = config.data
+    source = Path(data.source) if data.source else write_digits(cache)
+    found = scan(source, training_options(config, cache))
+    manifest = make_splits(found.manifest, fractions=data.split, seed=data.split_seed)
     return Prepared(manifest, found)
 
 

@@ -14,7 +14,7 @@ from imgcls_fast.core.errors import DataError, near
 from imgcls_fast.core.manifest import NO_SPLIT, SPLITS, LabelSpace, Manifest, PathList
 from imgcls_fast.core.text import command
 
-from . import decode, duplicates, fetch, skipped, sources
+from . import advice, decode, duplicates, fetch, skipped, sources
 from .listing import is_named_as_image
 from .quarantine import BadFile
 from .skipped import SkippedFile
@@ -47,6 +47,9 @@ class ScanOptions:
     cache: Path | None = None  # where archives are unpacked; None: beside the archive
     classes: tuple[str, ...] | None = None  # only these, in this order
     purpose: Literal["train", "judge", "predict"] = "train"  # judge: no rule about training rows; predict: no labels
+    advice: bool = True  # notices about what would be better: no gray images as RGB, no uneven classes
+    color: str = "auto"  # what training was asked to read
+    weighted: bool = False  # class weights were asked for
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,6 +141,7 @@ class Tabulation:
         self._check_groups(rows)
         self._remove_empty_classes(rows)
         self._check_classes(rows)
+        self._advise(rows)
         strays, others = self.listing.strays, [self._path(row) for row in np.flatnonzero(self.files.skip).tolist()]
         self.notices += skipped.note([path for path in strays if not is_named_as_image(path)] + others, "skipped")
         manifest = self._manifest(rows)
@@ -145,6 +149,18 @@ class Tabulation:
             manifest, bad, tuple(self.problems), tuple(self.notices), len(strays) + len(others), self.dropped,
             skipped_files=skipped.first_skipped(self.listing.root, strays, others), unknown_classes=self.unknown,
         )  # fmt: skip
+
+    def _advise(self, rows: np.ndarray) -> None:
+        """Notices about classes and channels, for training only."""
+        if self.options.purpose != "train":
+            return
+        counts = np.bincount(self.label[rows], minlength=len(self.classes))
+        if problem := advice.several_labels(self.classes, counts, self.listing.columns, self.source):
+            self.problems.append(problem)
+        elif self.options.advice:
+            self.notices += advice.about_classes(self.classes, counts, weighted=self.options.weighted)
+        if self.options.advice and self.options.color in ("auto", "rgb"):
+            self.notices += advice.about_channels(self.files.full, self.files.head, rows, self.options.max_megapixels)
 
     def _path(self, row: int) -> str:
         return self.listing.paths[row]

@@ -81,6 +81,7 @@ class _TableReader:
 
     def start(self, names: list[str], columns: Columns) -> None:
         """Find the columns, from the header's names."""
+        self.listing.columns = names
         for role in ("path", "label", "split", "group"):
             wanted = getattr(columns, role)
             if wanted:

@@ -37,7 +37,7 @@ def dry_run(config: RunConfig) -> dict[str, Any]:
     """
     machine = look_at_machine()
     refuse_early(config, machine)
-    prepared = prepare(config.data, config.pixels.exif, env.cache_dir())
+    prepared = prepare(config, env.cache_dir())
     require_splits(prepared)
     plan = make_plan(config, prepared.manifest, machine)
     with phase("timing a step of training"):

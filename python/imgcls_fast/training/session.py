@@ -93,7 +93,7 @@ def start(config: RunConfig, sinks: Sequence[Callable[[Event], Any]] = (), comma
         with record, heard_by(listeners):
             machine = look_at_machine()
             refuse_early(config, machine)
-            prepared = prepare(config.data, config.pixels.exif, env.cache_dir())
+            prepared = prepare(config, env.cache_dir())
             tell({"event": "data", **prepared.facts()})
             require_splits(prepared)
             with phase("planning"):

@@ -1,0 +1,115 @@
+"""What the classes and the channels of the images suggest: notices, each with its figures and what to do."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+
+from imgcls_fast.core.text import command
+
+from . import decode
+from .listing import Problem
+
+FEW = 20  # images of a class, below which its figures mean little
+UNEVEN = 5.0  # largest class / smallest class
+_LOOKED_AT = 16  # images that are decoded to find a colour in them
+_TINT = 8  # levels: chroma of a gray picture that was compressed in colour
+_SHOWN = 3  # classes in a notice
+_SEPARATORS = "|;,"
+_PALETTE = 2  # bit of the probe's `detail`
+
+
+def about_classes(classes: Sequence[str], counts: np.ndarray, *, weighted: bool) -> list[str]:
+    """Notices for classes of very different sizes, and for small ones.
+
+    Args:
+        counts: (K,) images of each class.
+        weighted: the loss has class weights already.
+    """
+    if len(classes) < 2 or not counts.all():
+        return []
+    told = []
+    most, least = int(counts.argmax()), int(counts.argmin())
+    ratio = counts[most] / counts[least]
+    if ratio >= UNEVEN and not weighted:
+        told.append(
+            f"uneven classes: {classes[most]} has {counts[most]:,} images, {ratio:.0f} times as many as {classes[least]} "
+            f"({counts[least]:,}); --class-weights auto lets every class count the same"
+        )
+    few = np.flatnonzero(counts < FEW)
+    if len(few):
+        few = few[np.argsort(counts[few], kind="stable")]
+        names = ", ".join(f"{classes[k]} {counts[k]}" for k in few[:_SHOWN])
+        more = f" and {len(few) - _SHOWN:,} more" if len(few) > _SHOWN else ""
+        told.append(
+            f"fewer than {FEW} images in {len(few):,} of {len(classes):,} classes ({names}{more}): figures of these classes "
+            "will mean little; collect more, and begin with pretrained weights"
+        )
+    return told
+
+
+def about_channels(path_of: Callable[[int], str], head: dict[str, np.ndarray], rows: np.ndarray, limit: float) -> list[str]:
+    """A notice when every image is gray; of those that are stored in colour a few are decoded.
+
+    Args:
+        path_of: the full name of a row's file.
+        head: the probe's columns.
+        rows: those that are used.
+        limit: most megapixels that are decoded.
+    """
+    stored_gray = (head["channels"] <= 2) & ((head["detail"] & _PALETTE) == 0)
+    others = rows[~stored_gray[rows]]
+    looked_at = others[np.linspace(0, len(others) - 1, min(len(others), _LOOKED_AT)).astype(np.int64)]
+    if not len(rows) or not all(_is_gray(path_of(row), limit) for row in looked_at.tolist()):
+        return []
+    seen = f"the {len(looked_at):,} that were looked at closely among them; " if len(others) else ""
+    return [f"all {len(rows):,} images are gray, {seen}--channels 1 reads one channel instead of three equal ones"]
+
+
+def _is_gray(path: str, limit: float) -> bool:
+    """Whether the three channels are equal; an image that cannot be decoded shows no colour."""
+    try:
+        pixels = decode.decode_pixels(path, max_megapixels=limit)
+    except decode.Undecodable:
+        return True
+    low, high = pixels.min(2), pixels.max(2)
+    return int((high - low).max()) <= _TINT
+
+
+def several_labels(
+    classes: Sequence[str], counts: np.ndarray, columns: Iterable[str], source: str
+) -> Problem | None:
+    """The problem that one column holds several labels for an image ("RBC|WBC"); None when it does not seem so.
+
+    A class is taken for several where each of its parts is a class, or with | and ; occurs in another class.
+
+    Args:
+        counts: (K,) images of each class.
+        columns: names of the table's columns; a part among them has a column of its own.
+    """
+    for separator in _SEPARATORS:
+        parts = {k: [p.strip() for p in name.split(separator)] for k, name in enumerate(classes) if separator in name}
+        parts = {k: found for k, found in parts.items() if len(set(found)) == len(found) and all(found)}
+        known = {name for name in classes if separator not in name}
+        if separator != ",":  # people are called "Smith, Jane" and "Smith, John"
+            known |= {part for part, n in Counter(p for found in parts.values() for p in found).items() if n > 1}
+        joined = [k for k, found in parts.items() if known.issuperset(found)]
+        if joined:
+            labels = list(dict.fromkeys(part for k in joined for part in parts[k]))
+            return _refusal([classes[k] for k in joined], int(counts[joined].sum()), labels, set(columns), source)
+    return None
+
+
+def _refusal(joined: list[str], images: int, labels: list[str], columns: set[str], source: str) -> Problem:
+    own = next((label for label in labels if label in columns), None)
+    more = f" and {len(joined) - _SHOWN:,} more" if len(joined) > _SHOWN else ""
+    return Problem(
+        "D017", "several labels in one",
+        f"{images:,} images of {source} have several labels in one: {', '.join(map(repr, joined[:_SHOWN]))}{more}; "
+        f"the labels are {', '.join(labels[: 2 * _SHOWN])}",
+        why="each image belongs to exactly one class here; a class of its own for each combination is hardly what is meant",
+        try_=command("data", "check", source, "--label-col", own) if own
+        else "write one label per image, or name a column that has one with --label-col",
+    )  # fmt: skip
