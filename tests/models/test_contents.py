@@ -79,7 +79,7 @@ def test_averaged_weights_beside_are_named_and_can_be_taken(key: str, donor: Cla
     averaged, model, path = _small(), _small(), tmp_path / "a.pth"
     inner: Any = averaged.backbone.state_dict()
     torch.save({"state_dict": donor.backbone.state_dict(), key: {"module": inner} if key == "ema" else inner}, path)
-    with pytest.warns(UserWarning, match=rf"also holds averaged weights \({key}\).*--init \S*#{key}"):
+    with pytest.warns(UserWarning, match=rf"also holds averaged weights \({key}\).*init='\S*#{key}'"):
         load_weights(model, path)
     assert _equal(donor, model)
     load_weights(model, Path(f"{path}#{key}"))

@@ -66,4 +66,6 @@ def say_warning(note: str) -> None:
     if note:
         import warnings
 
-        warnings.warn(note, stacklevel=3)
+        from ..core.hints import worded
+
+        warnings.warn(worded(note), stacklevel=3)

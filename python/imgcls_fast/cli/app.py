@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 from ..core.env import calm_threads, distrust_folder, lend_home
 from ..core.errors import ImgclsError, Interrupted, UsageError, near
 from ..core.flags import LATER_VERBS, VERBS, Flag, Verb, flags_of
+from ..core.hints import for_a_shell
 from ..core.other_names import setting_meant, verb_meant
 from ..core.phases import heard_by, phase
 from ..core.text import command, printable
@@ -30,6 +31,7 @@ PROGRAM = "imgcls-fast"
 _OWN_EVENTS = ("train", "demo")  # verbs that show what they do, on stdout
 
 
+@for_a_shell()
 def main(argv: list[str] | None = None) -> int:
     """Run one command line and return its exit code; prints, never raises for a user's mistake.
 

@@ -101,6 +101,13 @@ class ImgclsError(Exception):
         self.code, self.message, self.where, self.why, self.try_ = code, message, where, why, try_
 
     @property
+    def hint(self) -> str:
+        """`try_` in the words of whoever reads it: a command on the command line, a call in Python."""
+        from .hints import worded
+
+        return worded(self.try_)
+
+    @property
     def exit_code(self) -> int:
         """The process exit code of this error."""
         return _EXIT_CODES[self.code[0]]
@@ -108,7 +115,7 @@ class ImgclsError(Exception):
     def __str__(self) -> str:
         # a name with a line break in it must not be able to write a line of its own: "try: curl ..."
         lines = [f"error[{self.code}]: {printable(self.message)}", *(f"    {printable(line)}" for line in self.details)]
-        for name, text in (("where", self.where), ("why", self.why), ("try", self.try_)):
+        for name, text in (("where", self.where), ("why", self.why), ("try", self.hint)):
             if text:
                 lines.append(f"  {name + ':':<6} {printable(text)}")
         return "\n".join(lines)

@@ -121,7 +121,7 @@ def demand_ours(path: Path, kind: Kind, *, force: bool = False) -> None:
 
 
 def _taken(message: str) -> UsageError:
-    return UsageError("U002", message, try_="choose another place with --out, or add --force   (in Python: force=True)")
+    return UsageError("U002", message, try_="choose another place with --out, or add --force")
 
 
 def demand_room(folder: Path) -> None:

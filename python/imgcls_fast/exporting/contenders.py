@@ -92,7 +92,7 @@ class Absent:
     @classmethod
     def of(cls, name: str, error: ImgclsError) -> Absent:
         """With the words of an error."""
-        return cls(name, error.message, error.try_)
+        return cls(name, error.message, error.hint)
 
 
 def contenders_of(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from imgcls_fast.core.errors import ModelError
 from imgcls_fast.core.files import plain_path
+from imgcls_fast.core.hints import worded
 from imgcls_fast.core.text import quoted
 from imgcls_fast.models.backbones import input_keys, is_auxiliary
 from imgcls_fast.models.classifier import Classifier
@@ -171,7 +172,7 @@ def _warn_of_the_rest(name: str, averages: Sequence[str], beside: State) -> None
     if averages:
         warnings.warn(
             f"{name} also holds averaged weights ({', '.join(averages)}), which are often the better ones: "
-            f"--init {quoted(f'{name}#{averages[0]}')} takes them",
+            + worded(f"--init {quoted(f'{name}#{averages[0]}')} takes them"),
             stacklevel=3,
         )
     rest = [key for key in beside if key.split(".")[0] not in averages and not key.endswith(_COUNTERS)]

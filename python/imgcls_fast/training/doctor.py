@@ -40,7 +40,7 @@ def _extension() -> list[Row]:
     try:
         info = env.build_info()
     except HardwareError as error:
-        return [("imgcls_fast._C", error.message, False, error.try_)]
+        return [("imgcls_fast._C", error.message, False, error.hint)]
     rows: list[Row] = [
         (name, str(value), True, "") for name, value in info.items() if name not in ("cuda", "why_no_cuda")
     ]
@@ -111,7 +111,7 @@ def _places() -> list[Row]:
         try:
             place = where()
         except HardwareError as error:
-            rows.append((name, error.message, False, error.try_))
+            rows.append((name, error.message, False, error.hint))
             continue
         existing = next(folder for folder in (place.absolute(), *place.absolute().parents) if folder.exists())
         free = shutil.disk_usage(existing).free / 1e9
