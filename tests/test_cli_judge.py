@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from imgcls_fast.api import export, judge, runs
@@ -168,3 +169,24 @@ def test_a_run_shows_its_date_to_people_and_its_seconds_to_programs(
     assert json.loads(capsys.readouterr().out)["created"] == made
     assert main(["runs", "show", "mine"]) == 0
     assert "created  20" in capsys.readouterr().out
+
+
+def test_eval_shows_the_largest_class_and_balanced_accuracy_where_classes_are_unequal(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Capture
+) -> None:
+    from imgcls_fast.api import judge as api
+    from imgcls_fast.core.manifest import LabelSpace
+    from imgcls_fast.core.predictions import Predictions
+    from imgcls_fast.evaluation.metrics import judge
+
+    truth, eye = np.repeat([0, 1], [40, 10]), np.eye(2, dtype=np.float32)
+    labels, paths = LabelSpace.single(["whole", "broken"]), tuple(map(str, range(50)))
+    answers = Predictions(np.arange(50), eye[np.zeros(50, int)], eye[truth], labels, paths)
+    monkeypatch.setattr(api, "evaluate", lambda *_, **__: judge(answers, bootstrap=0))
+    _make_run(tmp_path / "runs" / "mine")
+    assert main(["eval", "mine"]) == 0
+    lines = capsys.readouterr().out.split("\n")
+    assert lines[0].startswith("test accuracy 0.800 [") and lines[0].endswith(", balanced 0.500, on 50 images")
+    assert lines[1] == "  largest class: 0.800 by always answering whole, no better: right about the same images"
+    assert main(["eval", "mine", "-q"]) == 0
+    assert "balanced 0.500" in capsys.readouterr().out

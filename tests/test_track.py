@@ -234,6 +234,33 @@ def test_the_model_is_held_against_its_baseline_on_the_same_images(against: Any,
     assert dict(done_facts(event))["baseline"] == f"0.853, {said}"
 
 
+def against_of(verdict: str, gain: float, balanced: str = "even", balanced_gain: float = 0.0) -> dict[str, Any]:
+    changed = round(76 * abs(gain)) + 4
+    return {
+        "rows": 76, "verdict": verdict, "gain": gain, "low": gain - 0.1, "high": gain + 0.1, "lost": changed if gain else 0,
+        "gained": 4 if gain else 0, "balanced_verdict": balanced, "balanced_gain": balanced_gain,
+    }  # fmt: skip
+
+
+def test_on_imbalanced_data_the_largest_class_must_be_beaten_and_balanced_accuracy_is_shown() -> None:
+    """Solar cells: 0.447 was called no worse than a baseline of 0.579 that always gives the same answer."""
+    unequal = DONE | {
+        "n": 76, "accuracy": 0.447, "baseline": 0.579, "imbalanced": True, "balanced_accuracy": 0.25, "baseline_balanced": 0.34,
+        "majority": {"class": "functional", "accuracy": 0.579, "against": against_of("worse", -0.132)},
+        "against": against_of("even", -0.132, "worse", -0.09),
+    }  # fmt: skip
+    facts = dict(done_facts(unequal))
+    assert facts["baseline"] == "0.579, no better: -0.132 [-0.232, -0.032] on the same 76 images"
+    assert facts["largest class"].startswith("0.579 by always answering functional, so 0.132 worse: [-0.232")
+    assert facts["balanced"].endswith("baseline 0.340, so 0.090 worse") and facts["balanced"].startswith("accuracy 0.250")
+    assert done_line(unequal).startswith("test accuracy 0.447 (95% interval [0.88, 0.94]), balanced 0.250, on 76 images")
+    same = {"class": "functional", "accuracy": 0.579, "against": against_of("even", 0.0)}
+    assert "no better: right about the same images" in dict(done_facts(unequal | {"majority": same}))["largest class"]
+    probe = BASELINE | {"imbalanced": True, "balanced_accuracy": 0.34, "majority": same}
+    assert plain_lines(probe)[-1] == "  always answering functional gives 0.579; balanced accuracy of the probe 0.340"
+    assert {"largest class", "balanced"}.isdisjoint(dict(done_facts(DONE)))
+
+
 def test_no_baseline_is_not_mentioned() -> None:
     assert "baseline" not in dict(done_facts(DONE | {"baseline": None}))
 

@@ -256,3 +256,20 @@ def test_the_facts_are_strict_json_with_null_for_what_is_undefined(case, predict
     assert facts["confusion"] == got.confusion.tolist() and len(facts["per_class"]) == len(got.classes)
     undefined = [math.isnan(c.roc_auc) for c in got.per_class]
     assert [c["roc_auc"] is None for c in facts["per_class"]] == undefined
+
+
+@pytest.mark.parametrize(
+    ("sizes", "imbalanced"),
+    [((44, 8, 3, 21), True), ((45, 45, 45, 45, 45), False), ((12, 10, 10), False), ((7, 3), True), ((55, 45), False), ((9,), False),
+     ((60, *[10] * 40), True), ((13, *[10] * 99), False)],
+    ids=str,
+)  # fmt: skip
+def test_the_largest_class_is_named_and_called_imbalanced_where_it_is_beyond_its_fair_share(sizes, imbalanced, predictions_of):
+    truth = np.repeat(np.arange(len(sizes)), sizes)
+    scores = np.full((len(truth), max(2, len(sizes))), 1 / max(2, len(sizes)), np.float32)
+    metrics = judge(predictions_of(scores, truth), bootstrap=0)
+    assert metrics.imbalanced is imbalanced
+    assert (metrics.majority.name, metrics.majority.accuracy) == (f"class {np.argmax(sizes)}", max(sizes) / sum(sizes))
+    facts = metrics.to_dict()
+    assert facts["imbalanced"] is imbalanced and facts["majority"]["class"] == metrics.majority.name
+    assert facts["majority"]["against"]["rows"] == len(truth)

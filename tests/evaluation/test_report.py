@@ -231,6 +231,37 @@ def test_the_verdict_compares_model_and_baseline_on_the_same_rows(wrong, words, 
     assert "1,500 of 9,000 training images (no more in 20 s of reading)" in page
 
 
+def test_on_imbalanced_data_the_report_holds_the_model_against_the_largest_class(tmp_path, monkeypatch, predictions_of):
+    """76 solar cells, of which 44 are functional: "chance 25 %" was the only figure beside an accuracy of 58 %."""
+    monkeypatch.setattr("imgcls_fast.evaluation.plots.judgement_plots", lambda *_: {})
+    truth = np.repeat(np.arange(4), [44, 8, 3, 21])
+    names, eye = ("functional", "probably", "perhaps", "defective"), np.eye(4, dtype=np.float32)
+    probe = eye[np.where(np.arange(76) % 9 < 5, truth, 0)]
+    ours, theirs = predictions_of(eye[np.zeros(76, int)], truth, names), predictions_of(probe, truth, names)
+    told = judge(theirs, bootstrap=0)
+    baseline = {"name": "probe", "accuracy": told.accuracy, "balanced_accuracy": told.balanced_accuracy}
+    facts = ReportFacts("r", {"test": (ours, judge(ours))}, tmp_path, baseline=baseline, against=compare(theirs, ours))
+    page = Page(write_report(tmp_path / "r.html", facts)).text
+    assert "always functional 58%" in page and "chance" not in page
+    assert "this model is no better than always answering functional (57.9%): it is right about the same images" in page
+    assert "is worse than the baseline by" in page
+    assert f"balanced accuracy 25.0% against {100 * told.balanced_accuracy:.1f}%" in page and "points worse" in page
+    equal = predictions_of(eye[np.arange(76) % 4], np.arange(76) % 4, names)
+    page = Page(write_report(tmp_path / "e.html", ReportFacts("r", {"test": (equal, judge(equal))}, tmp_path))).text
+    assert "chance 25%" in page and "imbalanced" not in page
+
+
+def test_a_lower_accuracy_is_never_called_the_same(tmp_path, monkeypatch, predictions_of):
+    monkeypatch.setattr("imgcls_fast.evaluation.plots.judgement_plots", lambda *_: {})
+    truth = np.arange(60) % 2
+    eye = np.eye(2, dtype=np.float32)
+    ours, theirs = (predictions_of(eye[np.where(np.arange(60) < wrong, 1 - truth, truth)], truth) for wrong in (3, 1))
+    facts = ReportFacts(
+        "r", {"test": (ours, judge(ours))}, tmp_path, baseline={"name": "p", "accuracy": 59 / 60}, against=compare(theirs, ours)
+    )  # fmt: skip
+    assert "is not better than the baseline (-3.3 points" in Page(write_report(tmp_path / "r.html", facts)).text
+
+
 def test_the_evaluation_folder_holds_what_was_found(tmp_path, monkeypatch, drawn, predictions_of):
     monkeypatch.setattr("imgcls_fast.evaluation.plots.judgement_plots", lambda *_: {"roc": b"1", "confusion": b"2"})
     scores, truth = drawn(60, 4)

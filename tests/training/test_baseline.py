@@ -117,12 +117,14 @@ def test_the_model_and_its_baseline_are_compared_row_by_row_and_the_report_says_
     found, manifest = run.read_json("baseline.json"), run.manifest
     test, train = len(manifest.rows("test")), len(manifest.rows("train"))
     assert (found["n"], found["of"], found["train_rows"], found["train_of"]) == (test, test, train, train)
-    assert found["limit"] == ""
+    assert found["limit"] == "" and 0 <= found["balanced_accuracy"] <= 1 and not found["imbalanced"]
+    assert found["majority"]["accuracy"] == pytest.approx(1 / 3) and "balanced_gain" in events[-1]["against"]
     ours, theirs = run.predictions("test"), Predictions.load(run.evaluation("baseline"))
     assert (ours.rows == theirs.rows).all() and found["accuracy"] == (theirs.predicted == theirs.truth).mean()
     against = events[-1]["against"]
     right, was = ours.predicted == ours.truth, theirs.predicted == theirs.truth
     assert (against["gained"], against["lost"]) == ((right & ~was).sum(), (was & ~right).sum())
     words = {"better": "is better than the baseline", "worse": "is worse than the baseline"}
-    assert words.get(against["verdict"], "cannot be told apart from the baseline") in run.report_path.read_text("utf-8")
+    even = "is not better than the baseline" if against["gain"] < 0 else "cannot be told apart from the baseline"
+    assert words.get(against["verdict"], even) in run.report_path.read_text("utf-8")
     assert "validation images" in run.read_json("bundle/bundle.json")["provenance"]["calibration"]

@@ -71,7 +71,10 @@ def evaluate(
     )  # fmt: skip
     engine.close()
     predictions = asked.kept(predictions)
-    metrics = judge(predictions, top_k=settings.top_k, bootstrap=settings.bootstrap, seed=found.config.train.seed)
+    metrics = judge(
+        predictions, top_k=settings.top_k, bootstrap=settings.bootstrap, seed=found.config.train.seed,
+        group=asked.manifest.group,
+    )  # fmt: skip
     metrics = without(metrics, asked.undecoded, (*asked.warnings, *asked.notices), asked.facts)
     if out is not None:
         write_evaluation(Path(out), predictions, metrics, Path(out) / "plots")

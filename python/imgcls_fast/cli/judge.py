@@ -44,7 +44,10 @@ def evaluate(request: Request, session: Session) -> Answer:
     )
     metrics = plain(found)
     what = rest[0] if rest else split
-    line = f"{what} accuracy {share(metrics['accuracy'])} {_interval(metrics.get('accuracy_ci'))}on {counted(metrics['n'], 'image')}"
+    shares = f"{share(metrics['accuracy'])}{_interval(metrics.get('accuracy_ci'))}"
+    if metrics["imbalanced"]:
+        shares += f", balanced {share(metrics['balanced_accuracy'])},"
+    line = f"{what} accuracy {shares} on {counted(metrics['n'], 'image')}"
     return Answer({"run": run or "last", "data": rest[0] if rest else None, "split": split, "runtime": runtime, "metrics": metrics},
                   lambda console: _show_metrics(console, line, metrics, session.warnings), line)  # fmt: skip
 
@@ -169,7 +172,11 @@ def _no_such_file(word: str, more: str = "") -> DataError:
 
 def _show_metrics(console: Any, line: str, metrics: dict[str, Any], told: Sequence[str]) -> None:
     """What `eval` found; warnings that were `told` already are not repeated as notes."""
+    from ..tracking.lines import majority_line
+
     say(console, line, "bold")
+    if metrics["imbalanced"]:
+        say(console, f"  largest class: {majority_line(metrics['majority'])}")
     names = ("macro_f1", "balanced_accuracy", "roc_auc", "log_loss", "ece")
     facts(console, {**{f"top-{k} accuracy": share(value) for k, value in (metrics.get("top_k") or {}).items() if str(k) != "1"},
                     **{name: share(metrics.get(name)) for name in names if name in metrics}}, 2)  # fmt: skip
@@ -184,7 +191,7 @@ def _show_metrics(console: Any, line: str, metrics: dict[str, Any], told: Sequen
 
 
 def _interval(ci: Sequence[float | None] | None) -> str:
-    return f"[{ci[0]:.3f}, {ci[1]:.3f}] " if ci and None not in ci else ""
+    return f" [{ci[0]:.3f}, {ci[1]:.3f}]" if ci and None not in ci else ""
 
 
 def _heads(top_k: int) -> list[str]:

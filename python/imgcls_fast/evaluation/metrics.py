@@ -14,6 +14,7 @@ from ..core.errors import ConfigError, DataError
 from ..core.predictions import Predictions
 from ..core.undecoded import Undecoded
 from .calibration import Coverage, Reliability, apply_temperature, coverage, fit_temperature, reliability
+from .paired import Difference, against_majority
 
 __all__ = [
     "AverageName",
@@ -59,6 +60,24 @@ class ClassMetrics:
     average_precision: float
 
 
+@dataclass(frozen=True)
+class Majority:
+    """What always answering the most frequent class of the judged rows would reach.
+
+    Args:
+        name: the class.
+        accuracy: its share of the rows.
+        against: how the model compares with this answer, row by row.
+    """
+
+    name: str
+    accuracy: float
+    against: Difference
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"class": self.name, "accuracy": self.accuracy, "against": self.against.to_dict()}
+
+
 @dataclass(frozen=True, eq=False)
 class Metrics:
     """What `judge` found. Shares are in [0, 1], losses in nats per row; undefined figures are NaN (null in JSON).
@@ -76,6 +95,7 @@ class Metrics:
     macro_f1_ci: tuple[float, float]
     top_k: dict[int, float]
     balanced_accuracy: float
+    majority: Majority
     averages: dict[str, Average]
     per_class: tuple[ClassMetrics, ...]
     confusion: np.ndarray
@@ -98,12 +118,19 @@ class Metrics:
         """Mean F1 of the classes that occur in the truth."""
         return self.averages["macro"].f1
 
+    @property
+    def imbalanced(self) -> bool:
+        """Whether the largest class is so large that accuracy must be held against it: beyond its fair share by a fifth and 5 points."""
+        fair = 1 / max(1, sum(c.support > 0 for c in self.per_class))
+        return fair < 1 and self.majority.accuracy > fair + max(0.05, 0.2 * fair) + 1e-9
+
     def to_dict(self) -> dict[str, Any]:
         """The same facts as JSON-safe values: NaN becomes None, arrays become lists."""
         value = {name: getattr(self, name) for name in self.__dataclass_fields__}
         value["averages"] = {name: asdict(figures) for name, figures in self.averages.items()}
         value["per_class"] = [asdict(figures) for figures in self.per_class]
         value["macro_f1"] = self.macro_f1
+        value |= {"majority": self.majority.to_dict(), "imbalanced": self.imbalanced}
         for name in ("reliability", "coverage"):
             value[name] = dict(vars(value[name]))
         plain: dict[str, Any] = _plain(value)
@@ -146,6 +173,7 @@ def judge(
     bootstrap: int = 1000,
     seed: int = 0,
     confidence: float = 0.95,
+    group: np.ndarray | None = None,
 ) -> Metrics:
     """Judge predictions of one `one_of` task; each row counts exactly once, whatever batches it came in.
 
@@ -161,6 +189,7 @@ def judge(
         top_k: which top-k accuracies; values k >= K are left out (they are always 1). Equal scores rank by column.
         bootstrap: resamples for the interval of macro-F1; 0 makes it NaN and costs nothing.
         seed: of the resamples. Equal input and seed give equal intervals.
+        group: (N,) int group of each row of the manifest, for the comparison with the majority class; see `paired.compare`.
         confidence: mass of the intervals, in (0, 1). That of accuracy is Wilson's, see `accuracy_interval`.
 
     Raises:
@@ -188,6 +217,7 @@ def judge(
         macro_f1_ci=_percentiles(_macro_f1_draws(confusion, bootstrap, seed), confidence),
         top_k=_top_k(scores, truth, top_k),
         balanced_accuracy=_mean([c.recall for c in present]),
+        majority=_majority(predictions, group),
         averages=_averages(confusion, per_class),
         per_class=per_class,
         confusion=confusion,
@@ -249,6 +279,11 @@ def _per_class(confusion: np.ndarray, predictions: Predictions) -> tuple[ClassMe
         counts = int(support[k]), int(predicted[k])
         out.append(ClassMetrics(name, *counts, float(precision[k]), float(recall[k]), float(f1[k]), auc, ap))
     return tuple(out)
+
+
+def _majority(predictions: Predictions, group: np.ndarray | None) -> Majority:
+    column, against = against_majority(predictions, group)
+    return Majority(predictions.labels.classes[column], float((predictions.truth == column).mean()), against)
 
 
 def _averages(confusion: np.ndarray, per_class: Sequence[ClassMetrics]) -> dict[str, Average]:

@@ -21,10 +21,13 @@ from ..core.manifest import LabelSpace
 from ..core.predictions import Predictions
 
 Verdict = Literal["pass", "fail", "underpowered"]
+Side = Literal["better", "worse", "even"]
 
 CONFIDENCE = 0.95
 
 _HALVINGS = 80  # of an interval of at most 2: beyond the last bit of a float
+_SAME = 1e-9  # of differences that are sums of fractions
+_MANY = 2000  # groups that change sides; their signs are summed by the normal distribution
 _NEVER = 1e9  # rows; a drop that differs from the allowed one by rounding alone would ask for more
 
 
@@ -294,6 +297,9 @@ class Difference:
         low, high: two-sided interval of the gain; None where rows of one group belong together.
         p_value: of "no difference".
         verdict: better, worse, or even where the rows cannot tell.
+        balanced_gain: the same difference of balanced accuracies (each class counts the same).
+        balanced_p: of "no difference" there, by random signs.
+        balanced_verdict: as `verdict`, of the balanced accuracies.
     """
 
     rows: int
@@ -303,7 +309,10 @@ class Difference:
     low: float | None
     high: float | None
     p_value: float
-    verdict: Literal["better", "worse", "even"]
+    verdict: Side
+    balanced_gain: float
+    balanced_p: float
+    balanced_verdict: Side
 
     def to_dict(self) -> dict[str, Any]:
         return dict(vars(self))
@@ -315,7 +324,8 @@ def compare(
     """Compare two models on the labelled rows that both have answered; None where there are none.
 
     Independent rows are judged by McNemar's mid-p value, and the interval is Tango's. Where rows share a group, whole
-    groups change sign instead: McNemar's test would call 10 to 19 % of equal models different.
+    groups change sign instead: McNemar's test would call 10 to 19 % of equal models different. Balanced accuracies are always
+    judged by random signs: a row counts by the size of its class, and the test stays exact with three rows of a class.
 
     Args:
         group: (N,) int group of each row of the manifest, -1 for a row on its own.
@@ -327,25 +337,57 @@ def compare(
     if reference.labels != candidate.labels:
         raise ValueError(f"the classes differ: {reference.labels.classes} and {candidate.labels.classes}")
     rows, ours, theirs = np.intersect1d(reference.rows, candidate.rows, assume_unique=True, return_indices=True)
-    n = len(rows)
-    if not n:
+    if not len(rows):
         return None
     was = (reference.predicted == reference.truth)[ours]
     now = (candidate.predicted == candidate.truth)[theirs]
-    change = now.astype(np.int64) - was
+    return _difference(reference.truth[ours], was, now, None if group is None else group[rows], confidence)
+
+
+def against_majority(predictions: Predictions, group: np.ndarray | None = None) -> tuple[int, Difference]:
+    """The most frequent class of n > 0 labelled rows, and how a model compares with giving this answer to all of them.
+
+    The class is that of the judged rows themselves, so no constant answer does better.
+
+    Args:
+        group: as in `compare`.
+
+    Raises:
+        DataError: D004 when there are no labels.
+    """
+    truth = predictions.truth
+    column = int(np.bincount(truth).argmax())
+    own = None if group is None else group[predictions.rows]
+    return column, _difference(truth, truth == column, predictions.predicted == truth, own, CONFIDENCE)
+
+
+def _difference(
+    truth: np.ndarray, was: np.ndarray, now: np.ndarray, group: np.ndarray | None, confidence: float
+) -> Difference:
+    """`compare` of n > 0 rows: (n,) true classes, whether reference and candidate are right, and groups."""
+    n, level, change = len(truth), 1 - confidence, now.astype(np.int64) - was
     lost, gained = int((change < 0).sum()), int((change > 0).sum())
     low: float | None = None
     high: float | None = None
-    if group is not None and _shared(group[rows]):
-        p_value = _flipped_signs(change, group[rows])
+    own = group if group is not None and _shared(group) else np.full(n, -1)
+    size = np.bincount(truth)
+    weighted = change / (size[truth] * (size > 0).sum())
+    balanced, balanced_p = float(weighted.sum()), _flipped_signs(weighted, own)
+    if (own >= 0).any():
+        p_value = _flipped_signs(change, own)
     else:
         p_value, sure = mcnemar_mid(lost, gained), (1 + confidence) / 2
         low, high = tango_lower_bound(gained, lost, n, sure), tango_upper_bound(gained, lost, n, sure)
-    told = p_value <= 1 - confidence
     return Difference(
-        n, lost, gained, (gained - lost) / n, low, high, p_value,
-        "even" if not told or lost == gained else "better" if gained > lost else "worse",
+        n, lost, gained, (gained - lost) / n, low, high, p_value, _side(gained - lost, p_value, level), balanced, balanced_p,
+        _side(balanced, balanced_p, level),
     )  # fmt: skip
+
+
+def _side(gain: float, p_value: float, level: float) -> Side:
+    if p_value > level or abs(gain) < _SAME:
+        return "even"
+    return "better" if gain > 0 else "worse"
 
 
 def _shared(group: np.ndarray) -> bool:
@@ -356,16 +398,25 @@ def _shared(group: np.ndarray) -> bool:
 def _flipped_signs(change: np.ndarray, group: np.ndarray, draws: int = 9999) -> float:
     """p-value of "a group gains as easily as it loses": how often random signs of the groups' sums reach the observed sum.
 
+    With thousands of groups the sum is normal, with the variance that the signs give it.
+
+    Args:
+        change: (n,) what each row adds to the difference.
+        group: (n,) int, -1 for a row on its own.
+
     Source: Phipson, Smyth, Stat. Appl. Genet. Mol. Biol. 9:39 (2010), for counting the observed one.
     """
     alone = group < 0
     names = np.where(alone, group.max(initial=-1) + 1 + np.cumsum(alone), group)
-    sums = np.bincount(np.unique(names, return_inverse=True)[1], change).astype(np.int64)
-    sums = sums[sums != 0]
+    sums = np.bincount(np.unique(names, return_inverse=True)[1], change)
+    sums = sums[abs(sums) > _SAME]
+    total = abs(sums.sum())
+    if len(sums) > _MANY:
+        return math.erfc(total / math.sqrt(2 * (sums**2).sum()))
     draw, reached, piece = np.random.default_rng(0), 1, max(1, 1_000_000 // max(1, len(sums)))
     for first in range(0, draws, piece):
         kept = draw.integers(0, 2, (min(piece, draws - first), len(sums)), np.int8) @ sums
-        reached += int((abs(2 * kept - sums.sum()) >= abs(sums.sum())).sum())  # the others are turned
+        reached += int((abs(2 * kept - sums.sum()) >= total - _SAME).sum())  # the others are turned
     return reached / (draws + 1)
 
 

@@ -184,7 +184,7 @@ def _number(value: float, digits: int = 3) -> str:
 
 def _context(facts: ReportFacts) -> dict[str, Any]:
     context: dict[str, Any] = {"facts": facts, "split": facts.headline, "metrics": None, "pictures": {}, "alt": PLOTS}
-    context |= {"rows": [], "pairs": [], "mistakes": [], "wrong": 0, "verdict": None, "notes": list(facts.warnings)}
+    context |= {"rows": [], "pairs": [], "mistakes": [], "wrong": 0, "verdict": None, "constant": None, "notes": list(facts.warnings)}
     pictures: dict[str, bytes] = {}
     if facts.headline:
         predictions, metrics = facts.splits[facts.headline]
@@ -196,6 +196,7 @@ def _context(facts: ReportFacts) -> dict[str, Any]:
             "mistakes": _mistakes(predictions, facts.root),
             "wrong": int((predictions.truth != predictions.predicted).sum()),
             "verdict": _verdict(metrics, facts.baseline, facts.against),
+            "constant": _against_majority(metrics),
         }
         context["notes"] += [f"{name}: {text}" for name, (_, m) in facts.splits.items() for text in m.warnings]
     if facts.epochs:
@@ -224,20 +225,40 @@ def _verdict(metrics: Metrics, baseline: Mapping[str, Any] | None, against: Diff
         points = 100 * (metrics.accuracy - accuracy)
         text = f"differs from the baseline by {points:+.1f} points, whose answers were not kept to compare row by row"
         return {"kind": "even", "text": text, "accuracy": accuracy}
+    kind, text = _in_words(against, "the baseline")
+    if metrics.imbalanced and baseline.get("balanced_accuracy") is not None:
+        points, side = 100 * against.balanced_gain, against.balanced_verdict
+        told = f"{abs(points):.1f} points {side}" if side != "even" else f"{points:+.1f} points, not surely different"
+        shares = f"{_percent(metrics.balanced_accuracy)} against {_percent(baseline['balanced_accuracy'])}"
+        text += f"; balanced accuracy {shares}, {told}"
+        kind = "even" if kind == "good" and side != "better" else "bad" if side == "worse" else kind
+    return {"kind": kind, "text": text, "accuracy": accuracy}
+
+
+def _in_words(against: Difference, other: str) -> tuple[str, str]:
+    """A colour, and what a comparison says: a lower accuracy is never called the same, only not surely worse."""
     found = f"on the same {against.rows:,} images"
     if against.low is not None and against.high is not None:
         found = f"95% interval {100 * against.low:+.1f} to {100 * against.high:+.1f}, {found}"
     points = 100 * against.gain
     if against.verdict == "better":
-        kind, text = "good", f"is better than the baseline by {points:.1f} points ({found})"
-    elif against.verdict == "worse":
-        kind, text = (
-            "bad",
-            f"is worse than the baseline by {-points:.1f} points ({found}): check settings and data first",
-        )
-    else:
-        kind, text = "even", f"cannot be told apart from the baseline ({points:+.1f} points, {found})"
-    return {"kind": kind, "text": text, "accuracy": accuracy}
+        return "good", f"is better than {other} by {points:.1f} points ({found})"
+    if against.verdict == "worse":
+        return "bad", f"is worse than {other} by {-points:.1f} points ({found}): check settings and data first"
+    if points < 0:
+        return "even", f"is not better than {other} ({points:+.1f} points, {found}; too few images to call it worse)"
+    return "even", f"cannot be told apart from {other} ({points:+.1f} points, {found})"
+
+
+def _against_majority(metrics: Metrics) -> dict[str, Any] | None:
+    """On imbalanced data: what always answering the largest class reaches, and whether the model is better."""
+    if not metrics.imbalanced:
+        return None
+    majority, other = metrics.majority, f"always answering {metrics.majority.name}"
+    if not majority.against.lost and not majority.against.gained:
+        return {"kind": "bad", "text": f"is no better than {other} ({_percent(majority.accuracy)}): it is right about the same images"}
+    kind, text = _in_words(majority.against, f"{other} ({_percent(majority.accuracy)})")
+    return {"kind": kind, "text": text}
 
 
 def _confused_pairs(metrics: Metrics) -> list[dict[str, Any]]:

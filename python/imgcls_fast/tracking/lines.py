@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from .events import Event
@@ -84,6 +84,9 @@ def done_facts(event: Event) -> list[tuple[str, str]]:
     baseline = event.get("baseline")
     if baseline is not None:
         facts.append(("baseline", f"{_fixed(baseline)}, {_against(event, baseline)}"))
+    if event.get("imbalanced"):
+        facts.append(("largest class", majority_line(event["majority"])))
+        facts.append(("balanced", _balanced(event)))
     facts.append(("macro F1", _fixed(event.get("macro_f1"))))
     facts.append(("calibration", f"ECE {_fixed(event.get('ece'))} (0: confidence and accuracy agree)"))
     worst = [f"{name} F1 {_fixed(f1)} ({counted(support, 'image')})" for name, f1, support in event.get("worst") or ()]
@@ -101,18 +104,46 @@ def _against(event: Event, baseline: float) -> str:
     against = event.get("against")
     if not against:
         return f"a difference of {event['accuracy'] - baseline:+.3f}"
+    return _compared(against)
+
+
+def _compared(against: Mapping[str, Any]) -> str:
+    """Which of two is better on the same images: a lower accuracy is never called the same, only not surely worse."""
     gain, low, high = against["gain"], against.get("low"), against.get("high")
     found = f"on the same {counted(against['rows'], 'image')}"
     if low is not None and high is not None:
         found = f"[{low:+.3f}, {high:+.3f}] {found}"
-    if against["verdict"] == "even":
-        return f"cannot be told apart: {gain:+.3f} {found}"
-    return f"so {abs(gain):.3f} {against['verdict']}: {found}"
+    if against["verdict"] != "even":
+        return f"so {abs(gain):.3f} {against['verdict']}: {found}"
+    return f"{'no better' if gain < 0 else 'cannot be told apart'}: {gain:+.3f} {found}"
+
+
+def majority_line(majority: Mapping[str, Any]) -> str:
+    """What always answering the most frequent class reaches, and how the model compares with that."""
+    against = majority["against"]
+    constant = f"{_fixed(majority['accuracy'])} by always answering {majority['class']}"
+    if not against["lost"] and not against["gained"]:
+        return f"{constant}, no better: right about the same images"
+    return f"{constant}, {_compared(against)}"
+
+
+def _balanced(event: Event) -> str:
+    """Balanced accuracy, and how it compares with the baseline's."""
+    found, other, against = _fixed(event["balanced_accuracy"]), event.get("baseline_balanced"), event.get("against") or {}
+    if other is None or "balanced_verdict" not in against:
+        return f"accuracy {found}, where each class counts the same"
+    gain = against["balanced_gain"]
+    verdict = f"so {abs(gain):.3f} {against['balanced_verdict']}" if against["balanced_verdict"] != "even" else (
+        f"{'no better' if gain < 0 else 'cannot be told apart'}: {gain:+.3f}"
+    )  # fmt: skip
+    return f"accuracy {found}, where each class counts the same; baseline {_fixed(other)}, {verdict}"
 
 
 def done_line(event: Event) -> str:
     """The result in one line."""
     found = f"{_fixed(event['accuracy'])}{_interval(event.get('ci'))}"
+    if event.get("imbalanced"):
+        found += f", balanced {_fixed(event['balanced_accuracy'])},"
     return f"{event['split']} accuracy {found} on {counted(event['n'], 'image')} -> {event['run']}"
 
 
@@ -162,7 +193,12 @@ def _baseline_lines(event: Event) -> list[str]:
     else:
         rows = counted(event["train_rows"], "training image") if event.get("train_rows") else ""
     fitted = f"; fitted to {rows}" if rows else ""
-    return [f"linear probe on {event['features']}: {found}", f"  your model must beat this{fitted}"]
+    lines = [f"linear probe on {event['features']}: {found}", f"  your model must beat this{fitted}"]
+    if event.get("imbalanced"):
+        majority = event["majority"]
+        constant = f"always answering {majority['class']} gives {_fixed(majority['accuracy'])}"
+        lines.append(f"  {constant}; balanced accuracy of the probe {_fixed(event['balanced_accuracy'])}")
+    return lines
 
 
 def _start_lines(event: Event) -> list[str]:

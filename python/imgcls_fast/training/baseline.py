@@ -37,7 +37,8 @@ def fit_baseline(plan: Plan, manifest: Manifest, run: Run) -> dict[str, Any]:
     It sees as many images as a minute allows, whatever their number; a run keeps the probe that it once had.
 
     Returns:
-        features (what they are), split, accuracy, ci, n and of (rows judged, rows of the split), train_rows and train_of,
+        features (what they are), split, accuracy, ci, balanced_accuracy, macro_f1, imbalanced and majority (as in `Metrics`), n and
+        of (rows judged, rows of the split), train_rows and train_of,
         limit (what kept it from using every training image, or ""), seconds. Written to baseline.json; the answers lie in
         eval/baseline.
     """
@@ -52,12 +53,16 @@ def fit_baseline(plan: Plan, manifest: Manifest, run: Run) -> dict[str, Any]:
     x, _, rows, _ = read_features(features, _batches(plan, manifest, judged), JUDGE_S)
     predictions = answers(probe, x, rows, manifest)
     predictions.save(run.evaluation("baseline"))
-    metrics = judge(predictions, bootstrap=0)
+    metrics = judge(predictions, bootstrap=0, group=manifest.group)
     found = {
         "features": name,
         "split": split,
         "accuracy": metrics.accuracy,
         "ci": list(metrics.accuracy_ci),
+        "balanced_accuracy": metrics.balanced_accuracy,
+        "macro_f1": metrics.macro_f1,
+        "imbalanced": metrics.imbalanced,
+        "majority": metrics.majority.to_dict(),
         "n": metrics.n,
         "of": len(judged),
         "train_rows": used,

@@ -24,7 +24,7 @@ _JUDGED = ("test", "val")
 
 def judged(run: Run) -> dict[str, tuple[Predictions, Metrics]]:
     """Stored predictions of each judged split, and what they are worth."""
-    config = run.config
+    config, group = run.config, run.manifest.group
     out = {}
     for split in _JUDGED:
         if (run.evaluation(split) / "predictions.json").exists():
@@ -36,6 +36,7 @@ def judged(run: Run) -> dict[str, tuple[Predictions, Metrics]]:
                     top_k=config.evaluate.top_k,
                     bootstrap=config.evaluate.bootstrap,
                     seed=config.train.seed,
+                    group=group,
                 ),
             )
     return out

@@ -351,8 +351,9 @@ def _finish(stage: _Stage, baseline: dict[str, Any] | None) -> None:
             predictions = calibrated(validation if split == "val" else score(split), bundle.temperature)
             with phase(f"computing intervals of the {split} figures"):
                 judged[split] = judge(
-                    predictions, top_k=config.evaluate.top_k, bootstrap=config.evaluate.bootstrap, seed=config.train.seed
-                )
+                    predictions, top_k=config.evaluate.top_k, bootstrap=config.evaluate.bootstrap, seed=config.train.seed,
+                    group=manifest.group,
+                )  # fmt: skip
             rows = set(manifest.rows(split).tolist())
             left = Undecoded({manifest.paths[row]: reason for row, reason in sorted(bad.items()) if row in rows})
             judged[split] = without(judged[split], left)
@@ -386,9 +387,13 @@ def _done_event(
         "accuracy": metrics.accuracy,
         "ci": list(metrics.accuracy_ci),
         "macro_f1": metrics.macro_f1,
+        "balanced_accuracy": metrics.balanced_accuracy,
+        "imbalanced": metrics.imbalanced,
+        "majority": metrics.majority.to_dict(),
         "ece": metrics.ece,
         "n": metrics.n,
         "baseline": baseline["accuracy"] if baseline else None,
+        "baseline_balanced": baseline.get("balanced_accuracy") if baseline else None,
         "worst": [[c.name, c.f1, c.support] for c in worst],
         "seconds": round(sum(e.get("seconds") or 0 for e in stage.run.epochs), 1),
         "ended": how_it_ended(stage.plan.config.train, stage.run.epochs),
