@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..core.text import printable
 
+_NAMING = frozenset(("seed", "split_seed", "row", "line", "epoch", "best_epoch", "step", "opset", "port", "pid"))
+_SECTIONS = frozenset(("data", "pixels", "augment", "model", "loss", "optim", "train", "evaluate", "export"))
+_TIMES = frozenset(("began", "ended", "created"))  # seconds since 1970
 MAX_ROWS = 40  # of one table on a terminal; files and --json hold all
 _WORD = 30  # characters: a longer text in a list is a sentence
 
@@ -26,7 +30,7 @@ def table(
         limit: rows shown on a terminal; the others are counted.
     """
     heads = [printable(head) for head in heads]
-    lines = [[printable(text(cell)) for cell in row] for row in rows]
+    lines = [[printable(text(cell, heads[k] if k < len(heads) else "")) for k, cell in enumerate(row)] for row in rows]
     if not console.is_terminal:
         for line in [heads, *lines]:
             print("\t".join(line), file=console.file)  # rich would turn tabs into spaces
@@ -74,7 +78,7 @@ def facts(console: Any, values: Mapping[str, Any], indent: int = 0, *, names: bo
             heads = list(dict.fromkeys(key for row in value for key in row))
             table(console, heads, ([row.get(head) for head in heads] for row in value))
         else:
-            lines = value if _is_prose(value) else [text(value)]
+            lines = value if _is_prose(value) else [text(value, name)]
             for k, line in enumerate(lines):
                 say(console, f"{' ' * indent}{'' if k else shown(name):<{width}}  {line}")
 
@@ -89,18 +93,29 @@ def words(name: str) -> str:
     return str(name).replace("_", " ")
 
 
-def text(value: Any) -> str:
-    """One cell: numbers with separators and four digits, nothing as a dash."""
+def text(value: Any, name: str = "") -> str:
+    """One cell: numbers with separators and four digits, nothing as a dash.
+
+    Args:
+        name: what the value is of. Settings ("section.name") are shown as one writes them, numbers that only name something
+            (seeds, rows, epochs) without separators, and times as dates.
+    """
+    section, _, key = str(name).rpartition(".")
+    setting = section in _SECTIONS
     if value is None or (isinstance(value, float) and value != value):
         return "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if key in _TIMES and isinstance(value, int | float):
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(value))
     if isinstance(value, int):
-        return f"{value:,}"
+        return str(value) if setting or key in _NAMING else f"{value:,}"
+    if isinstance(value, float) and setting:
+        return f"{value:g}"
     if isinstance(value, float):
         return f"{value:.4f}".rstrip("0").rstrip(".") if 1e-3 <= abs(value) < 1e5 else f"{value:.4g}"
     if isinstance(value, list | tuple):
-        return ", ".join(text(item) for item in value) or "-"
+        return ", ".join(text(item, name) for item in value) or "-"
     return str(value)
 
 
