@@ -25,7 +25,7 @@ from .defaults import Machine, Notes
 from .layout import built, step_s
 
 _LOOK_S = 0.3  # how long the cores are watched before the plan
-_BUSY = 0.4  # cores in use by others from which on threads are timed
+BUSY = 0.4  # cores in use by others from which on threads are timed
 _BUDGET_S = 1.0  # for timing; a large network takes two short steps of each
 _LONG_S = 5.0  # a network whose first steps take longer is not asked again
 _GAIN = 1.1  # fewer threads must be this much faster
@@ -46,7 +46,7 @@ def choose_threads(
     name, most = "train.threads", machine.cpus
     asked = notes.config.train.threads != "auto"
     free = None if asked or device != "cpu" or not machine.measures or most < 2 else free_cores()
-    if free is None or free > most - _BUSY:
+    if free is None or free > most - BUSY:
         notes.decide(name, most, machine.why_cpus)
         return
     left = f"other processes leave {free:.1f} of {env.cpus().affinity} cores idle"
@@ -139,7 +139,7 @@ class Crowd:
         rate, waited = (images - before[0]) / passed_s, (now[2] - before[2]) / passed_s
         total = env.cpus().affinity
         others = total - (now[3] - before[3]) / passed_s - max(0.0, now[4] - before[4]) / passed_s
-        if waited < _WAITED or others < _BUSY:
+        if waited < _WAITED or others < BUSY:
             return None
         self._silent = True
         return (

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import tempfile
 from pathlib import Path
 
 from ..core import env
@@ -10,13 +12,16 @@ from ..core.errors import HardwareError
 from ..core.text import quoted
 from ..data.loader import dali_missing
 
-Row = tuple[str, str, bool, str]  # item, value, fine, hint
+Row = tuple[str, str, bool | None, str]  # item, value, fine (None: good to know), hint
+_FREE_BYTES, _SHARED_BYTES = 1e9, 250e6  # from which on a place is fine
 
 
 def examine_machine() -> list[tuple[str, list[Row]]]:
     """Sections of (item, value, fine, hint). Starts the GPU driver; changes nothing."""
     return [
         ("machine", _machine()),
+        ("cores", _cores()),
+        ("compilers", _compilers()),
         ("compiled extension", _extension()),
         ("GPU", _gpu()),
         ("loaders", _loaders()),
@@ -32,8 +37,43 @@ def _machine() -> list[Row]:
         ("imgcls-fast", facts["imgcls_fast"], True, ""),
         ("python", facts["python"], True, ""),
         ("system", facts["system"], True, ""),
-        ("cpu", f"{facts['cpu']}, {facts['cpus']} usable cores", True, ""),
+        ("cpu", facts["cpu"], True, ""),
     ]
+
+
+def _cores() -> list[Row]:
+    """How many threads are started, what that is counted from, and whether other processes leave the cores for them."""
+    from .crowding import BUSY, free_cores
+
+    counted, free = env.cpus(), free_cores()
+    quota = "none" if counted.quota is None else f"{counted.quota:.3g} cores' worth of time"
+    rows: list[Row] = [
+        ("threads", f"{counted.threads}: {counted.reason}", True, ""),
+        ("affinity mask", f"{counted.affinity} of {counted.machine} cores", True, ""),
+        ("CPU quota", quota, True, ""),
+        ("OMP_NUM_THREADS", "not set" if counted.asked is None else str(counted.asked), True, ""),
+    ]
+    if free is not None:
+        fine = free > counted.threads - BUSY or counted.threads == 1
+        hint = "" if fine else "on busy cores one thread is often faster: --set train.threads=1 (a plan on a CPU times both)"
+        rows.append(("load", f"other processes leave {free:.1f} of {counted.affinity} cores idle", fine or None, hint))
+    return rows
+
+
+def _compilers() -> list[Row]:
+    """What compiles a network for each device; without it training goes on eagerly."""
+    import torch
+
+    wanted = [("torch.compile, CPU", "cpu", False), ("export --aoti", "cpu", True)]
+    if torch.cuda.is_available():
+        wanted.insert(0, ("torch.compile, GPU", "cuda", False))
+    rows: list[Row] = []
+    for name, device, package in wanted:
+        lack = env.lacks_compiler(device, package=package)
+        where = (env.cxx_compiler() or "ready") if device == "cpu" else "ready"
+        missing = False if device == "cuda" else None  # which a GPU uses by default, and a CPU when it is asked for
+        rows.append((name, lack.what if lack else where, missing if lack else True, lack.remedy if lack else ""))
+    return rows
 
 
 def _extension() -> list[Row]:
@@ -107,27 +147,51 @@ def _libraries() -> list[Row]:
 
 def _places() -> list[Row]:
     rows: list[Row] = []
-    for name, where in (("cache", env.cache_dir), ("runs", env.runs_dir)):
+    for name, where, variable in (
+        ("cache", env.cache_dir, "IMGCLS_CACHE"),
+        ("runs", env.runs_dir, "IMGCLS_RUNS"),
+        ("temporary files", _temporary, "TMPDIR"),
+    ):
         try:
-            place = where()
+            rows.append(_place(name, where(), f"name another folder: {variable}=FOLDER"))
         except HardwareError as error:
-            rows.append((name, error.message, False, error.hint))
-            continue
-        existing = next(folder for folder in (place.absolute(), *place.absolute().parents) if folder.exists())
-        free = shutil.disk_usage(existing).free / 1e9
-        rows.append((name, f"{place} ({free:.0f} GB free)", free > 1, "" if free > 1 else "free some space"))
+            rows.append((name, error.message, False, error.try_))
     shared = Path("/dev/shm")
     if shared.is_dir():
-        free = shutil.disk_usage(shared).free / 1e9
-        rows.append(
-            (
-                "/dev/shm",
-                f"{free:.1f} GB free",
-                free > 0.25,
-                "" if free > 0.25 else "start the container with --shm-size 4g, or use --loader dali-cpu",
-            )
-        )
+        use = shutil.disk_usage(shared)
+        fine = use.free > _SHARED_BYTES
+        hint = "" if fine else "start the container with --shm-size 4g, or use --loader dali-cpu"
+        rows.append(("/dev/shm", f"{_size(use.free)} of {_size(use.total)} free", fine, hint))
     return rows
+
+
+def _place(name: str, place: Path, elsewhere: str) -> Row:
+    """Whether files can be made in a folder, which need not exist yet; nothing is made."""
+    existing = next(folder for folder in (place.absolute(), *place.absolute().parents) if folder.exists())
+    if not existing.is_dir():
+        return (name, f"{place}: {existing} is a file", False, elsewhere)
+    if not os.access(existing, os.W_OK | os.X_OK):
+        return (name, f"{place}: {existing} cannot be written", False, elsewhere)
+    free = shutil.disk_usage(existing).free
+    fine = free > _FREE_BYTES
+    return (name, f"{place} ({_size(free)} free)", fine, "" if fine else f"free some space, or {elsewhere}")
+
+
+def _temporary() -> Path:
+    """The folder of temporary files.
+
+    Raises:
+        HardwareError: H003 where there is none that can be written.
+    """
+    try:
+        return Path(tempfile.gettempdir())
+    except FileNotFoundError as error:
+        raise HardwareError("H003", str(error), try_="name a folder: TMPDIR=FOLDER") from error
+
+
+def _size(count: float) -> str:
+    """Bytes in a unit with a figure before the point."""
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
 
 
 def _weights() -> list[Row]:
