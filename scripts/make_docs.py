@@ -140,7 +140,7 @@ def cli_page() -> str:
         NOTE,
         "# Command line",
         prose("""
-            `imgcls-fast VERB [THING] [options]`. RUN is a directory or a name in `runs/`; without it the last run is
+            `imgcls-fast VERB [THING] [options]`. RUN is a directory or a name in `runs/`; without it the last finished run is
             meant. Every verb has `--help`, `--json` (one JSON object on stdout, everything else on stderr), `--quiet`
             and `--debug`.
         """),

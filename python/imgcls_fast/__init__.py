@@ -21,7 +21,7 @@ _OFFERED = {  # file -> the names that it offers here
     "api.bench": ("benchmark", "bench_report", "bench_compare"),
     "api.data": ("check_data", "split_data", "data_stats"),
     "api.models": ("list_models",),
-    "api.runs": ("list_runs", "show_run", "doctor"),
+    "api.runs": ("list_runs", "show_run", "diff_runs", "remove_run", "doctor"),
     "models": ("attention",),
     "models.kernels": ("use_kernels",),
     "core.run": ("Run",),

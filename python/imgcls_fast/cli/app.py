@@ -214,7 +214,7 @@ def overview() -> str:
     lines += [f"  {f'{verb.name} {verb.things}'.rstrip():<{width}}{verb.help}" for verb in VERBS]
     lines += [
         "",
-        "RUN is a directory or a name in runs/; without it the last run is meant. Every verb has --help and --json.",
+        "RUN is a directory or a name in runs/; without it the last finished run is meant. Every verb has --help and --json.",
         "",
     ]
     lines += ["first steps:", f"  {PROGRAM} demo", f"  {PROGRAM} train my-photos/", f"  {PROGRAM} predict photo.jpg"]

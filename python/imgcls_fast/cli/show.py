@@ -39,7 +39,7 @@ def table(
     from rich.table import Table
 
     right = set(numbers)
-    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for k, head in enumerate(heads):
         drawn.add_column(head, justify="right" if k in right else "left", overflow="fold")
     for line in lines[:limit]:

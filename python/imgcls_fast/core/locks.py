@@ -71,6 +71,21 @@ def take(path: Path) -> Lock:
     return Lock(file, caution)
 
 
+def is_taken(path: Path) -> bool:
+    """Whether somebody holds the lock; looks, and changes nothing."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                return False
+            except BlockingIOError:
+                return True
+            except OSError:  # no locks here
+                return bool(_still_writing(file.read(1000), path))
+    except OSError:
+        return False
+
+
 def lock_descriptor(descriptor: int, *, wait: bool) -> bool:
     """Lock an open file or folder until it is closed; whether the file system has locks.
 

@@ -138,7 +138,7 @@ class Run:
         return Predictions.load(self.evaluation(split))
 
     def brief(self) -> dict[str, Any]:
-        """One line of the list of runs: name, data, model, epochs, accuracy, split, created, finished.
+        """One line of the list of runs: name, data, model, epochs, accuracy, split, created, finished, state.
 
         A run with a damaged file is listed all the same, with the error's code in place of its data.
         """
@@ -156,7 +156,17 @@ class Run:
             }
         except DataError as error:
             line["data"] = f"unreadable ({error.code})"
-        return {**line, "name": self.name, "created": record_of(self.directory)["created"], "finished": self.finished}
+        return {**line, "name": self.name, "created": record_of(self.directory)["created"], "finished": self.finished, "state": self.state}
+
+    @property
+    def state(self) -> str:
+        """finished, running, interrupted, failed, or stopped where its process ended without a word."""
+        if self.finished:
+            return "finished"
+        if locks.is_taken(self.directory / ".lock"):
+            return "running"
+        end = str((self.last_end() or {}).get("event"))
+        return end if end in ("interrupted", "failed") else "stopped"
 
     def _ended(self) -> str:
         """How work on this run ended last, in a few words; empty while it goes on, or where it ended without a word."""

@@ -133,6 +133,18 @@ def forget(run: Run) -> None:
         link.unlink(missing_ok=True)
 
 
+def named_run(name: str | Path) -> Run:
+    """The run that is meant by exactly this path or name; neither the last one nor one around a bundle is guessed.
+
+    Raises:
+        UsageError: U003.
+    """
+    for path in (Path(name), env.runs_dir() / name):
+        if is_run_folder(path):
+            return Run(path)
+    raise UsageError("U003", f"{name} is not a run", try_=command("runs", "list"))  # another run is no hint for a deletion
+
+
 def remove_run(run: Run) -> list[str]:
     """Delete a run: the files that a run has, and its folder if nothing else is in it. Links are removed, never followed.
 
