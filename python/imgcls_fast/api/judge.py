@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core import env
+from ..core.errors import UsageError
+from ..core.run import Run
+from ..core.runs import find_run
+from ..core.text import command
 from .common import RunLike, run_of, say_warning, usual_device
 
 if TYPE_CHECKING:
@@ -84,8 +87,8 @@ def evaluate(
 
 
 def predict(
-    run: RunLike = None,
-    images: Sequence[Any] | str | Path = (),
+    run: Any = None,
+    images: Any = None,
     *,
     runtime: str = "torch",
     precision: str | None = None,
@@ -93,10 +96,12 @@ def predict(
     batch_size: int | None = None,
     trust: bool = False,
 ) -> list[dict[str, Any]]:
-    """Name the class of images.
+    """Name the class of images: `predict("a.jpg")` asks the last run, `predict(run, ["a.jpg", "photos/"])` that one.
 
     Args:
-        images: files and folders (and bytes, Pillow images, arrays). Of a folder every file is taken that is an image by its
+        run: a run, a path, or None for the last one; without `images`, the images.
+        images: one image or several: files, folders, bytes, open files, Pillow images, arrays,
+            tensors. Of a folder every file is taken that is an image by its
             content or its name; a warning counts and names the others.
 
     Returns:
@@ -105,6 +110,7 @@ def predict(
     Raises:
         DataError: D001 for a path that does not exist, D002 when a folder holds no image.
     """
+    run, images = _run_and_images(run, images)
     asked = gather_images(images)
     say_warning(asked.note())
     predictor = Predictor(run, runtime=runtime, precision=precision, batch=batch_size or 32, top_k=top_k, trust=trust)
@@ -114,7 +120,23 @@ def predict(
         predictor.close()
 
 
-def gather_images(images: Sequence[Any] | str | Path) -> Gathered:
+def _run_and_images(run: Any, images: Any) -> tuple[RunLike, Any]:
+    """What is meant by one positional argument: the images, unless it is a run."""
+    if images is not None:
+        return run, images
+    if run is not None and not isinstance(run, Run):
+        try:
+            found = find_run(run) if isinstance(run, str | Path) else None
+        except UsageError:  # no run, so images
+            found = None
+        if found is None:
+            return None, run
+    named = run.directory if isinstance(run, Run) else run
+    said = "predict needs images, got None" if run is None else f"{named} is a run; predict needs images as well"
+    raise UsageError("U002", said, try_=command("predict", "RUN", "IMAGES..."))
+
+
+def gather_images(images: Any) -> Gathered:
     """The images that `predict` would answer about, of folders those inside, and the files that it would pass over.
 
     Raises:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
 import shutil
 import time
@@ -41,7 +42,8 @@ class Run:
         self._lock: locks.Lock | None = None
 
     def __repr__(self) -> str:
-        return f"Run({str(self.directory)!r})"
+        done = os.path.exists(self.bundle_path / "bundle.json")  # raises nothing, whatever the disk does
+        return f"Run({str(self.directory)!r}, {'finished' if done else 'not finished'})"
 
     # where things lie
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -13,13 +13,13 @@ import numpy as np
 
 from ..core.errors import ConfigError, DataError
 from ..core.pixels import evaluation_geometry
-from ..data import skipped
+from ..data import inputs, skipped
 from ..data.decode import Undecodable, decode_pixels, read_file
 from ..data.scan import unlabelled
 from ..data.torch_loader import evaluation_view
 from .base import Engine
 
-Image = Any  # Path | str | bytes | PIL.Image.Image | np.ndarray (H, W[, C])
+Image = Any  # as `inputs.decodable` takes it
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,10 @@ class Prediction:
     top: tuple[tuple[str, float], ...] = ()
     error: str = ""
 
+    def __repr__(self) -> str:
+        said = f"error={self.error!r}" if self.error else f"label={self.label!r}, confidence={self.confidence:.3f}"
+        return f"Prediction(path={self.path!r}, {said})"
+
     def to_dict(self) -> dict[str, Any]:
         if self.error:
             return {"path": self.path, "error": self.error}
@@ -58,51 +62,74 @@ class Predictor:
         engine: what scores.
         batch: images per forward pass.
         top_k: classes in `Prediction.top`.
-        threads: of decoding.
+        threads: number of decoding threads.
+
+    A context manager: leaving it frees the engine.
     """
 
     def __init__(self, engine: Engine, *, batch: int = 32, top_k: int = 1, threads: int = 2) -> None:
-        if batch < 1 or top_k < 1:
-            raise ConfigError("C003", f"batch and top_k must be at least 1, got {batch} and {top_k}")
+        if batch < 1:
+            raise ConfigError("C003", f"batch must be at least 1, got {batch}")
+        _check_top_k(top_k)
         self.engine, self.batch, self.top_k, self._threads = engine, min(batch, engine.max_batch), top_k, threads
+
+    def __repr__(self) -> str:
+        device = getattr(self.engine, "device", "")
+        pixels, known = self.engine.pixels, ", ".join(map(repr, self.classes[:3])) + (", ..." if len(self.classes) > 3 else "")
+        what = f"{self.engine.runtime}{f' on {device}' if device else ''}, {pixels.size} x {pixels.size} {pixels.color}"
+        return f"Predictor({what}, {len(self.classes)} classes: {known})"
+
+    def __enter__(self) -> Predictor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     @property
     def classes(self) -> tuple[str, ...]:
         """Class names in column order."""
         return self.engine.labels.classes
 
-    def __call__(self, image: Image | Sequence[Image]) -> Any:
-        """One `Prediction` for one image; a list for a list, or for a folder.
+    def __call__(self, image: Image | Iterable[Image], *, top_k: int | None = None) -> Any:
+        """One `Prediction` for one image; a list for several, for a batch of tensors, or for a folder.
+
+        Args:
+            image: a path, bytes, an open file, a Pillow image, an array (H, W[, C]) or a tensor (C, H, W) of uint8, or of
+                floats in 0..1.
+            top_k: classes in `Prediction.top`; None: as the Predictor was made.
 
         Raises:
             DataError: D012 when a single image cannot be read (in a list, its `error` says so); D015 when the disk
                 does not hand it out.
         """
-        if isinstance(image, str | Path) and Path(image).is_dir():
-            return list(self.stream(image))
-        if isinstance(image, list | tuple):
-            return list(self.stream(image))
-        (answer,) = self.stream([image])
+        if not inputs.is_one(image) or (isinstance(image, str | Path) and Path(image).is_dir()):
+            return list(self.stream(image, top_k=top_k))
+        (answer,) = self.stream([image], top_k=top_k)
         if answer.error:
             raise DataError(
                 "D012", f"{answer.path} cannot be decoded: {answer.error}", try_="imgcls-fast data check DATA"
             )
         return answer
 
-    def stream(self, images: Iterable[Image] | str | Path) -> Iterator[Prediction]:
+    def stream(self, images: Iterable[Image] | str | Path, *, top_k: int | None = None) -> Iterator[Prediction]:
         """Answers in the order of `images` (a folder: its images, by name), batch by batch; never holds all of them."""
-        if isinstance(images, str | Path):
-            images = [Path(images, path) for path in unlabelled(Path(images)).images]
-        source = iter(images)
+        return self._stream(iter(self._listed(images)), self.top_k if top_k is None else _check_top_k(top_k))
+
+    def _stream(self, source: Iterator[Image], top_k: int) -> Iterator[Prediction]:
         with ThreadPoolExecutor(self._threads) as pool:
             ahead = [pool.submit(self._try, image) for image in islice(source, self.batch)]
             while ahead:
                 following = [pool.submit(self._try, image) for image in islice(source, self.batch)]
-                yield from self._answers([job.result() for job in ahead])
+                yield from self._answers([job.result() for job in ahead], top_k)
                 ahead = following
 
-    def predict(self, images: Sequence[Image]) -> np.ndarray:
-        """(n, K) float32 probabilities.
+    def _listed(self, images: Any) -> Iterable[Image]:
+        if isinstance(images, str | Path) and Path(images).is_dir():
+            return [Path(images, path) for path in unlabelled(Path(images)).images]
+        return inputs.each(images)
+
+    def predict(self, images: Image | Iterable[Image]) -> np.ndarray:
+        """(n, K) float32 probabilities of one image or several, or of a folder's.
 
         Raises:
             DataError: D012 naming the first image that cannot be read; D015 when the disk does not hand it out.
@@ -110,8 +137,8 @@ class Predictor:
         parts = [self.engine.scores(pixels) for pixels in self._batches(images)]
         return np.concatenate(parts) if parts else np.zeros((0, self.engine.labels.size), np.float32)
 
-    def embed(self, images: Sequence[Image]) -> np.ndarray:
-        """(n, F) float32: what the last layer sees; torch models only.
+    def embed(self, images: Image | Iterable[Image]) -> np.ndarray:
+        """(n, F) float32: what the last layer sees, of one image or several; torch models only.
 
         Raises:
             ConfigError: C004 for another runtime.
@@ -142,15 +169,15 @@ class Predictor:
         """Free the engine."""
         self.engine.close()
 
-    def _batches(self, images: Sequence[Image]) -> Iterator[np.ndarray]:
-        source = iter(images)
+    def _batches(self, images: Any) -> Iterator[np.ndarray]:
+        source = iter(self._listed(images))
         while part := list(islice(source, self.batch)):
             yield np.stack([self.preprocess(image) for image in part])
 
     def _pixels(self, image: Image) -> np.ndarray:
         pixels = self.engine.pixels
-        name, source = "", image
-        if isinstance(image, str | Path):
+        name, source = "", inputs.decodable(image)
+        if isinstance(source, Path):
             name = str(image)
             try:
                 source = read_file(name, pixels.max_megapixels, seen=False)
@@ -164,22 +191,28 @@ class Predictor:
         return np.ascontiguousarray(evaluation_view(decoded, place, pixels))
 
     def _try(self, image: Image) -> tuple[str, np.ndarray | None, str]:
-        name = str(image) if isinstance(image, str | Path) else f"<{type(image).__name__}>"
+        name = inputs.name_of(image)
         try:
             return name, self._pixels(image), ""
         except Undecodable as error:
             return name, None, error.reason
 
-    def _answers(self, decoded: list[tuple[str, np.ndarray | None, str]]) -> Iterator[Prediction]:
+    def _answers(self, decoded: list[tuple[str, np.ndarray | None, str]], top_k: int) -> Iterator[Prediction]:
         good = [pixels for _, pixels, _ in decoded if pixels is not None]
         scores = iter(self.engine.scores(np.stack(good)) if good else ())
         for name, pixels, error in decoded:
-            yield Prediction(name, error=error) if pixels is None else self._answer(name, next(scores))
+            yield Prediction(name, error=error) if pixels is None else self._answer(name, next(scores), top_k)
 
-    def _answer(self, name: str, scores: np.ndarray) -> Prediction:
-        order = np.argsort(-scores, kind="stable")[: self.top_k]
+    def _answer(self, name: str, scores: np.ndarray, top_k: int) -> Prediction:
+        order = np.argsort(-scores, kind="stable")[:top_k]
         top = tuple((self.classes[k], float(scores[k])) for k in order)
         return Prediction(name, top[0][0], top[0][1], top)
+
+
+def _check_top_k(top_k: int) -> int:
+    if top_k < 1:
+        raise ConfigError("C003", f"top_k must be at least 1, got {top_k}")
+    return top_k
 
 
 @dataclass(frozen=True)
@@ -202,7 +235,7 @@ def gather(images: Iterable[Image] | str | Path) -> Gathered:
     """
     found: list[Image] = []
     passed_over: list[str] = []
-    for image in [images] if isinstance(images, str | Path) else images:
+    for image in inputs.each(images):
         place = Path(image) if isinstance(image, str | Path) else None
         if place is None or not place.is_dir():
             if place is not None and not place.exists():

@@ -113,6 +113,14 @@ class Metrics:
     # images that the run was trained on, left out or judged, and judged images that chose its epoch
     seen: Mapping[str, int] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        low, high = self.accuracy_ci
+        counted = f"{len(self.warnings)} warning{'s' * (len(self.warnings) != 1)}"
+        return (
+            f"Metrics(accuracy={self.accuracy:.3f} [{low:.3f}, {high:.3f}], macro_f1={self.macro_f1:.3f}, n={self.n:,}, "
+            f"{len(self.classes)} classes, {counted})"
+        )
+
     @property
     def macro_f1(self) -> float:
         """Mean F1 of the classes that occur in the truth."""
