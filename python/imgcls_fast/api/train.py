@@ -43,12 +43,13 @@ def train(
         ImgclsError: with a code, the cause and what to do; Interrupted after a signal, with the work saved.
     """
     from ..core.settings import from_sets
-    from ..training import session
 
     changes = overrides_from(overrides, settings)
-    if resume is not None:
-        changes |= from_sets(sets)
-        return session.resume(last_begun() if resume == "last" else run_of(resume), changes, sinks)
+    found = None if resume is None else last_begun() if resume == "last" else run_of(resume)  # before torch is imported
+    from ..training import session
+
+    if found is not None:
+        return session.resume(found, changes | from_sets(sets), sinks)
     return session.start(config_from(data, config, preset, sets, changes), sinks, command)
 
 

@@ -109,7 +109,8 @@ def resumed_lines(record: Mapping[str, Any]) -> list[str]:
     """One sentence for each interruption: when and how work ended, when it went on, and what was changed."""
     lines = []
     for before, after in zip(record["work"], record["work"][1:], strict=False):
-        how, message = before.get("how") or "ended without a word", before.get("message") or ""
+        how = before.get("how") or "ended without a word"
+        message = str(before.get("message") or "").removesuffix("; the work is saved")
         stopped = f"{how} {day(before['ended'])}" if before.get("ended") else str(how)
         changes = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in (after.get("changes") or {}).items())
         lines.append(

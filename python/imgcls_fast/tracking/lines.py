@@ -94,7 +94,8 @@ def done_facts(event: Event) -> list[tuple[str, str]]:
         facts.append(("worst", "\n".join(worst)))
     if event.get("ended"):
         facts.append(("stopped" if event["ended"]["early"] else "best", ended_line(event["ended"])))
-    around = f"; {clock(event['around_s'])} around it: scan, baseline, evaluation, report" if event.get("around_s") else ""
+    since = " since the resume" if event.get("resumed") else ""
+    around = f"; {clock(event['around_s'])} before and after it{since}" if event.get("around_s") else ""
     facts.append(("time", f"{clock(event.get('seconds'))} training and validation{around}"))
     return facts
 

@@ -363,7 +363,9 @@ def _finish(stage: _Stage, baseline: dict[str, Any] | None) -> None:
     write_plots(run.plots, training_curves(run.epochs))
     report = report_run(run)
     done = _done_event(stage, judged, baseline, report, bundle) | {"against": against.to_dict() if against else None}
-    stage.emit(done | {"around_s": round(time.monotonic() - stage.began - stage.trained_s, 1)})
+    around_s = round(time.monotonic() - stage.began - stage.trained_s, 1)
+    resumed = len(record_of(run.directory)["work"]) > 1
+    stage.emit(done | {"around_s": around_s, "resumed": resumed})
 
 
 def _done_event(
