@@ -381,7 +381,7 @@ class TestEveryFailureLeavesATrace:
     """An event, a line in the log, closed sinks, a checkpoint where one can be trusted, the command."""
 
     def test_diverged(self, configure: Callable[..., Any]) -> None:
-        run, error, _ = failed(configure({"optim.lr": 1e30, "optim.opt": "sgd", "optim.warmup": 0}), ModelError)
+        run, error, _ = failed(configure({"optim.lr": 100.0, "optim.opt": "sgd", "optim.warmup": 0, "optim.weight_decay": 1.0}), ModelError)
         assert error.code == "M008"
         require_trace(run, "M008")
 

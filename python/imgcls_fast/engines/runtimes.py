@@ -27,6 +27,7 @@ from ..models.build import ModelSpec, build_model, load_weights
 from ..models.classifier import Classifier, probabilities
 from ..models.kernels import use_kernels
 from .base import Engine, blank, closed, dominant
+from .hush import hushed
 from .onnx_runtimes import OnnxEngine, cuda_provider, read_graph
 from .openvino_runtime import OpenVinoEngine
 from .trial import demand_survivable
@@ -243,7 +244,7 @@ class CompiledEngine(TorchEngine):
         # at its limit of sizes dynamo would go on in eager mode with no more than a line in the log
         limit = torch._dynamo.config.patch(recompile_limit=_COMPILED_SIZES, fail_on_recompile_limit_hit=True)
         try:
-            with limit, torch._inductor.config.patch(freezing=not self._graphs):
+            with limit, hushed(), torch._inductor.config.patch(freezing=not self._graphs):
                 return super()._score(x)
         except (TorchDynamoException, FailOnRecompileLimitHit, CppCompileError, InvalidCxxCompiler) as error:
             raise ExportError(

@@ -25,6 +25,7 @@ from ..core.exports import Export, choose, export_key, find_key, finish, new_exp
 from ..core.phases import phase
 from ..core.text import command
 from ..engines.base import Engine, dominant
+from ..engines.hush import hushed
 from ..engines.packages import AotiEngine, aoti_host
 from ..engines.runtimes import (
     FunctionEngine,
@@ -176,7 +177,7 @@ def _save_aoti(scorer: Scorer, bundle: Bundle, path: Path, batch: int | None, de
     options: dict[str, Any] = {}
     if torch.device(device).type == "cpu":
         options = {"freezing": True, "cpp.dynamic_threads": True, "cpp.threads": env.usable_cpus()}
-    with warnings.catch_warnings(), torch.no_grad():
+    with warnings.catch_warnings(), hushed(), torch.no_grad():
         warnings.simplefilter("ignore")
         _explained(
             "AOTInductor",

@@ -29,6 +29,7 @@ from ..data.prepare import Prepared, changed_files, prepare, require_splits
 from ..data.quarantine import write_quarantine
 from ..data.split import write_split_csv
 from ..engines.as_found import as_found
+from ..engines.hush import hushed
 from ..engines.runtimes import TorchEngine
 from ..evaluation.metrics import Metrics, judge, without
 from ..evaluation.plots import training_curves
@@ -308,7 +309,7 @@ def _train(stage: _Stage, *, resumed: bool) -> None:
     stage.work.differs(fit.differences)
     compiles = "; the first step compiles the network" if stage.plan.config.train.compile else ""
     begin = time.monotonic()
-    with phase(f"training{compiles}"):
+    with phase(f"training{compiles}"), hushed():
         fit.run()
     stage.trained_s = time.monotonic() - begin
 
