@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -116,12 +117,21 @@ def test_one_count_holds_for_loaders_engines_timing_and_export(monkeypatch: pyte
 
 
 def test_libraries_that_count_by_themselves_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "")
+    monkeypatch.setenv("OMP_NUM_THREADS", "8")
+    monkeypatch.setattr(env, "_lowered", {})
     told = []
-    for counted in (Cpus(8, 8, 1.5), Cpus(8, 8, None, 64), Cpus(8, 8), Cpus(8, 8, None, 2)):
-        monkeypatch.setattr(env, "cpus", lambda counted=counted: counted)
-        monkeypatch.delenv("OMP_NUM_THREADS")
+    for counted, before in (
+        (Cpus(8, 8, 1.5), None),
+        (Cpus(8, 8, None, 64), "64"),
+        (Cpus(8, 8), None),
+        (Cpus(8, 8, None, 2), "2"),
+    ):
+        monkeypatch.setattr(
+            env, "count_cpus", lambda asked, counted=counted: replace(counted, asked=asked and int(asked))
+        )
+        monkeypatch.setenv("OMP_NUM_THREADS", before) if before else monkeypatch.delenv("OMP_NUM_THREADS")
         env.calm_threads()
         told.append(os.environ.get("OMP_NUM_THREADS"))
-        os.environ.setdefault("OMP_NUM_THREADS", "")
-    assert told == ["2", "8", None, None]
+        assert env.cpus() == counted  # what the user has set is remembered as it was
+        monkeypatch.setenv("OMP_NUM_THREADS", "8")
+    assert told == ["2", "8", None, "2"]

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from imgcls_fast.core import cpus, env
+from imgcls_fast.core.errors import Interrupted
+from imgcls_fast.core.run import Run
 from imgcls_fast.core.settings import build_config
 from imgcls_fast.training import crowding, dry, session
 from imgcls_fast.training.crowding import Crowd
@@ -196,3 +199,22 @@ def test_a_dry_run_estimates_with_the_threads_that_it_plans(
     monkeypatch.setattr(dry.time, "perf_counter", clock)
     dry.dry_run(configure({"train.threads": 3}))
     assert seen and set(seen) == {3}
+
+
+@pytest.mark.usefixtures("no_judging")
+def test_a_resumed_run_keeps_its_number_of_threads_whatever_the_load_is_then(
+    configure: Callable[..., Any], stop_at: Any, same_result: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "look_at_machine", lambda: HERE)
+    monkeypatch.setattr(crowding, "free_cores", lambda: 0.0)
+    monkeypatch.setattr(crowding, "time_threads", lambda spec, config, counts, layout: {1: 96.0, 2: 40.0})
+    whole = session.start(configure({"train.threads": "auto"}))
+    assert whole.config.train.threads == 1
+    stop_at(7)
+    config = configure({"train.threads": "auto"})
+    with pytest.raises(Interrupted):
+        session.start(config)
+    monkeypatch.setattr(crowding, "free_cores", lambda: 2.0)  # of a machine that is quiet now
+    run = session.resume(Run(Path(config.out)), {})
+    assert run.config.train.threads == 1
+    same_result(whole, run)

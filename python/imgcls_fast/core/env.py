@@ -22,6 +22,7 @@ LIBRARIES = (
     "pydantic", "onnx", "onnxscript", "onnxruntime", "openvino", "nvidia-modelopt", "tensorrt",
 )  # fmt: skip
 _NAME = "imgcls-fast"
+_lowered: dict[str, str | None] = {}  # OMP_NUM_THREADS as it was found, and what `calm_threads` made of it
 _COMMIT = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")
 _lent: list[Path] = []  # the home that this process was given because its user has none
 _DRIVER = Path("/proc/driver/nvidia/version")
@@ -45,6 +46,7 @@ def calm_threads() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     counted = cpus()
     if counted.cores < (counted.asked or counted.affinity):
+        _lowered.update(found=os.environ.get("OMP_NUM_THREADS"), now=str(counted.threads))
         os.environ["OMP_NUM_THREADS"] = str(counted.threads)
 
 
@@ -148,7 +150,8 @@ def runs_dir() -> Path:
 
 def cpus() -> Cpus:
     """What bounds the number of threads of this process: affinity mask, CPU quota of the container, OMP_NUM_THREADS."""
-    return count_cpus(os.environ.get("OMP_NUM_THREADS"))
+    value = os.environ.get("OMP_NUM_THREADS")
+    return count_cpus(_lowered["found"] if _lowered and _lowered["now"] == value else value)
 
 
 def usable_cpus() -> int:
