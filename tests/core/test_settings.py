@@ -413,7 +413,8 @@ def test_the_four_presets_ship() -> None:
 def resolved() -> RunConfig:
     """No "auto" is left where a number can stand."""
     numbers = {"pixels.interpolation": "bicubic", "augment.scale": (0.3, 1), "augment.ratio": (0.75, 4 / 3), "train.compile": False,
-               "pixels.mean": (0.485, 0.456, 0.406), "pixels.std": (0.229, 0.224, 0.225), "optim.lr": 1e-5, "pixels.size": 224}  # fmt: skip
+               "pixels.mean": (0.485, 0.456, 0.406), "pixels.std": (0.229, 0.224, 0.225), "optim.lr": 1e-5, "pixels.size": 224,
+               "pixels.bits": 12}  # fmt: skip
     changes: dict[str, Any] = {}
     for name, value in flatten(RunConfig()).items():
         section, _, key = name.partition(".")

@@ -17,7 +17,7 @@ from imgcls_fast.data.decode import (
     decode_pixels,
     full_decode,
     full_decode_reason,
-    scale_16_to_8,
+    scale_to_8,
     sniff,
     turn,
 )
@@ -84,7 +84,7 @@ def test_sixteen_bit_gray_is_scaled_and_not_clipped():
 
 def test_scaling_is_the_rounded_quotient_for_every_value():
     every = np.arange(65536)
-    np.testing.assert_array_equal(scale_16_to_8(every), np.round(every / 257))
+    np.testing.assert_array_equal(scale_to_8(every), np.round(every / 257))
 
 
 def test_alpha_is_dropped_without_blending_and_kept_when_asked(picture):

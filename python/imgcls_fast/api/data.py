@@ -58,4 +58,5 @@ def data_stats(data: str | Path | None = None, **arguments: Any) -> dict[str, An
     from ..data.prepare import prepare, statistics
 
     config = config_of(data, arguments)
-    return statistics(prepare(config, env.cache_dir()))
+    asked = config.pixels.bits
+    return statistics(prepare(config, env.cache_dir()), None if asked == "auto" else asked)

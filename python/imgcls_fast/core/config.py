@@ -122,6 +122,9 @@ class PixelsConfig(Section):
         "auto", description="channels of the input: 1, 3 or 4; auto: those of the starting run, else rgb"
     )
     exif: Literal["apply", "ignore"] = Field("apply", description="turn images as their EXIF orientation says")
+    bits: Annotated[int, Field(ge=8, le=16)] | Auto = Field(
+        "auto", description="bits that 16-bit gray images use (12: 0..4095 become 0..255); auto: measured, or the starting run's"
+    )
     mean: Annotated[tuple[float, ...], BeforeValidator(_listed)] | Literal["auto", "data"] = Field(
         "auto", description="per channel, 0..1; auto: the weights' own, else ImageNet; data: measured"
     )

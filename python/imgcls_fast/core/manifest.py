@@ -27,6 +27,7 @@ NO_SPLIT = 255
 
 FLAG_PILLOW = 1  # the loader must decode this row with Pillow (GIF, 16 bit, ...): DALI has no equal decoder
 FLAG_SUSPECT = 2  # no end marker, but a full decode succeeded
+FLAG_WIDE = 4  # gray of more than 8 bits: how many of them are used is measured
 
 
 @dataclass(frozen=True)

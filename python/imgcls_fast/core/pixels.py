@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 CHANNELS = {"gray": 1, "rgb": 3, "rgba": 4}
+FULL_BITS = 16  # of a 16-bit image that uses its whole range
 EXTREME_ASPECT = 12.0  # beyond this a resized image would be far larger than its crop
 
 
@@ -28,6 +29,7 @@ class Pixels:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     max_megapixels: float = 50.0
+    bits: int = FULL_BITS  # that 16-bit gray images use: 2^bits - 1 becomes 255, and what is above it as well
 
     @property
     def channels(self) -> int:
@@ -40,7 +42,9 @@ class Pixels:
         return max(self.size, math.floor(self.size / self.crop_pct))
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Plain values; without `bits` where they are usual, so that what was made before there were any still compares equal."""
+        values = asdict(self)
+        return values if self.bits != FULL_BITS else {name: value for name, value in values.items() if name != "bits"}
 
     @classmethod
     def from_dict(cls, value: dict[str, Any]) -> Pixels:

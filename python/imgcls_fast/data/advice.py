@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from imgcls_fast.core.manifest import FLAG_WIDE
+from imgcls_fast.core.pixels import FULL_BITS
 from imgcls_fast.core.text import command
 
 from . import decode
+from .depth import LOOKED_AT, bits_of
 from .listing import Problem
+
+if TYPE_CHECKING:
+    from .scan import Files
 
 FEW = 20  # images of a class, below which its figures mean little
 UNEVEN = 5.0  # largest class / smallest class
 _LOOKED_AT = 16  # images that are decoded to find a colour in them
 _TINT = 8  # levels: chroma of a gray picture that was compressed in colour
+_DARK = 32  # levels of 256: 13 bits of 16
 _SHOWN = 3  # classes in a notice
 _SEPARATORS = "|;,"
 _PALETTE = 2  # bit of the probe's `detail`
@@ -61,8 +70,8 @@ def about_channels(path_of: Callable[[int], str], head: dict[str, np.ndarray], r
     """
     stored_gray = (head["channels"] <= 2) & ((head["detail"] & _PALETTE) == 0)
     others = rows[~stored_gray[rows]]
-    looked_at = others[np.linspace(0, len(others) - 1, min(len(others), _LOOKED_AT)).astype(np.int64)]
-    if not len(rows) or not all(_is_gray(path_of(row), limit) for row in looked_at.tolist()):
+    looked_at = _some(others, _LOOKED_AT)
+    if not len(rows) or not all(_is_gray(path_of(row), limit) for row in looked_at):
         return []
     seen = f"the {len(looked_at):,} that were looked at closely among them; " if len(others) else ""
     return [f"all {len(rows):,} images are gray, {seen}--channels 1 reads one channel instead of three equal ones"]
@@ -76,6 +85,50 @@ def _is_gray(path: str, limit: float) -> bool:
         return True
     low, high = pixels.min(2), pixels.max(2)
     return int((high - low).max()) <= _TINT
+
+
+def about_depth(files: Files, rows: np.ndarray, bits: int | None) -> list[str]:
+    """Notices when images of 16 bits use fewer: of gray ones how they are read, of colour that they stay dark.
+
+    Args:
+        rows: of training images.
+        bits: what was asked for; None: what the images use.
+    """
+    told, limit = [], files.options.max_megapixels
+    gray = rows[(files.flags[rows] & FLAG_WIDE) != 0]
+    used = bits_of((files.full(row) for row in _some(gray, LOOKED_AT)), limit) if len(gray) else None
+    if used is not None and used < FULL_BITS and bits is None:
+        told.append(
+            f"the {len(gray):,} images of 16-bit gray use {used} bits (0 to {(1 << used) - 1:,}), and these are spread over the "
+            f"range of the pixels; the model keeps that (pixels.bits={used}), also for other images"
+        )
+    elif used is not None and bits is not None and abs(used - bits) > 1:
+        told.append(
+            f"the {len(gray):,} images of 16-bit gray use {used} bits, and are read as {bits} (pixels.bits): "
+            f"{'too dark' if used < bits else 'what is brighter becomes white'}"
+        )
+    head = files.head
+    wide = rows[(head["bit_depth"][rows] > 8) & (head["channels"][rows] > 2)]
+    if len(wide) and (level := _highest([files.full(row) for row in _some(wide, _LOOKED_AT)], limit)) < _DARK:
+        told.append(
+            f"the {len(wide):,} images of 16-bit colour use the lowest {level * 256 + 255:,} of 65,535 values and are read nearly "
+            "black: scale them to 8 bits first"
+        )
+    return told
+
+
+def _some(rows: np.ndarray, n: int) -> list[int]:
+    """At most n of the rows, spread over them."""
+    return rows[np.linspace(0, len(rows) - 1, min(len(rows), n)).astype(np.int64)].tolist()
+
+
+def _highest(paths: Sequence[str], limit: float) -> int:
+    """The highest level of these images; 255 when none can be decoded."""
+    found = []
+    for path in paths:
+        with contextlib.suppress(decode.Undecodable):
+            found.append(int(decode.decode_pixels(path, max_megapixels=limit).max()))
+    return max(found, default=255)
 
 
 def several_labels(

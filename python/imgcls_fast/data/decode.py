@@ -10,7 +10,8 @@ CMYK, YCCK   to RGB by Pillow's convert
 palette      expanded; 1 bit, 2 bit and 4 bit to 0..255
 alpha        dropped for rgb and gray, without blending; kept for rgba, opaque where a file has none
 gray         luma of the RGB pixels (ITU-R 601, Pillow's integers)
-16 bit gray  scaled: round(v / 257), not clipped as Pillow's convert would
+16 bit gray  scaled: round(v * 255 / (2^bits - 1)), with the bits of the pixel specification: 16, so v / 257, or fewer where
+             the training images use fewer (12 bits of a microscope); not clipped at 255 as Pillow's convert would
 16 bit RGB   Pillow hands out the high byte, v >> 8, which is at most 1 level from round(v / 257)
 float, LAB   refused
 animated     the first frame
@@ -31,6 +32,7 @@ import numpy as np
 from PIL import BmpImagePlugin, GifImagePlugin, Image, JpegImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
 
 from ..core.image_bounds import MAX_EXTRA_BYTES, excess
+from ..core.pixels import FULL_BITS
 from . import reach, shelter
 
 Color = Literal["gray", "rgb", "rgba"]
@@ -84,6 +86,7 @@ def decode_pixels(
     exif: ExifPolicy = "apply",
     max_megapixels: float = 50.0,
     name: str = "",
+    bits: int = FULL_BITS,
 ) -> np.ndarray:
     """Decode one image by the policy at the top of this file.
 
@@ -93,6 +96,7 @@ def decode_pixels(
         exif: whether the orientation tag turns the pixels.
         max_megapixels: larger images are refused before they are decoded.
         name: of what `source` was read from.
+        bits: that 16-bit gray uses, 8 to 16.
 
     Returns:
         (H, W, C) uint8, writable and contiguous.
@@ -102,20 +106,20 @@ def decode_pixels(
         DataError: D015 for a file that cannot be reached.
     """
     if isinstance(source, np.ndarray):
-        source = _image_of(source)
+        source = _image_of(source, bits)
     if isinstance(source, Image.Image):
         name, size_bytes = name or f"{source.mode} image {source.width} x {source.height}", 0
         try:
-            return _decode(source, name, color, exif, max_megapixels)[0]
+            return _decode(source, name, color, exif, max_megapixels, bits)[0]
         except DECODER_FAULTS as fault:
             raise Undecodable(name, _reason(fault, size_bytes, max_megapixels)) from fault
     content = source if isinstance(source, bytes) else read_file(source, max_megapixels)
     name = name or (f"{len(source):,} bytes" if isinstance(source, bytes) else str(source))
-    return decode_bytes(content, color=color, exif=exif, max_megapixels=max_megapixels, name=name)[0]
+    return decode_bytes(content, color=color, exif=exif, max_megapixels=max_megapixels, name=name, bits=bits)[0]
 
 
 def decode_bytes(
-    content: bytes, *, color: Color, exif: ExifPolicy, max_megapixels: float, name: str = ""
+    content: bytes, *, color: Color, exif: ExifPolicy, max_megapixels: float, name: str = "", bits: int = FULL_BITS
 ) -> tuple[np.ndarray, int]:
     """Decode a file in memory: pixels as `decode_pixels` gives them, and the orientation as tagged.
 
@@ -129,11 +133,11 @@ def decode_bytes(
         raise Undecodable(name, reason)
     if shelter.is_needed(kind, content):
         try:
-            return shelter.decode(content, color, exif, max_megapixels)
+            return shelter.decode(content, color, exif, max_megapixels, bits)
         except shelter.Fate as fate:
             raise Undecodable(name, fate.reason) from fate
     with _Opened(content, kind, max_megapixels, name) as image:
-        return _decode(image, name, color, exif, max_megapixels)
+        return _decode(image, name, color, exif, max_megapixels, bits)
 
 
 def full_decode(path: Path | str, *, max_megapixels: float = 50.0) -> tuple[int, int, int]:
@@ -204,7 +208,7 @@ class _Opened:
 
 
 def _decode(
-    image: Image.Image, name: str, color: Color, exif: ExifPolicy, max_megapixels: float
+    image: Image.Image, name: str, color: Color, exif: ExifPolicy, max_megapixels: float, bits: int
 ) -> tuple[np.ndarray, int]:
     """(pixels, orientation as tagged) of an image that may not have been loaded yet."""
     width, height = image.size
@@ -218,7 +222,7 @@ def _decode(
         image.load()
         orientation = _orientation(image)
         turned = False
-    pixels = _convert(image, name, color)
+    pixels = _convert(image, name, color, bits)
     if exif == "apply" and not turned:
         pixels = turn(pixels, orientation)
     elif exif == "ignore" and turned:
@@ -249,11 +253,11 @@ def _orientation(image: Image.Image) -> int:
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
-def _convert(image: Image.Image, name: str, color: Color) -> np.ndarray:
+def _convert(image: Image.Image, name: str, color: Color, bits: int) -> np.ndarray:
     """(H, W, C) uint8 of a loaded image, not turned."""
     mode = image.mode
     if mode.startswith("I"):
-        return _from_wide(image, name, color)
+        return _from_wide(image, name, color, bits)
     if mode in ("F", "LAB", "HSV"):
         word = "32-bit float pixels" if mode == "F" else f"{mode} colour"
         raise Undecodable(name, f"{word} are not supported: convert to 8-bit PNG or JPEG")
@@ -270,13 +274,13 @@ def _convert(image: Image.Image, name: str, color: Color) -> np.ndarray:
     return pixels[:, :, None] if pixels.ndim == 2 else pixels
 
 
-def _from_wide(image: Image.Image, name: str, color: Color) -> np.ndarray:
+def _from_wide(image: Image.Image, name: str, color: Color, bits: int) -> np.ndarray:
     values = np.asarray(image)
     if values.dtype.itemsize > 2 and values.size and not 0 <= int(values.min()) <= int(values.max()) <= 65535:
         raise Undecodable(
             name, f"32-bit pixels from {values.min()} to {values.max()} are not supported: convert to 8 or 16 bit"
         )
-    gray = scale_16_to_8(values)[:, :, None]
+    gray = scale_to_8(values, bits)[:, :, None]
     if color == "gray":
         return gray
     pixels = np.repeat(gray, 3, axis=2)
@@ -288,15 +292,16 @@ def _from_wide(image: Image.Image, name: str, color: Color) -> np.ndarray:
     return np.concatenate([pixels, alpha], axis=2)
 
 
-def scale_16_to_8(values: np.ndarray) -> np.ndarray:
-    """round(v / 257) for v in 0..65535, in integers: uint8 of the same shape."""
-    return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+def scale_to_8(values: np.ndarray, bits: int = FULL_BITS) -> np.ndarray:
+    """round(v * 255 / (2^bits - 1)) for v in 0..65535, in integers, at most 255: uint8 of the same shape."""
+    white = (1 << bits) - 1  # odd, so that no v lies in the middle of two levels
+    return ((np.minimum(values, white).astype(np.uint32) * 255 + white // 2) // white).astype(np.uint8)
 
 
-def _image_of(pixels: np.ndarray) -> Image.Image:
+def _image_of(pixels: np.ndarray, bits: int) -> Image.Image:
     name = f"array {pixels.dtype} {pixels.shape}"
     if pixels.dtype == np.uint16:
-        pixels = scale_16_to_8(pixels)
+        pixels = scale_to_8(pixels, bits)
     if pixels.dtype != np.uint8:
         raise Undecodable(name, "an array of pixels must be uint8 (0..255) or uint16 (0..65535)")
     if pixels.ndim == 3 and pixels.shape[2] == 1:

@@ -16,9 +16,10 @@ from ..core.config import DataConfig, RunConfig
 from ..core.errors import DataError
 from ..core.manifest import SPLITS, LabelSpace, Manifest
 from ..core.phases import phase
-from ..core.pixels import CHANNELS, Pixels
+from ..core.pixels import CHANNELS, FULL_BITS, Pixels
 from . import reach
 from .decode import Color, Undecodable, decode_pixels
+from .depth import used_bits
 from .digits import write_digits
 from .scan import ScanOptions, ScanResult, scan
 from .split import make_splits
@@ -76,8 +77,11 @@ def scan_options(config: DataConfig, exif: str, cache: Path, **more: Any) -> Sca
 
 def training_options(config: RunConfig, cache: Path) -> ScanOptions:
     """The scan's options for a training run, with what has been asked for and so need not be suggested."""
-    asked = {"color": config.pixels.color, "weighted": config.loss.class_weights != "none"}
-    return scan_options(config.data, config.pixels.exif, cache, advice=config.data.source is not None, **asked)
+    pixels = config.pixels
+    return scan_options(
+        config.data, pixels.exif, cache, advice=config.data.source is not None, color=pixels.color,
+        weighted=config.loss.class_weights != "none", bits=None if pixels.bits == "auto" else pixels.bits,
+    )  # fmt: skip
 
 
 def prepare(config: RunConfig, cache: Path) -> Prepared:
@@ -150,14 +154,14 @@ def _sha256(file: Any) -> bytes:
 
 
 def channel_statistics(
-    manifest: Manifest, color: Color, max_megapixels: float = 50.0
+    manifest: Manifest, color: Color, max_megapixels: float = 50.0, bits: int = FULL_BITS
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel, 0..1, over at most 500 training images, spread over the classes."""
     rows = manifest.spread(manifest.rows("train"), _STATISTICS_IMAGES)
     shares = np.zeros((CHANNELS[color], 256))  # of each level; every image counts the same, whatever its size
     for row in rows:
         try:
-            pixels = decode_pixels(manifest.path(int(row)), color=color, max_megapixels=max_megapixels)
+            pixels = decode_pixels(manifest.path(int(row)), color=color, max_megapixels=max_megapixels, bits=bits)
         except Undecodable:
             continue  # the loader will find it and say so
         # Pillow counts without a copy; as float64 a 50-megapixel photo would need 1.2 GB
@@ -170,11 +174,16 @@ def channel_statistics(
     return tuple(mean.tolist()), tuple(deviation.tolist())
 
 
-def statistics(prepared: Prepared) -> dict[str, Any]:
-    """What the images are like: classes, splits, sizes, orientations, channel means."""
+def statistics(prepared: Prepared, bits: int | None = None) -> dict[str, Any]:
+    """What the images are like: classes, splits, sizes, orientations, channel means.
+
+    Args:
+        bits: that 16-bit gray uses; None: as the training images use them.
+    """
     manifest = prepared.manifest
+    used = used_bits(manifest) if bits is None else bits
     width, height = manifest.turned_size()
-    mean, deviation = channel_statistics(manifest, "rgb")
+    mean, deviation = channel_statistics(manifest, "rgb", bits=used or FULL_BITS)
 
     def spread(values: np.ndarray) -> dict[str, float]:
         low, middle, high = np.percentile(values, [5, 50, 95])
@@ -195,6 +204,7 @@ def statistics(prepared: Prepared) -> dict[str, Any]:
         "width": spread(width),
         "height": spread(height),
         "aspect": spread(width / height),
+        **({} if used is None else {"bits": used}),
         "turned_by_exif": int((manifest.orientation > 1).sum()),
         "imbalance": float(manifest.counts().max() / max(1, manifest.counts().min())),
         "mean": [round(v, 4) for v in mean],

@@ -50,6 +50,7 @@ class ScanOptions:
     advice: bool = True  # notices about what would be better: no gray images as RGB, no uneven classes
     color: str = "auto"  # what training was asked to read
     weighted: bool = False  # class weights were asked for
+    bits: int | None = None  # that 16-bit gray uses, where training was told
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,10 +158,13 @@ class Tabulation:
         counts = np.bincount(self.label[rows], minlength=len(self.classes))
         if problem := advice.several_labels(self.classes, counts, self.listing.columns, self.source):
             self.problems.append(problem)
-        elif self.options.advice:
-            self.notices += advice.about_classes(self.classes, counts, weighted=self.options.weighted)
-        if self.options.advice and self.options.color in ("auto", "rgb"):
+        if problem or not self.options.advice:
+            return
+        learnt = rows[(self.split[rows] == NO_SPLIT) | (self.split[rows] == SPLITS.index("train"))]
+        self.notices += advice.about_depth(self.files, learnt, self.options.bits)
+        if self.options.color in ("auto", "rgb"):
             self.notices += advice.about_channels(self.files.full, self.files.head, rows, self.options.max_megapixels)
+        self.notices += advice.about_classes(self.classes, counts, weighted=self.options.weighted)
 
     def _path(self, row: int) -> str:
         return self.listing.paths[row]

@@ -16,7 +16,7 @@ import numpy as np
 
 from imgcls_fast.core import env
 from imgcls_fast.core.errors import DataError
-from imgcls_fast.core.manifest import FLAG_PILLOW, FLAG_SUSPECT
+from imgcls_fast.core.manifest import FLAG_PILLOW, FLAG_SUSPECT, FLAG_WIDE
 from imgcls_fast.core.phases import counted_off, phase
 
 from . import decode, duplicates, fetch, proof, reach, sources
@@ -299,7 +299,7 @@ class Files:
 
 
 def pillow_flags(head: dict[str, np.ndarray]) -> np.ndarray:
-    """(N,) uint8 with FLAG_PILLOW where DALI's decoder does not give the pixels of `decode.decode_pixels`.
+    """(N,) uint8 with FLAG_PILLOW where DALI's decoder does not give the pixels of `decode.decode_pixels`, and FLAG_WIDE.
 
     Found by comparing both over malformed and unusual files (tests/data/test_scan_shared.py).
     """
@@ -307,7 +307,8 @@ def pillow_flags(head: dict[str, np.ndarray]) -> np.ndarray:
     odd = (kind == _GIF) | (kind == _TIFF) | (head["bit_depth"] > 8) | (head["animated"] != 0)
     odd |= (detail & (_ODD_JPEG | _ODD_BMP)) != 0
     odd |= (kind != _JPEG) & (head["orientation"] > 1)  # DALI turns JPEG by its tag, WebP never, PNG only by eXIf
-    return np.where(odd, FLAG_PILLOW, 0).astype(np.uint8)
+    wide = (head["bit_depth"] > 8) & (head["channels"] == 1)
+    return (np.where(odd, FLAG_PILLOW, 0) | np.where(wide, FLAG_WIDE, 0)).astype(np.uint8)
 
 
 def _in_threads(work: Callable[[int], Any], rows: Sequence[int], threads: int, what: str) -> Iterator[Any]:

@@ -58,13 +58,13 @@ def enter() -> None:
     _inside = True
 
 
-def decode(content: bytes, color: str, exif: str, max_megapixels: float) -> tuple[np.ndarray, int]:
+def decode(content: bytes, color: str, exif: str, max_megapixels: float, bits: int) -> tuple[np.ndarray, int]:
     """`decode.decode_bytes` in a child: pixels (H, W, C) uint8, and the orientation as tagged.
 
     Raises:
         Fate: the reason why there are none.
     """
-    return _shelter().decode(content, {"color": color, "exif": exif, "max_megapixels": max_megapixels})
+    return _shelter().decode(content, {"color": color, "exif": exif, "max_megapixels": max_megapixels, "bits": bits})
 
 
 # ---------------------------------------------------------------- this side

@@ -142,6 +142,7 @@ def decode_row(sampler: Sampler, request: Request, position: int, content: bytes
         exif=pixels.exif,
         max_megapixels=pixels.max_megapixels,
         name=str(path),
+        bits=pixels.bits,
     )
     _check_size(sampler, row, image)
     return render(image, request, position, pixels)

@@ -184,7 +184,7 @@ class Predictor:
             except (FileNotFoundError, NotADirectoryError) as error:  # of a name that was never looked at
                 raise Undecodable(name, f"cannot be opened: {error.strerror}") from error
         decoded = decode_pixels(
-            source, color=pixels.color, exif=pixels.exif, max_megapixels=pixels.max_megapixels, name=name
+            source, color=pixels.color, exif=pixels.exif, max_megapixels=pixels.max_megapixels, name=name, bits=pixels.bits
         )
         height, width = decoded.shape[:2]
         (place,) = evaluation_geometry(np.array([width]), np.array([height]), pixels.resize_to, pixels.size)

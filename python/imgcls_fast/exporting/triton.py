@@ -24,6 +24,7 @@ from ..core.bundle import Bundle
 from ..core.errors import ConfigError, ExportError, HardwareError
 from ..core.exports import GATE, Export, choose, export_key, find_key, finish, new_export
 from ..core.files import explained_write, sha256_file, write_text, write_whole
+from ..core.pixels import FULL_BITS
 from ..core.text import command
 from ..data.loader import dali_missing
 from .triton_config import CONFIG, PIXELS, SCORES, Word, check_repository, label_lines, to_pbtxt
@@ -259,6 +260,8 @@ def _no_decoder(bundle: Bundle, batch: int | None, options: TritonOptions) -> st
     reason = ""
     if bundle.pixels.color == "rgba":
         reason = "DALI has no decoder that gives RGBA for every file"
+    elif bundle.pixels.bits != FULL_BITS:
+        reason = f"DALI scales 16-bit gray by 16 bits, and the model was trained on {bundle.pixels.bits}"
     elif batch not in (None, 1):
         reason = f"the model takes exactly {batch} images, and requests come one by one"
     if reason and options.dali:

@@ -25,7 +25,7 @@ from nvidia.dali._utils import dali_trace
 from nvidia.dali.pipeline import Pipeline
 from PIL import Image
 
-from ..core.pixels import Pixels, evaluation_geometry
+from ..core.pixels import FULL_BITS, Pixels, evaluation_geometry
 from ..data.decode import ORIENTATION, decode_pixels
 from ..data.torch_loader import evaluation_view
 
@@ -49,10 +49,13 @@ def decode_pipeline(pixels: Pixels, *, gpu: bool) -> bytes:
         gpu: decode JPEG on the GPU ("mixed") and resize there.
 
     Raises:
-        ValueError: the specification wants RGBA, which DALI cannot decode with an opaque default.
+        ValueError: the specification wants RGBA, which DALI cannot decode with an opaque default, or fewer than 16 bits of
+            16-bit gray, which it cannot scale.
     """
     if pixels.color == "rgba":
         raise ValueError("DALI has no decoder that gives RGBA for every file")
+    if pixels.bits != FULL_BITS:
+        raise ValueError(f"DALI scales 16-bit gray by 16 bits, and the model was trained on {pixels.bits}")
     with _without_traces():
         pipeline = Pipeline(
             batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1, seed=0,
@@ -157,7 +160,9 @@ def specified_pixels(file: bytes, pixels: Pixels) -> np.ndarray:
     Raises:
         Undecodable: the file is no image that this project reads.
     """
-    image = decode_pixels(file, color=pixels.color, exif=pixels.exif, max_megapixels=pixels.max_megapixels)
+    image = decode_pixels(
+        file, color=pixels.color, exif=pixels.exif, max_megapixels=pixels.max_megapixels, bits=pixels.bits
+    )
     height, width = image.shape[:2]
     place = evaluation_geometry(np.array([width]), np.array([height]), pixels.resize_to, pixels.size)
     return evaluation_view(image, place[0], pixels)

@@ -102,7 +102,9 @@ def require_same_trajectory(before: dict[str, Any], now: dict[str, Any], run: Ru
     Raises:
         ModelError: M006, naming each difference.
     """
-    defaults = {name: value for name, value in flatten(RunConfig.model_validate({})).items() if value != "auto"}
+    every = flatten(RunConfig.model_validate({})).items()
+    # what is still "auto" now was no setting when the run was planned
+    defaults = {name: value for name, value in every if value != "auto" or now.get(name) == "auto"}
     unknown = [name for name in now if name not in before and name not in defaults]
     before = {name: defaults[name] for name in now if name in defaults} | before
     differing = [name for name in {**before, **now} if name not in unknown and before.get(name) != now.get(name)]

@@ -10,7 +10,7 @@ import numpy as np
 from ..core.config import RunConfig
 from ..core.errors import ConfigError, HardwareError
 from ..core.manifest import Manifest
-from ..core.pixels import CHANNELS, Pixels
+from ..core.pixels import CHANNELS, FULL_BITS, Pixels
 from ..data.augment import Augment
 from ..data.sampler import forward_passes
 from .defaults import POLICIES, Machine, Notes, Recipe, text
@@ -52,10 +52,22 @@ def choose_pixels(notes: Notes, manifest: Manifest, arch: str, start: Start, rec
         "pixels.interpolation", filter_ if start.kind != "scratch" else "bilinear", "antialiased"
     )
     color = _color(notes, start)
+    bits = _bits(notes, manifest, start)
     mean, std = _normalisation(notes, manifest, own, CHANNELS[color])
-    return Pixels(
-        size, crop_pct, interpolation, color, notes.config.pixels.exif, mean, std, notes.config.data.max_megapixels
-    )
+    limit = notes.config.data.max_megapixels
+    return Pixels(size, crop_pct, interpolation, color, notes.config.pixels.exif, mean, std, limit, bits)
+
+
+def _bits(notes: Notes, manifest: Manifest, start: Start) -> int:
+    """Bits that 16-bit gray images use."""
+    from ..data.depth import used_bits
+
+    value, reason = FULL_BITS, "there are no images of 16-bit gray"
+    if start.pixels and start.pixels.bits != FULL_BITS:
+        value, reason = start.pixels.bits, "of the starting weights"
+    elif notes.config.pixels.bits == "auto" and (used := used_bits(manifest, notes.config.data.max_megapixels)):
+        value, reason = used, f"16-bit training images use 0 to {(1 << used) - 1:,}"
+    return int(notes.decide("pixels.bits", value, reason))
 
 
 def _scratch_size(manifest: Manifest, recipe: Recipe, usual: int) -> tuple[int, str]:
@@ -78,7 +90,7 @@ def _normalisation(
             from ..data.prepare import channel_statistics
 
             measured = measured or channel_statistics(
-                manifest, notes.value("pixels.color"), notes.config.data.max_megapixels
+                manifest, notes.value("pixels.color"), notes.config.data.max_megapixels, notes.value("pixels.bits")
             )
             values, reason = measured[index], "measured on training images"
         elif asked == "auto":
