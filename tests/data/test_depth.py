@@ -174,3 +174,11 @@ def test_the_plan_keeps_the_bits_in_the_pixel_specification(tmp_path: Path) -> N
     assert planned(manifest, {"pixels.bits": 14}).pixels.bits == 14
     usual = planned(replace(manifest, flags=np.zeros_like(manifest.flags)), {})
     assert usual.pixels.bits == usual.config.pixels.bits == 16
+
+
+def test_a_run_of_before_there_was_the_setting_goes_on_without_a_word(tmp_path: Path) -> None:
+    from imgcls_fast.core.run import Run
+    from imgcls_fast.training.identity import require_same_trajectory
+
+    now = {"optim.lr": 0.1, "pixels.bits": "auto"}
+    assert require_same_trajectory({"optim.lr": 0.1}, now, Run(tmp_path), tmp_path) == []
