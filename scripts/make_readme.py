@@ -28,6 +28,7 @@ COLUMNS = 110
 SHOWN = (4, 2)  # epochs at the beginning and at the end
 QUIET = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync", "--hide-scrollbars",
          "--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage")  # fmt: skip
+WAITING = r"  (ep +\d+.*: [\d,]+ of [\d,]+|ep \d+ .*of \d+$|[a-z][^:]*, \d+:\d\d$)"  # signs of life of what takes long, on a busy machine
 # what the sample shows, in this order
 PARTS = (r"^[\d,]+ images, \d+ classes", r"^plan: ", r"^  train\.device ", r"^  optim\.lr ", r"baseline|probe", r"^training for ",
          r"^ep +1/\d+ ", r"^\.\.\.$", r"^ep (\d+)/\1 ", r"^╭─ .*test: \d+ images", r"^│ accuracy ", r"^│ baseline ", r"^│ time ",
@@ -117,7 +118,7 @@ def _imgcls(work: Path, *words: str, fails: bool = False) -> str:
 
 def sample(output: str) -> str:
     """The output as README shows it: some epochs left out."""
-    lines = [line.rstrip() for line in output.strip().splitlines()]
+    lines = [line.rstrip() for line in output.strip("\n").splitlines() if not re.match(WAITING, line)]
     epochs = [k for k, line in enumerate(lines) if line.startswith("ep ")]
     first, last = SHOWN
     if len(epochs) > first + last:
@@ -161,7 +162,7 @@ def draw(run: Path, found: dict[str, Any], work: Path) -> None:
     _screenshot(page, IMAGES / "report.png", (985, 1466), work)
     gallery = "main > * { display: none } main #mistakes { display: block; border: 0; padding: 0; margin: 0 } main { padding: 12px }"
     gallery += " #mistakes h2, #mistakes p { display: none } body { background: #fff }"
-    _screenshot(page.replace("</style>", f"{gallery}</style>"), IMAGES / "mistakes.png", (460, 236), work)
+    _screenshot(page.replace("</style>", f"{gallery}</style>"), IMAGES / "mistakes.png", (300, 236), work)
 
 
 def _screenshot(page: str, path: Path, size: tuple[int, int], work: Path) -> None:
