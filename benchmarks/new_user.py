@@ -122,8 +122,8 @@ def drawn_data(work: Path) -> dict[str, str]:
         kind = 3 if n % 20 == 0 else n % 2
         _draw(work / "solar" / f"{n}.png", kind, (7, n), gray=True)
         solar.append(f"{n}.png,{('functional', 'defective', '', 'probably')[kind]},{split}")
-        _draw(work / "blood" / f"{n}.jpg", n % 3, (8, n))
-        blood.append(f"{n}.jpg,{('RBC', 'RBC|WBC', 'Platelets|RBC')[n % 3]},{split}")
+        _draw(work / "blood" / f"{n}.jpg", n % 4, (8, n))
+        blood.append(f"{n}.jpg,{('RBC', 'RBC|WBC', 'Platelets|RBC', 'Platelets|RBC|WBC')[n % 4]},{split}")
     for name, lines in (("solar", solar), ("blood", blood)):
         (work / name / "MANIFEST.csv").write_text("\n".join(lines) + "\n", "utf-8")
     return {"PHOTOS": str(work / "photos"), "THREE": str(work / "three"),
