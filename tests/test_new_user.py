@@ -77,7 +77,15 @@ def test_a_readme_without_a_block_a_line_or_a_picture_is_refused(readme):
 
 
 def test_a_sample_keeps_the_first_and_the_last_epochs_and_replaces_the_block_alone(readme):
-    output = "\n".join(["  scanning, 0:10", "plan: x ", "  ep 1/9: 20 of 39  loss 2  eta 6:33", *(f"ep {k}/9  loss 1" for k in range(1, 10)), "end"])
+    output = "\n".join(
+        [
+            "  scanning, 0:10",
+            "plan: x ",
+            "  ep 1/9: 20 of 39  loss 2  eta 6:33",
+            *(f"ep {k}/9  loss 1" for k in range(1, 10)),
+            "end",
+        ]
+    )
     lines = readme.sample(output).splitlines()
     assert lines[2:4] == ["plan: x", "ep 1/9  loss 1"]  # without signs of life
     assert [line for line in lines if line.startswith(("ep", "..."))] == [
