@@ -148,12 +148,13 @@ def engines(found: dict[str, Any]) -> str:
 
 def draw(run: Path, found: dict[str, Any], work: Path) -> None:
     """The pictures of README.md."""
+    from imgcls_fast.core.env import install_hint
     from imgcls_fast.evaluation.benchcharts import write_bench_report
     from imgcls_fast.evaluation.scatter import engines_picture
 
     picture = engines_picture(found["engines"])
     if picture is None:
-        sys.exit("fewer than two engines could be judged: pip install onnxruntime openvino")
+        sys.exit(f"fewer than two engines could be judged: {install_hint('openvino')}")
     (IMAGES / "pareto.png").write_bytes(picture)
     shutil.copy(run / "plots" / "confusion_test.png", IMAGES / "confusion.png")
     write_bench_report([RESULTS], IMAGES / "bench", force=True)

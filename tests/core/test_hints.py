@@ -127,9 +127,11 @@ def test_the_command_line_prints_commands_and_python_raises_calls(tmp_path: Path
         (lambda: ic.train(None, model="vit_tiny"), "model='vit_tiny_patch16_224'   (or one of the"),
         (lambda: ic.train(None, epochs=0), ""),
         (lambda: ic.train(None, learning_rate=1), "lr=1"),
+        (lambda: ic.train(None, sets=["train.epoch=3"]), "where: overrides={'train.epoch': 3}"),
+        (lambda: ic.train(None, sets=["train.epochs"]), "overrides={'train.epochs': 30}"),
         (lambda: ic.export("no-such-run"), "ic.list_runs()"),
     ],
-    ids=["data", "run", "model", "range", "keyword", "export"],
+    ids=["data", "run", "model", "range", "keyword", "setting", "written", "export"],
 )  # fmt: skip
 def test_what_python_functions_often_raise_has_hints_in_pythons_form(
     call: Any, hint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -85,6 +85,7 @@ def test_an_installation_from_an_address_names_the_address(installed: Callable[.
 def test_an_installation_from_an_index_keeps_to_its_version(installed: Callable[..., None]) -> None:
     installed()
     assert _words(env.install_hint("onnx")) == ["pip", "install", "imgcls-fast[onnx]==0.1.0"]
+    assert "pip" not in env.reinstall_hint() and "0.1.0 again from" in env.reinstall_hint()  # it would be fetched by its name
     installed(installer="uv")
     assert _words(env.install_hint("onnx")) == ["uv", "pip", "install", "imgcls-fast[onnx]==0.1.0"]
 

@@ -274,8 +274,14 @@ def install_hint(extra: str) -> str:
 
 def reinstall_hint() -> str:
     """The command that makes this installation once more, compiled half included."""
-    origin = _origin("")
-    return _pip("--force-reinstall", "--no-deps", *origin) if origin else "scripts/dev_build.sh, or pip install . in its checkout"
+    found = _distribution()
+    if found is None:
+        return "scripts/dev_build.sh, or pip install . in its checkout"
+    origin = _origin("") if found.read_text("direct_url.json") else []
+    if origin:
+        return _pip("--force-reinstall", "--no-deps", *origin)
+    # by its name alone pip would fetch it from whatever index it asks first
+    return f"install {_NAME} {found.version} again from the file, the folder or the index that it came from"
 
 
 def requirement_hint(name: str) -> str:

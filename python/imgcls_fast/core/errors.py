@@ -103,9 +103,7 @@ class ImgclsError(Exception):
     @property
     def hint(self) -> str:
         """`try_` in the words of whoever reads it: a command on the command line, a call in Python."""
-        from .hints import worded
-
-        return worded(self.try_)
+        return _worded(self.try_)
 
     @property
     def exit_code(self) -> int:
@@ -114,8 +112,8 @@ class ImgclsError(Exception):
 
     def __str__(self) -> str:
         # a name with a line break in it must not be able to write a line of its own: "try: curl ..."
-        lines = [f"error[{self.code}]: {printable(self.message)}", *(f"    {printable(line)}" for line in self.details)]
-        for name, text in (("where", self.where), ("why", self.why), ("try", self.hint)):
+        lines = [f"error[{self.code}]: {printable(self.message)}", *(f"    {printable(_worded(line))}" for line in self.details)]
+        for name, text in (("where", _worded(self.where)), ("why", self.why), ("try", self.hint)):
             if text:
                 lines.append(f"  {name + ':':<6} {printable(text)}")
         return "\n".join(lines)
@@ -130,6 +128,12 @@ class ImgclsError(Exception):
             "try": self.try_,
             **({"details": list(self.details)} if self.details else {}),
         }
+
+
+def _worded(text: str) -> str:
+    from .hints import worded  # which needs the tables of flags, and these need this file
+
+    return worded(text)
 
 
 class UsageError(ImgclsError):

@@ -47,7 +47,7 @@ def build_config(
     for text in sets:
         name, equals, value = text.partition("=")
         if not equals or not name.strip():
-            raise ConfigError("C002", f"--set needs section.field=value, got {text!r}", try_="--set train.epochs=30")
+            raise ConfigError("C002", f"a setting is written section.field=value, got {text!r}", try_="--set train.epochs=30")
         given.put(name.strip(), _scalar(value), f"--set {text}")
     try:
         config = RunConfig.model_validate(given.merged)
