@@ -243,7 +243,7 @@ def test_on_imbalanced_data_the_report_holds_the_model_against_the_largest_class
     facts = ReportFacts("r", {"test": (ours, judge(ours))}, tmp_path, baseline=baseline, against=compare(theirs, ours))
     page = Page(write_report(tmp_path / "r.html", facts)).text
     assert "always functional 58%" in page and "chance" not in page
-    assert "this model is no better than always answering functional (57.9%): it is right about the same images" in page
+    assert "this model is no better than the 57.9% of always answering functional: it is right about the same images" in page
     assert "is worse than the baseline by" in page
     assert f"balanced accuracy 25.0% against {100 * told.balanced_accuracy:.1f}%" in page and "points worse" in page
     equal = predictions_of(eye[np.arange(76) % 4], np.arange(76) % 4, names)

@@ -146,7 +146,7 @@ def test_the_runs_own_images_are_judged_only_as_they_were(
     assert caught.value.code == "D015" and str(data) in caught.value.try_
     good[1].write_bytes(good[0].read_bytes())
     data.rename(tmp_path / "moved")
-    with pytest.raises(DataError, match=r"9 of 9 test images of .* are missing under") as caught:
+    with pytest.raises(DataError, match=r"all 9 test images of .* are missing under") as caught:
         ic.evaluate(run)
     assert caught.value.code == "D015" and "where the images are now" in caught.value.try_
     (tmp_path / "moved").rename(data)

@@ -254,10 +254,11 @@ def _against_majority(metrics: Metrics) -> dict[str, Any] | None:
     """On imbalanced data: what always answering the largest class reaches, and whether the model is better."""
     if not metrics.imbalanced:
         return None
-    majority, other = metrics.majority, f"always answering {metrics.majority.name}"
+    majority = metrics.majority
+    other = f"the {_percent(majority.accuracy)} of always answering {majority.name}"
     if not majority.against.lost and not majority.against.gained:
-        return {"kind": "bad", "text": f"is no better than {other} ({_percent(majority.accuracy)}): it is right about the same images"}
-    kind, text = _in_words(majority.against, f"{other} ({_percent(majority.accuracy)})")
+        return {"kind": "bad", "text": f"is no better than {other}: it is right about the same images"}
+    kind, text = _in_words(majority.against, other)
     return {"kind": kind, "text": text}
 
 

@@ -123,7 +123,7 @@ def _same_files(run: Run, manifest: Manifest, rows: np.ndarray, split: str) -> n
         also = f", and {others:,} {'have' if others > 1 else 'has'} changed" if others else ""
         raise DataError(
             "D015",
-            f"{len(away):,} of {len(rows):,} {split} images of {run.name} are missing under {manifest.root}{also}",
+            f"{_share_of(len(away), len(rows))} {split} images of {run.name} are missing under {manifest.root}{also}",
             where=_named(away),
             why="the rest alone is not what the run was judged on" if there else "the folder was moved, or its disk is not there",
             try_=f"bring the files back, or judge what is there now: {again}" if there else f"{again}   (where the images are now)",
@@ -187,6 +187,10 @@ def splits_seen(own: Manifest, other: Manifest) -> np.ndarray:
     for code in reversed(range(len(SPLITS))):
         found[np.isin(theirs, mine[known & (own.split == code)])] = code
     return found
+
+
+def _share_of(some: int, whole: int) -> str:
+    return f"all {whole:,}" if some == whole else f"{some:,} of {whole:,}"
 
 
 def _named(paths: list[str]) -> str:
