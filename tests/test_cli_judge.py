@@ -105,7 +105,7 @@ def test_a_csv_of_answers_reads_back_whatever_the_files_are_called(asked: dict[s
         rows = list(csv.DictReader(file))
     assert [row["path"] for row in rows] == [*HOSTILE, "bad.jpg"]
     assert {row["label_2"] for row in rows[:-1]} == {"dog"}
-    assert {row["label_3"] for row in rows} == {""}  # there are two classes only
+    assert "label_3" not in rows[0]  # there are two classes only
     assert (rows[-1]["label"], rows[-1]["error"]) == ("", "truncated")
 
 
@@ -121,6 +121,21 @@ def test_in_a_pipe_each_image_is_one_line_without_control_characters(asked: dict
     assert len(lines) == len(HOSTILE) + 2  # a heading and the last line's end
     assert [line.split("\t")[1] for line in lines[1:-1]] == ["cat"] * len(HOSTILE)
     assert not [line for line in lines if "\x1b" in line]
+
+
+def test_more_answers_than_classes_are_as_many_as_there_are_classes(asked: dict[str, Any], capsys: Capture) -> None:
+    assert main(["predict", "photos", "-k", "99", "-o", "answers.csv"]) == 0
+    heads = Path("answers.csv").read_text("utf-8", "surrogateescape").splitlines()[0]
+    assert heads == "path,label,confidence,label_2,confidence_2,error"
+    assert "the model has 2 classes" in capsys.readouterr().err
+
+
+def test_quiet_still_prints_the_answers_and_nothing_else(asked: dict[str, Any], capsys: Capture) -> None:
+    assert main(["predict", "photos", "-q"]) == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines()[:2] == ["path\tlabel\tconfidence\terror", "plain.jpg\tcat\t0.750000\t"]
+    assert len(out.splitlines()) == 1 + len(HOSTILE)
+    assert err == ""
 
 
 @pytest.mark.parametrize(("good", "rc"), [(0, 3), (1, 0)])

@@ -122,6 +122,14 @@ def test_a_diff_holds_what_differs_and_nothing_else(make: Callable[..., Run], ca
     assert main(["runs", "diff", "a"]) == 2
 
 
+def test_quiet_prints_what_was_asked_for(make: Callable[..., Run], capsys: Capture) -> None:
+    make("a", **{"optim.lr": 0.1})
+    make("b", **{"optim.lr": 0.2})
+    for words, wanted in ((["list"], "a\nb\n"), (["show", "a"], "accuracy"), (["diff", "a", "b"], "optim.lr\t0.1\t0.2")):
+        assert main(["runs", *words, "-q"]) == 0
+        assert wanted in capsys.readouterr().out
+
+
 def answers(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     stdin = io.StringIO(text)
     stdin.isatty = lambda: True  # type: ignore[method-assign]

@@ -63,6 +63,11 @@ def test_names_become_full_names(name: str, full: str) -> None:
         ("timm/ConvNeXt-Atto", "timm/convnext_atto"),
         ("tv/efficientnet_b99", "torchvision/efficientnet_b"),
         ("timm/resnet50.a1_in1", "timm/resnet50.a1_in1k"),
+        ("vit_tiny", "vit_tiny_patch16"),
+        ("timm/vit_tiny", "timm/vit_tiny_patch16"),
+        ("EfficientNetB0", "efficientnet_b0"),
+        ("mobilenetv3", "mobilenetv3"),
+        ("dinov2", "vit_"),
     ],
 )
 def test_unknown_names_are_refused_with_the_nearest_one(name: str, meant: str) -> None:

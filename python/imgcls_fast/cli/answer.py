@@ -40,6 +40,7 @@ class Answer:
         show: prints the same for people, on a rich console; None where everything has been said.
         line: the result in one line, for `--quiet`.
         exit_code: 0, or why not.
+        result: prints what `--quiet` is to show on a console, where that is more than a line.
         text: printed as it is, instead of `show`, so that no console has to be imported.
     """
 
@@ -48,6 +49,7 @@ class Answer:
     line: str = ""
     exit_code: int = 0
     text: str = ""
+    result: Callable[[Any], None] | None = None
 
 
 @dataclass
@@ -75,7 +77,11 @@ class Session:
         if self.json:
             self._json({**found.value, "warnings": self.warnings})
         elif self.quiet:
-            if found.line:
+            if found.result is not None:
+                from ..tracking.console import make_console
+
+                found.result(make_console(self.stdout))
+            elif found.line:
                 print(printable(found.line, keep="\n"), file=self.stdout)
         elif found.text:
             print(printable(found.text, keep="\n"), file=self.stdout)

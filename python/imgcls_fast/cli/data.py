@@ -43,4 +43,5 @@ def _answer(found: dict[str, Any], exit_code: int = 0) -> Answer:
             say(console, head, "bold")
         facts(console, {name: value for name, value in found.items() if name != "line" and str(value) != head})
 
-    return Answer(found, show, head, exit_code)
+    # what is wrong with the data, or the figures that were asked for, are no line
+    return Answer(found, show, head, exit_code, result=show if exit_code or not head else None)

@@ -81,6 +81,10 @@ def predict(request: Request, session: Session) -> Answer:
         )
     )
     bad = [answer for answer in answers if answer.get("error")]
+    known = max((len(answer.get("top") or ()) for answer in answers), default=0)
+    if 0 < known < top_k:
+        session.note(f"the model has {known:,} classes, so each image gets {known:,} answers, not {top_k:,}")
+        top_k = known
     if out is not None:
         rows = [_heads(top_k), *_rows(answers, top_k)]
         write_text(out, to_csv(rows) if out.suffix.lower() == ".csv" else "".join(f"{to_json(answer)}\n" for answer in answers))
@@ -96,7 +100,8 @@ def predict(request: Request, session: Session) -> Answer:
         if out is not None or bad:
             say(console, line)
 
-    return Answer(value, show, line, exit_code=3 if answers and len(bad) == len(answers) else 0)
+    failed = bool(answers) and len(bad) == len(answers)
+    return Answer(value, show, line, exit_code=3 if failed else 0, result=show if out is None else None)
 
 
 def report(request: Request, session: Session) -> Answer:

@@ -103,7 +103,7 @@ def diff(request: Request, session: Session) -> Answer:
         if found["test"]:
             say(console, _told(found["test"]))
 
-    return Answer(found, show, line)
+    return Answer(found, show, line, result=show)
 
 
 def _told(test: dict[str, Any]) -> str:
@@ -165,7 +165,10 @@ def show(request: Request, session: Session) -> Answer:
         speed = bench["tables"][0]
         engines = [dict(zip(speed["heads"], cells, strict=True)) for cells in speed["rows"]]
         shown["efficiency"] = {"measured": bench["machine"]["date"], "engines": engines}
-    return Answer(found, lambda console: facts(console, shown), str(found.get("name", "")))
+    def show_facts(console: Any) -> None:
+        facts(console, shown)
+
+    return Answer(found, show_facts, str(found.get("name", "")), result=show_facts)
 
 
 def doctor(request: Request, session: Session) -> Answer:

@@ -68,7 +68,7 @@ def _plan(source: str | None, arguments: dict[str, Any]) -> Answer:
         say(console, f"  training and validation; not counted: {plan['left_out']}")
         say(console, "nothing was trained (--dry-run)")
 
-    return Answer(plan, show)
+    return Answer(plan, show, result=show)
 
 
 def _refuse_a_run_as_data(thing: str | None) -> None:

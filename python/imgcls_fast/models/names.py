@@ -101,7 +101,10 @@ def _plain(name: str) -> str:
 
 
 def _nearest(bare: str, library: str) -> str:
-    """The shortest known name that begins so, else the one that differs least (case, - and _ ignored); "" if none is near."""
+    """The shortest known name that begins so, else the one that differs least or has it inside; "" if none is near.
+
+    Case, - and _ are ignored.
+    """
     choices: dict[str, str] = {}
     if library in ("", "timm"):
         base, dot, _ = bare.partition(".")
@@ -110,8 +113,11 @@ def _nearest(bare: str, library: str) -> str:
         choices |= {_plain(n): n for n in torchvision_names()}
     if not library:
         choices[_plain(SMALL_CNN)] = SMALL_CNN
-    begun = sorted((known for known in choices if bare and known.startswith(_plain(bare))), key=len)
-    found = begun[:1] or get_close_matches(_plain(bare), choices, n=1, cutoff=0.6)
+    typed = _plain(bare)
+    joined = typed.replace("_", "")  # EfficientNetB0, mobilenetv3
+    begun = sorted((known for known in choices if joined and known.replace("_", "").startswith(joined)), key=len)
+    within = sorted((known for known in choices if len(typed) > 3 and typed in known), key=len)  # dinov2
+    found = begun[:1] or get_close_matches(typed, choices, n=1, cutoff=0.6) or within[:1]
     if not found:
         return ""
     return f"{library}/{choices[found[0]]}" if library else choices[found[0]]
