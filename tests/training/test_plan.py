@@ -353,6 +353,8 @@ def test_threads_and_workers_follow_the_count_and_the_plan_says_why() -> None:
     plan = plan_of(machine=Machine(cpus=2, why_cpus=why, dali=True))
     assert (plan.config.train.threads, plan.config.train.workers) == (2, 2)
     assert reason_of(plan, "train.threads") == why and reason_of(plan, "train.workers").endswith(why)
+    gpu = plan_of(machine=replace(SERVER, cpus=1, why_cpus="OMP_NUM_THREADS=1; 32 cores are usable"))
+    assert reason_of(gpu, "train.workers") == "decoding threads; OMP_NUM_THREADS=1; 32 cores are usable; more with --workers"
 
 
 # ---------------------------------------------------------------- compiling

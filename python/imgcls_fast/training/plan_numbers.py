@@ -294,6 +294,8 @@ def choose_speed(notes: Notes, manifest: Manifest, machine: Machine, device: str
     loader = notes.decide("train.loader", *_loader(manifest, machine, device, notes.value("pixels.color")))
     workers = min(16, max(1, machine.cpus - 1)) if device == "cuda" else min(4, machine.cpus)
     why = "" if machine.why_cpus == Machine.why_cpus else f"; {machine.why_cpus}"
+    if why and device == "cuda":  # which waits for them
+        why += "; more with --workers"
     notes.decide("train.workers", workers, "decoding " + ("processes" if loader == "torch" else "threads") + why)
 
 
