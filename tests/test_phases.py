@@ -123,18 +123,19 @@ def test_quiet_people_and_short_work_see_nothing(monkeypatch: pytest.MonkeyPatch
     assert [stream.getvalue() for stream in streams] == ["", ""]
 
 
-def test_the_beat_waits_after_whatever_was_shown_and_ends_with_its_sink() -> None:
-    shown: list[float] = []
-    beat = Beat(lambda: shown.append(time.monotonic()), 0.05)
+def test_a_beat_goes_on_until_it_is_closed_and_leaves_no_thread() -> None:
+    shown: list[int] = []
+    beat = Beat(lambda: shown.append(1), 0.01)
     beat.start()
-    touched = time.monotonic()
-    while time.monotonic() < touched + 0.15:
-        beat.touch()
-    last = time.monotonic()
-    wait_for(lambda: shown and shown[-1] > last)
-    assert shown[-1] - last >= 0.04
+    beat.start()  # once is enough
+    wait_for(lambda: len(shown) > 2)
     beat.close()
+    after = len(shown)
     assert not [thread for thread in threading.enumerate() if thread.name == "imgcls-beat"]
+    long = Beat(lambda: shown.append(1), 3600)
+    long.start()
+    long.close()  # does not wait for its turn
+    assert len(shown) == after
 
 
 def test_the_innermost_phase_is_shown_and_an_epoch_line_ends_its_steps() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from imgcls_fast.core.runs import list_runs
 from imgcls_fast.core.settings import build_config
 from imgcls_fast.tracking.lines import plain_lines
 from imgcls_fast.training import session
-from imgcls_fast.training.reporting import report_run
 
 from .conftest import TINY
 
@@ -28,9 +26,10 @@ STEPS = 5  # of an epoch: 42 // 8
 
 @pytest.fixture(scope="module")
 def parent(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A judged run of one epoch, not to be changed."""
+    """A judged run that stopped early: it learns nothing, so that the first of nine epochs is the best. Not to be changed."""
     out = tmp_path_factory.mktemp("runs") / "parent"
-    changes = {"data.source": str(tiny_data), "out": str(out), "train.epochs": 1, "train.monitor": "val/loss"}
+    changes = {"data.source": str(tiny_data), "out": str(out), "train.epochs": 9, "train.monitor": "val/loss", "train.patience": 1,
+               "optim.lr": 1e-30, "optim.weight_decay": 0.0, "optim.ema": 0, "model.freeze": "backbone"}  # fmt: skip
     return session.start(build_config({**TINY, **changes}))
 
 
@@ -80,32 +79,26 @@ def test_a_run_interrupted_twice_tells_when_where_and_with_what_it_went_on(
     assert run.details()["work"] == record["work"]
 
 
-def test_early_stopping_is_told_in_events_log_and_report(configure: Callable[..., Any]) -> None:
-    events: list[dict[str, Any]] = []
-    settings = {"optim.lr": 1e-30, "optim.weight_decay": 0.0, "optim.ema": 0, "train.epochs": 9, "train.patience": 1,
-                "train.monitor": "val/accuracy", "model.freeze": "backbone"}  # fmt: skip
-    run = session.start(configure(settings), [events.append])
+def test_early_stopping_is_told_in_events_log_and_report(parent: Run) -> None:
+    events = [json.loads(line) for line in (parent.directory / "events.jsonl").open()]
     stopped = next(event for event in events if event["event"] == "stopped_early")
     assert {k: stopped[k] for k in ("epoch", "epochs", "monitor", "patience", "best_epoch", "early")} == {
-        "epoch": 2, "epochs": 9, "monitor": "val/accuracy", "patience": 1, "best_epoch": 1, "early": True,
+        "epoch": 2, "epochs": 9, "monitor": "val/loss", "patience": 1, "best_epoch": 1, "early": True,
     }  # fmt: skip
-    assert stopped["best"] == run.epochs[0]["val_accuracy"]
-    log = (run.directory / "log.txt").read_text()
+    assert stopped["best"] == parent.epochs[0]["val_loss"]
+    log = (parent.directory / "log.txt").read_text()
     for line in plain_lines(stopped):
         assert line in log
-    assert "val acc has not improved for 1 epoch (patience 1)" in log
-    assert any(json.loads(line)["event"] == "stopped_early" for line in (run.directory / "events.jsonl").open())
-    page = run.report_path.read_text()
+    assert "val loss has not improved for 1 epoch (patience 1)" in log
+    page = parent.report_path.read_text()
     assert "stopped early" in page
-    assert "after epoch 2 of 9: val acc has not improved for 1 epoch (patience 1); best: epoch 1" in page
-    bundle = json.loads((run.bundle_path / "bundle.json").read_text())
-    assert bundle["provenance"]["monitored"] == stopped["best"]
+    assert "after epoch 2 of 9: val loss has not improved for 1 epoch (patience 1); best: epoch 1 with lowest val loss" in page
+    assert next(event for event in events if event["event"] == "done")["ended"]["early"]
 
 
 def test_the_bundle_names_the_monitored_loss_as_it_is_printed(parent: Run) -> None:
     bundle = json.loads((parent.bundle_path / "bundle.json").read_text())
     assert bundle["provenance"]["monitored"] == parent.epochs[0]["val_loss"] > 0
-    assert "epoch 1 with lowest val loss" in parent.report_path.read_text()
 
 
 @pytest.mark.usefixtures("no_judging")
@@ -123,13 +116,6 @@ def test_a_run_that_begins_with_another_names_it_in_plan_record_and_report(
     weights = json.loads((parent.bundle_path / "bundle.json").read_text())["digests"]["weights.safetensors"]
     assert found["weights"] == weights
     assert record_of(parent.directory)["parent"] is None
-
-
-def test_a_report_of_a_run_of_an_earlier_version_needs_no_record(parent: Run, tmp_path: Path) -> None:
-    old = Run(tmp_path / "old")
-    shutil.copytree(parent.directory, old.directory)
-    (old.directory / NAME).unlink()
-    assert "interruptions" not in report_run(old).read_text()
 
 
 def test_work_that_could_not_record_its_end_counts_as_died(tmp_path: Path) -> None:
@@ -162,7 +148,9 @@ def test_a_run_without_a_readable_record_is_as_old_as_its_list_of_images(content
     os.utime(tmp_path / "manifest.npz", (5, 5))
     if content is not None:
         (tmp_path / NAME).write_text(content)
-    assert record_of(tmp_path) == {"created": 5, "parent": None, "work": []}
+    record = record_of(tmp_path)
+    assert record == {"created": 5, "parent": None, "work": []}
+    assert (resumed_lines(record), unequal_line(record)) == ([], "")
 
 
 def test_runs_are_listed_in_the_order_in_which_they_began(tmp_path: Path) -> None:

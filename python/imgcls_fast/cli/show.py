@@ -116,6 +116,8 @@ def text(value: Any, name: str = "") -> str:
         return f"{value:.4f}".rstrip("0").rstrip(".") if 1e-3 <= abs(value) < 1e5 else f"{value:.4g}"
     if isinstance(value, list | tuple):
         return ", ".join(text(item, name) for item in value) or "-"
+    if isinstance(value, Mapping):
+        return "; ".join(f"{key}: {text(item, key)}" for key, item in value.items()) or "-"
     return str(value)
 
 
