@@ -19,6 +19,7 @@ from imgcls_fast.core.settings import build_config
 from imgcls_fast.core.undecoded import Undecoded
 from imgcls_fast.data import reach
 from imgcls_fast.training import session
+from imgcls_fast.training.reporting import judged
 
 Capture = pytest.CaptureFixture[str]
 
@@ -164,7 +165,7 @@ def test_the_runs_own_images_are_judged_only_as_they_were(
 def test_an_image_of_several_splits_counts_as_learnt(tiny_data: Path) -> None:
     from imgcls_fast.core.manifest import NO_SPLIT
     from imgcls_fast.data.scan import scan
-    from imgcls_fast.training.judged_rows import splits_seen
+    from imgcls_fast.training.learnt import splits_seen
 
     own = scan(tiny_data).manifest
     assert (splits_seen(own, own) == own.split).all()
@@ -173,6 +174,28 @@ def test_an_image_of_several_splits_counts_as_learnt(tiny_data: Path) -> None:
     seen = splits_seen(own, own)
     assert seen[own.rows("test")[0]] == 0 and seen[own.rows("val")[0]] == NO_SPLIT
     assert len(splits_seen(own, own.take(np.zeros(0, np.int64)))) == 0
+
+
+def test_images_of_the_run_whose_weights_it_began_with_count_as_learnt(
+    spoiled: tuple[Run, list[str]], own_data: Path, tmp_path: Path
+) -> None:
+    parent, _ = spoiled
+    child = Run(Path(shutil.copytree(parent.directory, tmp_path / "child")))
+    manifest = child.manifest
+    split = manifest.split.copy()
+    split[manifest.rows("train")[:5]], split[manifest.rows("test")[0]] = 2, 0
+    manifest.with_splits(split).save(child.manifest_path)
+    record = {"created": 0, "work": [], "parent": {"run": "run", "directory": str(parent.directory)}}
+    (child.directory / "run.json").write_text(json.dumps(record))
+    said = "5 of 13 test images are training images of run, whose weights child began with: the figures flatter the model"
+    with pytest.warns(UserWarning, match=said):
+        assert said in ic.evaluate(child).warnings
+    assert said in judged(child)["test"][1].warnings  # and so in the report
+    metrics = ic.evaluate(child, own_data)
+    assert metrics.seen == {"train_left_out": 43, "train_judged": 0, "val_judged": 14}
+    assert "43 of 65 images are training images of child or run and were left out" in metrics.warnings[-2]
+    (child.directory / "run.json").write_text(json.dumps(record | {"parent": {"directory": str(child.directory)}}))  # a circle
+    assert ic.evaluate(child, own_data).seen["train_left_out"] == 38
 
 
 def test_a_bench_sample_and_calibration_images_name_what_they_left_out(spoiled: tuple[Run, list[str]]) -> None:

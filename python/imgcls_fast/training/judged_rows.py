@@ -10,7 +10,7 @@ import numpy as np
 
 from ..core import env
 from ..core.errors import ConfigError, DataError
-from ..core.manifest import NO_SPLIT, SPLITS, Manifest
+from ..core.manifest import SPLITS, Manifest
 from ..core.predictions import Predictions
 from ..core.run import Run
 from ..core.text import command
@@ -18,6 +18,7 @@ from ..core.undecoded import Undecoded
 from ..data.prepare import changed_files, scan_to_judge
 from ..data.rules import about_unknown
 from ..engines.base import Engine
+from .learnt import about_parents, learnt_before, splits_seen
 from .quarantined import Quarantined
 
 _NAMED = 3  # files that a message names; metrics.json holds all
@@ -104,7 +105,8 @@ def _own(run: Run, split: str) -> JudgedRows:
         "train": "these are the images that the run was trained on: the figures flatter the model",
         "val": "these images also chose the epoch and the temperature of the run: the figures are a little too good",
     }
-    return JudgedRows(manifest, rows, left, tuple(filter(None, [said.get(split)])), changed=changed)
+    before = about_parents(run, manifest, split) if split != "train" else ""
+    return JudgedRows(manifest, rows, left, tuple(filter(None, [said.get(split), before])), changed=changed)
 
 
 def _same_files(run: Run, manifest: Manifest, rows: np.ndarray, split: str) -> np.ndarray:
@@ -143,7 +145,9 @@ def _others(run: Run, data: Path, engine: Engine, include_train: bool) -> Judged
     found = scan_to_judge(run.config.data, data, engine.pixels, engine.labels, env.cache_dir())
     manifest, total = found.manifest, len(found.manifest)
     seen = splits_seen(run.manifest, manifest)
-    learnt, chose = seen == SPLITS.index("train"), seen == SPLITS.index("val")
+    before, names = learnt_before(run, manifest)
+    learnt = (seen == SPLITS.index("train")) | before
+    chose, whose = (seen == SPLITS.index("val")) & ~before, f"{run.name} or {names}" if names else run.name
     train, rows = int(learnt.sum()), np.arange(total, dtype=np.int64)
     warnings = []
     if train and not include_train:
@@ -151,16 +155,16 @@ def _others(run: Run, data: Path, engine: Engine, include_train: bool) -> Judged
         if train == total:
             raise DataError(
                 "D014",
-                f"all {total:,} images of {data} are training images of {run.name}, so they cannot tell how good it is",
+                f"all {total:,} images of {data} are training images of {whose}, so they cannot tell how good it is",
                 try_=f"{command('eval', run.directory)}   (its own test images), or all the same: {anyhow}",
             )
         rows = rows[~learnt]
         warnings.append(
-            f"{train:,} of {total:,} images are training images of {run.name} and were left out (judge them too: --include-train)"
+            f"{train:,} of {total:,} images are training images of {whose} and were left out (judge them too: --include-train)"
         )
     elif train:
         warnings.append(
-            f"{train:,} of {total:,} images are training images of {run.name}: the figures flatter the model"
+            f"{train:,} of {total:,} images are training images of {whose}: the figures flatter the model"
         )
     if chose.any():
         warnings.append(
@@ -175,18 +179,6 @@ def _others(run: Run, data: Path, engine: Engine, include_train: bool) -> Judged
         tuple(text for text in found.notices if text != unknown),
         {"seen": counts, "unknown_classes": dict(found.unknown_classes)},
     )  # fmt: skip
-
-
-def splits_seen(own: Manifest, other: Manifest) -> np.ndarray:
-    """(N,) uint8: the split in which a run has an image of the same bytes as each row of `other`; train before val before test."""
-    found = np.full(len(other), NO_SPLIT, np.uint8)
-    if not len(other):
-        return found
-    mine, theirs = (np.ascontiguousarray(manifest.digest).view("V16").ravel() for manifest in (own, other))
-    known = own.digest.any(1)  # zeros: a row that was never hashed
-    for code in reversed(range(len(SPLITS))):
-        found[np.isin(theirs, mine[known & (own.split == code)])] = code
-    return found
 
 
 def _share_of(some: int, whole: int) -> str:

@@ -12,11 +12,13 @@ from ..core.predictions import Predictions
 from ..core.record import day, record_of, resumed_lines, unequal_line
 from ..core.run import Run
 from ..core.text import command, quoted
+from ..core.undecoded import Undecoded
 from ..data.quarantine import read_quarantine
-from ..evaluation.metrics import Metrics, judge
+from ..evaluation.metrics import Metrics, judge, without
 from ..evaluation.paired import Difference, compare
 from ..evaluation.report import ReportFacts, write_report
 from ..tracking.lines import ended_line
+from .learnt import about_parents
 from .progress import how_it_ended
 
 _JUDGED = ("test", "val")
@@ -24,21 +26,16 @@ _JUDGED = ("test", "val")
 
 def judged(run: Run) -> dict[str, tuple[Predictions, Metrics]]:
     """Stored predictions of each judged split, and what they are worth."""
-    config, group = run.config, run.manifest.group
+    config, manifest = run.config, run.manifest
     out = {}
     for split in _JUDGED:
         if (run.evaluation(split) / "predictions.json").exists():
             predictions = Predictions.load(run.evaluation(split))
-            out[split] = (
-                predictions,
-                judge(
-                    predictions,
-                    top_k=config.evaluate.top_k,
-                    bootstrap=config.evaluate.bootstrap,
-                    seed=config.train.seed,
-                    group=group,
-                ),
-            )
+            metrics = judge(
+                predictions, top_k=config.evaluate.top_k, bootstrap=config.evaluate.bootstrap, seed=config.train.seed,
+                group=manifest.group,
+            )  # fmt: skip
+            out[split] = predictions, without(metrics, Undecoded(), [about_parents(run, manifest, split)])
     return out
 
 

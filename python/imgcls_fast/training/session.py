@@ -44,6 +44,7 @@ from .fit import Fit
 from .identity import require_same_trajectory, trajectory
 from .judging import best_model, calibrated, make_bundle, score_rows
 from .last_words import watched
+from .learnt import about_parents
 from .plan import Plan, look_at_machine, make_plan, starting_model
 from .plan_numbers import require_compiler
 from .progress import how_it_ended
@@ -357,7 +358,7 @@ def _finish(stage: _Stage, baseline: dict[str, Any] | None) -> None:
                 )  # fmt: skip
             rows = set(manifest.rows(split).tolist())
             left = Undecoded({manifest.paths[row]: reason for row, reason in sorted(bad.items()) if row in rows})
-            judged[split] = without(judged[split], left)
+            judged[split] = without(judged[split], left, [about_parents(run, manifest, split)])
             with phase(f"drawing the {split} pictures"):
                 write_evaluation(run.evaluation(split), predictions, judged[split], run.plots)
             against = against_baseline(run, manifest, split, predictions)
