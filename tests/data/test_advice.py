@@ -41,7 +41,8 @@ def test_uneven_classes_are_told_with_the_flag_that_weighs_them(tmp_path: Path) 
 
 def test_small_classes_are_counted_and_the_smallest_named(tmp_path: Path) -> None:
     (notice,) = notices(images(tmp_path, a=19, b=25, c=9))
-    assert notice.startswith("fewer than 20 images in 2 of 3 classes (c 9, a 19)")
+    assert notice.startswith("fewer than 20 images in 2 of 3 classes (c 9, a 19)") and "--init pretrained" in notice
+    assert "--init" not in notices(tmp_path, pretrained=True)[0]
 
 
 @pytest.mark.parametrize(
@@ -61,12 +62,13 @@ def test_one_image_in_colour_is_enough_to_say_nothing(tmp_path: Path) -> None:
 
 def test_every_flag_of_a_notice_is_one_of_train() -> None:
     names = {name for flag in flags_of("train") for name in flag.names}
-    assert {"--class-weights", "--channels"} <= names
+    assert {"--class-weights", "--channels", "--init"} <= names
 
 
 def test_nothing_is_suggested_that_was_asked_for() -> None:
-    options = training_options(build_config({"data.source": "x", "pixels.color": "gray", "loss.class_weights": "auto"}), Path())
-    assert (options.advice, options.color, options.weighted) == (True, "gray", True)
+    options = training_options(build_config({"data.source": "x", "pixels.color": "gray", "loss.class_weights": "auto",
+                                            "model.init": "pretrained"}), Path())  # fmt: skip
+    assert (options.advice, options.color, options.weighted, options.pretrained) == (True, "gray", True, True)
     assert not training_options(RunConfig(), Path()).advice  # of the embedded digits, which are as we made them
 
 

@@ -30,12 +30,13 @@ _SEPARATORS = "|;,"
 _PALETTE = 2  # bit of the probe's `detail`
 
 
-def about_classes(classes: Sequence[str], counts: np.ndarray, *, weighted: bool) -> list[str]:
+def about_classes(classes: Sequence[str], counts: np.ndarray, *, weighted: bool, pretrained: bool = False) -> list[str]:
     """Notices for classes of very different sizes, and for small ones.
 
     Args:
         counts: (K,) images of each class.
         weighted: the loss has class weights already.
+        pretrained: training begins with somebody's weights already.
     """
     if len(classes) < 2 or not counts.all():
         return []
@@ -54,7 +55,7 @@ def about_classes(classes: Sequence[str], counts: np.ndarray, *, weighted: bool)
         more = f" and {len(few) - _SHOWN:,} more" if len(few) > _SHOWN else ""
         told.append(
             f"fewer than {FEW} images in {len(few):,} of {len(classes):,} classes ({names}{more}): figures of these classes "
-            "will mean little; collect more, and begin with pretrained weights"
+            f"will mean little; collect more{'' if pretrained else ', or begin with --init pretrained'}"
         )
     return told
 

@@ -80,7 +80,8 @@ def training_options(config: RunConfig, cache: Path) -> ScanOptions:
     pixels = config.pixels
     return scan_options(
         config.data, pixels.exif, cache, advice=config.data.source is not None, color=pixels.color,
-        weighted=config.loss.class_weights != "none", bits=None if pixels.bits == "auto" else pixels.bits,
+        weighted=config.loss.class_weights != "none", pretrained=config.model.init not in ("auto", "scratch"),
+        bits=None if pixels.bits == "auto" else pixels.bits,
     )  # fmt: skip
 
 

@@ -50,6 +50,7 @@ class ScanOptions:
     advice: bool = True  # notices about what would be better: no gray images as RGB, no uneven classes
     color: str = "auto"  # what training was asked to read
     weighted: bool = False  # class weights were asked for
+    pretrained: bool = False  # weights to begin with were asked for
     bits: int | None = None  # that 16-bit gray uses, where training was told
 
 
@@ -164,7 +165,8 @@ class Tabulation:
         self.notices += advice.about_depth(self.files, learnt, self.options.bits)
         if self.options.color in ("auto", "rgb"):
             self.notices += advice.about_channels(self.files.full, self.files.head, rows, self.options.max_megapixels)
-        self.notices += advice.about_classes(self.classes, counts, weighted=self.options.weighted)
+        asked = {"weighted": self.options.weighted, "pretrained": self.options.pretrained}
+        self.notices += advice.about_classes(self.classes, counts, **asked)
 
     def _path(self, row: int) -> str:
         return self.listing.paths[row]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterable
+from functools import lru_cache
 
 # what people call the three splits, without the words around it; codes of core.manifest.SPLITS
 SPLIT_NAMES = {
@@ -18,6 +19,7 @@ _BLANK = re.compile(r"(?<=\w)[\s_-]+(?=\w)")
 _UNSEEN = ("Cf", "Cc")  # categories of Unicode: zero-width characters, marks of direction
 
 
+@lru_cache(4096)  # a table asks in every row
 def split_of(name: str) -> int | None:
     """The split that a folder, or a cell of a split column, is called after: "Training", "seg_test", "val-2017"; else None."""
     text = "".join(_LETTERS.findall(name.lower()))
