@@ -125,6 +125,20 @@ def one_object(capsys: Capture) -> tuple[dict[str, Any], str]:
         (["val"], "U001", "imgcls-fast eval"),
         (["infer", "x.jpg"], "U001", "imgcls-fast predict x.jpg"),
         (["train", "x", "--lr", "1e6"], "C003", "--lr auto"),
+        (["train", "x", "--img-size", "224x224"], "C003", "--img-size 224"),
+        (["train", "x", "--split-ratio", "80,10,10"], "C003", "--split-ratio 0.8,0.1,0.1"),
+        (["train", "x", "--split-ratio", "0.8"], "C002", "--split-ratio 0.8,0.1,0.1"),
+        (["train", "x", "--class-weights", "balanced"], "C003", "--class-weights auto"),
+        (["train", "x", "--freeze", "all"], "C003", "--freeze backbone"),
+        (["train", "x", "--device", "gpu"], "C003", "--device cuda"),
+        (["train", "x", "--precision", "16-mixed"], "C003", "--precision fp16"),
+        (["train", "x", "--augment", "randaugment"], "C003", "--augment medium"),
+        (["eval", "x", "--split", "validation"], "U002", "--split val"),
+        (["train", "--data", "x", "--epochs", "3"], "U001", "imgcls-fast train x --epochs 3"),
+        (["export", "mine", "onnx"], "U002", "imgcls-fast export mine --onnx"),
+        (["data", "."], "U001", "imgcls-fast data check ."),
+        (["check", "x"], "U001", "imgcls-fast data check x"),
+        (["train", ".", "--resume"], "U003", "imgcls-fast train --resume"),
         (["eval", "no-run"], "U003", "imgcls-fast runs list"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
@@ -139,6 +153,18 @@ def test_a_wrong_word_is_one_error_with_a_hint_and_exit_code_2(
     assert err.count("error[") == 1
     assert "Traceback" not in err
     assert hint in next(line for line in err.splitlines() if line.startswith("  try: "))
+
+
+def test_what_a_setting_wants_is_said_in_words_of_people(capsys: Capture) -> None:
+    for words, wanted in (
+        (["-e", "ten"], "must be a whole number or 'auto', got 'ten'"),
+        (["--split-ratio", "0.8"], "must be 3 numbers"),
+        (["--class-weights", "x"], "must be one of 'none', 'auto' or 'effective' or a list of numbers or pairs NAME=NUMBER"),
+    ):
+        assert main(["train", "x", *words]) == 2
+        assert wanted in capsys.readouterr().err
+    assert main(["train", "x", "--img-size", "224", "224"]) == 2
+    assert "an option takes one word" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -511,3 +537,14 @@ def test_a_closed_pipe_ends_the_program_quietly() -> None:
         process.stdout.close()
         assert process.stderr.read() == ""
         assert process.wait(120) == 141
+
+
+def test_one_class_only_says_what_a_class_is_and_leads_nowhere_else(tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "one" / "cat").mkdir(parents=True)
+    for k in range(3):
+        Image.new("RGB", (9, 9), (k, 90, 0)).save(tmp_path / "one" / "cat" / f"{k}.png")
+    assert main(["data", "check", "one", "-q"]) == 3
+    out = capsys.readouterr().out
+    assert "has 1 class ('cat'), and a classifier needs at least 2" in out
+    assert "each class is a folder of its own" in out
+    assert "one/cat" not in out

@@ -130,6 +130,14 @@ def test_quiet_prints_what_was_asked_for(make: Callable[..., Run], capsys: Captu
         assert wanted in capsys.readouterr().out
 
 
+def test_the_name_of_a_run_is_not_taken_for_data(make: Callable[..., Run], capsys: Capture) -> None:
+    make("mine")
+    assert main(["train", "mine"]) == 2
+    err = capsys.readouterr().err
+    assert "mine is a run, not data" in err
+    assert "imgcls-fast train mine --resume" in err
+
+
 def answers(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     stdin = io.StringIO(text)
     stdin.isatty = lambda: True  # type: ignore[method-assign]

@@ -154,6 +154,10 @@ def test_an_unknown_run_is_u003_with_the_nearest_name(make_run: Callable[[str], 
         find_run("flowers-onr")
     assert refused.value.code == "U003"
     assert "flowers-one" in refused.value.try_
+    make_run("flowers-two")
+    with pytest.raises(UsageError, match="is not a run") as refused:
+        find_run("flowers")  # the newest that begins so
+    assert "flowers-two" in refused.value.try_
 
 
 def test_a_last_run_that_is_gone_or_was_never_there_is_u003(runs: Path, make_run: Callable[[str], Run]) -> None:

@@ -20,11 +20,11 @@ from ..core.env import calm_threads, distrust_folder, lend_home
 from ..core.errors import ImgclsError, Interrupted, UsageError, near
 from ..core.flags import LATER_VERBS, VERBS, Flag, Verb, flags_of
 from ..core.hints import for_a_shell
-from ..core.other_names import setting_meant, verb_meant
+from ..core.other_names import setting_meant, value_meant, verb_meant
 from ..core.phases import heard_by, phase
 from ..core.text import command, printable
 from .answer import Answer, Request, Session
-from .hints import check_options, check_words, verbs_with, without_repetition
+from .hints import check_count, check_options, check_words, verbs_with, without_repetition
 from .old import is_old, modernize
 
 PROGRAM = "imgcls-fast"
@@ -75,9 +75,7 @@ def parse(words: list[str]) -> tuple[Request, list[str]]:
     given = vars(_parser(verb, flags).parse_intermixed_args(rest))
     things = tuple(given.pop("things", None) or ())
     check_words(things, given, verb)
-    if not verb.least <= len(things) <= (verb.most if verb.most is not None else len(things)):
-        wanted = f"`{PROGRAM} {verb.name}` takes {verb.things or 'no positional words'}"
-        raise UsageError("U002", f"{wanted}, got {' '.join(things) or 'nothing'}", try_=f"{PROGRAM} {verb.name} --help")
+    check_count(things, verb)
     _check_choices(given, flags)
     return Request(verb.name, things, given, tuple(words)), notes
 
@@ -119,7 +117,9 @@ def _verb(words: list[str]) -> tuple[Verb, list[str]]:
         if len(words) > 1:
             meant = verb_meant(words[1])
             guess = meant.partition(" ")[2] if meant.startswith(f"{first} ") else near(words[1], members)
-        raise UsageError("U001" if len(words) > 1 else "U002", said, try_=f"{PROGRAM} {first} {guess or members[0]}")
+        there = words[1:] if not guess and len(words) > 1 and os.path.exists(words[1]) else []  # `data photos/`
+        code = "U001" if len(words) > 1 else "U002"
+        raise UsageError(code, said, try_=command(first, guess or members[0], *there))
     if first in table:
         return table[first], words[1:]
     if first in LATER_VERBS:
@@ -147,7 +147,7 @@ def _check_choices(given: dict[str, Any], flags: tuple[Flag, ...]) -> None:
         values = value if isinstance(value, list) else [] if value is None else [value]
         if flag.setting is None and flag.choices and (wrong := [word for word in values if word not in flag.choices]):
             value = wrong[0]
-            guess = near(value, flag.choices) or flag.choices[0]
+            guess = value_meant(value, flag.choices) or near(value, flag.choices) or flag.choices[0]
             legal = ", ".join(map(repr, flag.choices))
             raise UsageError("U002", f"{flag.long} must be one of {legal}, got {value!r}", try_=f"{flag.long} {guess}")
 

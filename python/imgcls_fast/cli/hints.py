@@ -41,7 +41,8 @@ def check_options(words: Sequence[str], known: Collection[str], verb: Verb) -> N
             if word[:2] in known and not _one_dash_too_few(word, known):
                 continue  # -e30
             name = f"-{name}"
-        _refuse(word.partition("=")[0], name, equals, value, known, verb)
+        others = [other for j, other in enumerate(words) if j != k and (equals or j != k + 1)]
+        _refuse(word.partition("=")[0], name, equals, value, known, verb, others)
 
 
 def _refuse_value(name: str, value: str, joined: bool, verb: Verb) -> None:
@@ -74,7 +75,9 @@ def _nearest(name: str, known: Collection[str]) -> str:
     return guess and f"--{guess}"
 
 
-def _refuse(typed: str, name: str, equals: str, value: str, known: Collection[str], verb: Verb) -> None:
+def _refuse(
+    typed: str, name: str, equals: str, value: str, known: Collection[str], verb: Verb, others: Sequence[str]
+) -> None:
     help_ = command(*verb.name.split(), "--help")
     if name in LATER_FLAGS:
         raise UsageError("U001", f"{name} is not in this version", try_=help_)
@@ -86,6 +89,10 @@ def _refuse(typed: str, name: str, equals: str, value: str, known: Collection[st
     owned = setting_flags().get(plain_name(name))
     if setting := setting_meant(name) or (owned.setting or "" if owned and verb.name != "train" else ""):
         why = f"here it is {setting}" if verb.name == "train" else ""
+        if owned and not why:
+            why = f"it belongs to {', '.join(verbs_with(name))}"
+        if setting == "data.source" and value:
+            raise UsageError("U001", said, why=why, try_=command(*verb.name.split(), value, *others))
         raise UsageError("U001", said, why=why, try_=_ours(name, setting, value, known, verb))
     if reason := not_needed(name):
         raise UsageError("U001", said, why=reason, try_=f"leave {typed} out")
@@ -140,6 +147,10 @@ def check_words(things: Sequence[str], given: Mapping[str, Any], verb: Verb) -> 
         if "=" not in text and "." in text and things:
             value = things[-1] if len(given["set"]) == 1 else "VALUE"
             raise UsageError("U002", f"--set takes one word, SECTION.FIELD=VALUE, got {text!r}", try_=f"--set {text}={value}")
+    target = [thing for thing in things if thing in _TARGETS and not os.path.exists(thing)] if verb.name == "export" else []
+    if target:
+        rest = [thing for thing in things if thing not in target]
+        raise UsageError("U002", f"{target[0]} is no run", try_=command("export", *rest, f"--{_TARGETS[target[0]]}"))
     pairs = [thing for thing in things if _is_pair(thing, verb)]
     if pairs:
         raise UsageError(
@@ -147,6 +158,20 @@ def check_words(things: Sequence[str], given: Mapping[str, Any], verb: Verb) -> 
             f"options are written --NAME VALUE, and what a command works on comes without a name; got {pairs[0]}",
             try_=command(*verb.name.split(), *_rewritten(things, pairs, verb)),
         )
+
+
+def check_count(things: Sequence[str], verb: Verb) -> None:
+    """Refuse more or fewer words than the verb takes.
+
+    Raises:
+        UsageError: U002.
+    """
+    if verb.least <= len(things) <= (verb.most if verb.most is not None else len(things)):
+        return
+    said = f"`{command(*verb.name.split())}` takes {verb.things or 'no positional words'}, got {' '.join(things) or 'nothing'}"
+    number = any(is_number(thing) and not os.path.exists(thing) for thing in things)
+    why = "an option takes one word: 0.8,0.1,0.1 and not 0.8 0.1 0.1" if number else ""
+    raise UsageError("U002", said, why=why, try_=command(*verb.name.split(), "--help"))
 
 
 def _is_pair(thing: str, verb: Verb) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +68,18 @@ def whole_number(request: Request, keyword: str, least: int = 1) -> int | None:
     return number
 
 
+def _instead(setting: str, typed: str, message: str) -> str:
+    """The value that was probably meant, or one that is always right; empty where there is none."""
+    if setting == "pixels.size" and (sides := re.fullmatch(r"(\d+)\s*[xX,]\s*\1", typed)):
+        return sides[1]  # 224x224: the input is square
+    if setting == "data.split":
+        percent = [float(part) for part in typed.split(",")] if re.fullmatch(r"[\d.]+(,[\d.]+){2}", typed) else []
+        return ",".join(f"{part / 100:g}" for part in percent) if sum(percent) == 100 else "0.8,0.1,0.1"
+    if setting == "model.freeze":
+        return "backbone"
+    return "auto" if "'auto'" in message else ""
+
+
 def _placed(error: ConfigError, request: Request) -> ConfigError:
     """The same error with the flags that it came from, where only the command line can know."""
     flags = [flag for flag in flags_of(request.verb) if flag.setting and flag.keyword in request.options]
@@ -74,7 +87,7 @@ def _placed(error: ConfigError, request: Request) -> ConfigError:
         typed = f"{flag.long} {request.get(flag.keyword)}"
         if not error.where and str(flag.setting) in error.message:
             error.where = typed
-            if not error.try_ and "'auto'" in error.message:
-                error.try_ = f"{flag.long} auto"
+            if not error.try_ and (value := _instead(str(flag.setting), str(request.get(flag.keyword)), error.message)):
+                error.try_ = f"{flag.long} {value}"
         error.details = tuple(f"{typed}: {line}" if line.startswith(f"{flag.setting} ") else line for line in error.details)
     return error

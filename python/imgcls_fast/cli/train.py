@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..core.env import runs_dir
 from ..core.errors import UsageError
 from ..core.phases import heard_by, phase
 from ..core.text import command
@@ -24,8 +25,7 @@ def train(request: Request, session: Session) -> Answer:
 
         text = to_yaml(config).rstrip("\n")
         return Answer({"config": config.model_dump(mode="json")}, line=text, text=text)
-    if not resume:
-        _refuse_a_run_as_data(thing)
+    (_refuse_data_to_resume if resume else _refuse_a_run_as_data)(thing)
     if request.get("dry_run"):
         return _plan(thing, arguments)
     from ..api import train as api
@@ -76,8 +76,21 @@ def _refuse_a_run_as_data(thing: str | None) -> None:
 
     from ..core.runs import is_run_folder
 
-    if thing and is_run_folder(Path(thing)):
+    if thing and (is_run_folder(Path(thing)) or (not Path(thing).exists() and is_run_folder(runs_dir() / thing))):
         raise UsageError("U002", f"{thing} is a run, not data", try_=command("train", thing, "--resume"))
+
+
+def _refuse_data_to_resume(thing: str | None) -> None:
+    """`train photos/ --resume` names the data, which the run knows already."""
+    from pathlib import Path
+
+    from ..core.runs import is_run_folder
+
+    if not thing or not Path(thing).exists() or (Path(thing) / "bundle.json").exists() or thing == "last":
+        return
+    if not is_run_folder(Path(thing)) and not is_run_folder(runs_dir() / thing):
+        raise UsageError("U003", f"{thing} is not a run", why="--resume takes a run, which knows its data",
+                         try_="imgcls-fast train --resume   (the one begun last)")  # fmt: skip
 
 
 def _sink(session: Session) -> Any:

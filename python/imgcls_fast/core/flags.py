@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
 from .errors import ConfigError, near
-from .other_names import not_needed, setting_meant
+from .other_names import not_needed, setting_meant, value_meant
 
 Kind = Literal["value", "numbers", "bool", "switch", "many"]
 
@@ -279,7 +279,7 @@ def setting_value(flag: Flag, value: Any, written: str) -> Any:
     """
     table = dict(flag.values)
     if flag.choices and not isinstance(value, bool) and str(value) not in (*flag.choices, *table.values()):
-        guess = near(str(value), flag.choices) or flag.choices[0]
+        guess = value_meant(str(value), flag.choices) or near(str(value), flag.choices) or flag.choices[0]
         legal = ", ".join(repr(choice) for choice in flag.choices)
         raise ConfigError(
             "C003",

@@ -5,6 +5,8 @@ A name that is found here is not accepted, it is answered with ours. Standard li
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 _SETTINGS = {  # our setting: their names, lower case, words joined by _
     "data.source": "data dataset data_dir data_path dataset_path dataset_dir data_root root image_dir images image_folder "
     "source train_dir train_data train_path train_dataset train_dataset_path training_data train",
@@ -79,13 +81,29 @@ NOT_NEEDED = {
     **dict.fromkeys(("shuffle",), "training images are always shuffled"),
 }  # fmt: skip
 
+_VALUES = {  # our value of an option: theirs
+    "cuda": "gpu gpu:0 cuda:0 cuda0 nvidia", "cpu": "mps tpu xpu none",
+    "adamw": "adam adamax nadam radam lion lamb adan", "sgd": "momentum nesterov sgdm rmsprop",
+    "cosine": "cos cosineannealinglr cosine_annealing poly linear cosineannealing", "none": "constant off no false",
+    "step": "steplr multistep multisteplr exponential", "onecycle": "one_cycle onecyclelr 1cycle",
+    "plateau": "reducelronplateau reduce_on_plateau",
+    "fp16": "16 16-mixed 16-true half float16 fp16-mixed", "bf16": "bf16-mixed bf16-true bfloat16 amp mixed true",
+    "fp32": "32 32-true float32 full float", "medium": "randaugment randaug trivialaugment autoaugment auto_augment augmix default",
+    "heavy": "strong hard", "light": "weak basic flip",
+    "val": "validation valid dev eval", "test": "testing holdout",
+    "val/accuracy": "accuracy acc val_acc val_accuracy top1 acc1", "val/loss": "loss val_loss", "val/macro_f1": "f1 macro_f1",
+    "pretrained": "imagenet imagenet1k imagenet_1k imagenet1k_v1 imagenet1k_v2 default yes true", "scratch": "random no false none",
+    "backbone": "all true yes encoder features",
+}  # fmt: skip
+
 VERBS_ELSEWHERE = {
     "eval": "val validate validation test evaluate evaluation score benchmark-accuracy",
     "train": "fit training finetune fine-tune tao fit_one_cycle learn",
     "predict": "infer inference classify detect prediction pred",
     "export": "convert to-onnx onnx trt deploy-onnx",
     "bench": "benchmark speed latency time profile",
-    "doctor": "check checks info env version-info system diagnose",
+    "data check": "check inspect",
+    "doctor": "checks info env version-info system diagnose",
     "runs list": "ls list history experiments",
     "runs rm": "rm remove delete del",
     "runs diff": "diff compare",
@@ -103,6 +121,11 @@ def plain_name(name: str) -> str:
 def setting_meant(name: str) -> str:
     """Our setting for a name of another tool; empty where there is none, or the name is ours."""
     return _MEANT.get(plain_name(name).rpartition(".")[2], "")
+
+
+def value_meant(value: str, choices: Iterable[str]) -> str:
+    """Which of our values a value of another tool is, or an empty string."""
+    return next((ours for ours in choices if value.lower() in _VALUES.get(ours, "").split()), "")
 
 
 def not_needed(name: str) -> str:

@@ -35,7 +35,9 @@ def find_run(name: str | Path | None) -> Run:
             return Run(path)
         if path.name == "bundle" and (path / "bundle.json").exists():
             return Run(path.parent)
-    guess = near(str(name), [run.name for run in list_runs()])
+    known = [run.name for run in list_runs()]
+    begun = [other for other in known if len(str(name)) > 2 and other.startswith(str(name))]
+    guess = begun[-1] if begun else near(str(name), known)  # the newest
     raise UsageError(
         "U003", f"{name} is not a run", try_=command("runs", "show", guess) if guess else command("runs", "list")
     )

@@ -207,6 +207,8 @@ def _explained(name: str, items: list[Any], origin: dict[str, str]) -> ConfigErr
             message = f"{name} {message}"
     else:
         wanted = " or ".join(dict.fromkeys(_wanted(i) for i in items))
+        if item["type"] == "missing":
+            wanted = f"{1 + max(i['loc'][-1] for i in items if isinstance(i['loc'][-1], int))} numbers"
         message = f"{name} must be {wanted}, got {shortened(repr(item['input']))}"
     if item["type"] == "value_error" and name not in setting_names():  # a rule about several settings of a section
         return ConfigError("C004", message, where=_where(name, origin))
@@ -221,14 +223,21 @@ def _where(name: str, origin: dict[str, str]) -> str:
     )
 
 
+_PLAIN = {  # what pydantic calls a type, and what people do
+    "integer": "a whole number", "number": "a number", "string": "a text", "tuple": "a list of numbers", "dictionary": "pairs NAME=NUMBER",
+    "boolean": "true or false", "list": "a list",
+}  # fmt: skip
+
+
 def _wanted(item: Any) -> str:
     context = item.get("ctx") or {}
     if "expected" in context and item["type"] == "literal_error":
-        return f"one of {context['expected']}"
+        names = str(context["expected"])
+        return f"one of {names}" if "," in names or " or " in names else names
     if item["type"] == "missing":
         return "a longer list"
     text = item["msg"].removeprefix("Input should be ").removeprefix("a valid ")
-    return text.split(", unable to parse")[0]
+    return _PLAIN.get(text.split(", unable to parse")[0], text.split(", unable to parse")[0])
 
 
 def _scalar(text: str) -> Any:

@@ -263,5 +263,6 @@ def _no_classes(root: str, files: list[str]) -> Problem:
         "no class folders",
         f"{root} has no class folders (one folder of images for each class)",
         where=root,
+        why="put the images of each class into a folder of its own, or name them in a table with the columns path and label",
         try_=command("data", "check", os.path.join(root, tables[0]) if tables else os.path.dirname(root)),
     )

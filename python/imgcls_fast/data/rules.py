@@ -351,7 +351,8 @@ class Tabulation:
         if len(self.classes) < 2 and not self.listing.problems:  # else the other class may be in the rows at fault
             name = f" ({self.classes[0]!r})" if self.classes else ""
             text = f"{self.source} has {len(self.classes)} class{name}, and a classifier needs at least 2"
-            self.problems.append(Problem("D003", "fewer than two classes", text, try_=_elsewhere(Path(self.source))))
+            why = "each class is a folder of its own, or a name in the label column of a table"
+            self.problems.append(Problem("D003", "fewer than two classes", text, why=why, try_=_elsewhere(Path(self.source))))
         split, label = self.split[rows], self.label[rows]
         if (split == NO_SPLIT).any():
             return  # training rows are still to be chosen
@@ -424,7 +425,7 @@ def _elsewhere(source: Path) -> str:
         return ""
     inside = sorted(p for p in source.iterdir() if not fetch.is_ignored(p.name))
     tables = [p for p in inside if sources.is_table(p) and p.suffix.lower() != ".txt"]
-    folders = [p for p in inside if p.is_dir()]
+    folders = [p for p in inside if p.is_dir() and any(q.is_dir() and not fetch.is_ignored(q.name) for q in p.iterdir())]
     meant = tables[0] if len(tables) == 1 else folders[0] if len(folders) == 1 else None
     return command("data", "check", meant) if meant else ""
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..core.bundle import bundle_around, read_bundle
 from ..core.errors import ConfigError, ModelError
 from ..core.manifest import LabelSpace, Manifest
+from ..core.other_names import value_meant
 from ..core.pixels import CHANNELS, Pixels
 from ..core.settings import replace_settings
 from .defaults import Machine, Notes, Recipe, text
@@ -140,6 +141,12 @@ def _start(init: str) -> Start | None:
         return Start("file", path)
     if is_weights_name(whole) and not whole.is_file():
         raise ModelError("M003", f"no such weights file: {path}", try_="--init pretrained   (or scratch, or a run)")
+    if value_meant(init, ("pretrained", "scratch")) and not path.exists():
+        raise ConfigError(
+            "C003",
+            f"model.init {init!r} is neither auto, scratch or pretrained, nor a weights file, bundle or run",
+            try_=f"--init {value_meant(init, ('pretrained', 'scratch'))}",
+        )
     from ..core.runs import find_run
 
     folder = bundle_around(path) or (path if (path / "bundle.json").is_file() else find_run(init).bundle_path)
