@@ -72,6 +72,8 @@ def test_several_sets_of_weights_are_refused_with_the_way_to_choose(donor: Class
     model = _small()
     load_weights(model, tmp_path / "a.pt#teacher")
     assert _equal(other, model)
+    with pytest.raises(ModelError, match="has no weights under 'ema'; it has them under student, teacher"):
+        read_state(tmp_path / "a.pt#ema")
 
 
 @pytest.mark.parametrize("key", ["state_dict_ema", "model_ema", "ema", "ema_state_dict"])

@@ -88,15 +88,17 @@ def _inside(content: Mapping[Any, Any], source: str) -> str:
 
 
 def _part(content: Any, source: str, part: str) -> State:
+    keys = [str(key) for key, value in content.items() if _is_state(value)] if isinstance(content, Mapping) else []
     while isinstance(content, Mapping):
         if _is_state(content.get(part)):
             return find_state(content[part], f"{source}#{part}").state
         inner = next((key for key in _TRAINED if isinstance(content.get(key), Mapping)), "")
         begun = {key: value for key, value in content.items() if str(key).startswith(f"{part}.")}
-        if begun or not inner:
+        if begun:
             return find_state(begun, f"{source}#{part}").state
-        content = content[inner]
-    return find_state(content, f"{source}#{part}").state
+        content = content.get(inner)
+    there = f"; it has them under {some(keys, 8)}" if keys else ""
+    raise ModelError("M003", f"{source} has no weights under {part!r}{there}")
 
 
 def without_prefix(state: State, own: Mapping[str, Tensor]) -> tuple[State, State]:
