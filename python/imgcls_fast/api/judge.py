@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core import env
 from ..core.errors import UsageError
+from ..core.phases import counted_off, phase
 from ..core.run import Run
 from ..core.runs import find_run
 from ..core.text import command
@@ -115,7 +116,8 @@ def predict(
     say_warning(asked.note())
     predictor = Predictor(run, runtime=runtime, precision=precision, batch=batch_size or 32, top_k=top_k, trust=trust)
     try:
-        return [answer.to_dict() for answer in predictor.stream(asked.images)]
+        with phase("predicting") as current:
+            return [answer.to_dict() for answer in counted_off(predictor.stream(asked.images), current)]
     finally:
         predictor.close()
 

@@ -50,6 +50,7 @@ class ConsoleSink:
         self.warnings: list[str] = []
         self._bar: Progress | None = None
         self._task: TaskID | None = None
+        self._shown: tuple[str, int | None] = ("", None)  # description and total of the task
         self._doing = Doing()
         self._lock = threading.RLock()  # of the bar, which the beat makes and an event removes
         self._beat = Beat(self._alive, BAR_S if _live_terminal(self._stream) else LINE_S)
@@ -151,9 +152,11 @@ class ConsoleSink:
                     TextColumn("{task.fields[facts]}"),
                 )
                 self._bar = Progress(*columns, console=self.console, transient=True, refresh_per_second=4, expand=True)
-                self._task = self._bar.add_task(what, total=total, facts=facts)
                 self._bar.start()
-            assert self._task is not None
+            if self._task is None or self._shown != (what, total):  # an update cannot forget a total
+                if self._task is not None:
+                    self._bar.remove_task(self._task)
+                self._task, self._shown = self._bar.add_task(what, total=total, facts=facts), (what, total)
             self._bar.update(self._task, description=what, completed=done, total=total, facts=facts)
 
     def _epoch(self, event: Event) -> None:

@@ -362,7 +362,8 @@ def _finish(stage: _Stage, baseline: dict[str, Any] | None) -> None:
             with phase(f"drawing the {split} pictures"):
                 write_evaluation(run.evaluation(split), predictions, judged[split], run.plots)
             against = against_baseline(run, manifest, split, predictions)
-    write_plots(run.plots, training_curves(run.epochs))
+    with phase("drawing the curves"):
+        write_plots(run.plots, training_curves(run.epochs))
     report = report_run(run)
     done = _done_event(stage, judged, baseline, report, bundle) | {"against": against.to_dict() if against else None}
     around_s = round(time.monotonic() - stage.began - stage.trained_s, 1)
