@@ -143,6 +143,30 @@ def test_a_forked_worker_does_not_collect_a_pipeline_of_its_parent(kit, album_ma
     assert ended
 
 
+@needs_dali
+def test_nothing_is_collected_in_a_worker_before_the_garbage_of_its_parent_is_frozen(kit, album_manifest):
+    """Callbacks that others have registered for a fork run first, and may make the collector run."""
+    armed = [True]
+    os.register_at_fork(after_in_child=lambda: armed and gc.isenabled() and gc.collect())
+    sampler = kit.sampler(album_manifest, 8)
+    loader = kit.open(sampler, "dali-cpu", 2)
+    next(iter(loader.epoch(0)))
+    ring = [loader._pipeline]
+    ring.append(ring)
+    kit.open(sampler, "torch", 1).close()
+    loader.close()
+    del ring
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    armed.clear()
+    ended = wait_for(lambda: os.waitpid(child, os.WNOHANG)[0] == child, 30)
+    if not ended:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert ended and gc.isenabled()
+
+
 _PARENT = """
 import sys
 from pathlib import Path

@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import threading
+import warnings
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +25,7 @@ from torch.utils.data import Sampler as KeySampler
 from ..core.batch import Batch
 from ..core.errors import DataError, HardwareError
 from ..core.pixels import EXTREME_ASPECT, Pixels
-from . import reach
+from . import handover, reach
 from .augment import apply_color
 from .decode import Undecodable, decode_pixels, read_file
 from .loader import OnBad, make_batch
@@ -32,7 +33,6 @@ from .quarantine import examine_isolated
 from .sampler import Request, Sampler
 
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-_AHEAD = 2  # batches that each worker prepares
 _PATIENCE = 3  # deaths of workers in a row that no file explains
 _DEATH = re.compile(r"DataLoader worker \(pid")
 _log = logging.getLogger("imgcls_fast")
@@ -165,20 +165,27 @@ def _check_size(sampler: Sampler, row: int, image: np.ndarray) -> None:
 
 
 class _Batches(Dataset):
-    """Key (epoch, index, bad rows) -> a finished batch, or the error that ends the epoch; lives in the workers."""
+    """Key (epoch, index, bad rows) -> a finished batch, the error that ends the epoch, or why it cannot be handed over.
 
-    def __init__(self, sampler: Sampler, called_off: Any) -> None:
+    Lives in the workers.
+    """
+
+    def __init__(self, sampler: Sampler, called_off: Any, way: handover.Way, threads: int) -> None:
         self.sampler, self._called_off = sampler, called_off
+        self._way, self._threads = way, threads
         self._patience: reach.Patience | None = None  # of this process: its lock stays in it
 
-    def __getitem__(self, key: tuple[int, int, frozenset[int]]) -> tuple[Batch, dict[int, str]] | dict[str, str]:
+    def __getitem__(self, key: tuple[int, int, frozenset[int]]) -> tuple[Batch, dict[int, str]] | dict[str, str] | str:
         request = self.sampler.request(*key)
         self._patience = self._patience or reach.Patience(self._called_off)
         try:
-            pixels, delivered, failed = decode_batch(self.sampler, request, patience=self._patience)
+            pixels, delivered, failed = decode_batch(
+                self.sampler, request, threads=self._threads, patience=self._patience
+            )
         except DataError as error:  # as plain values: an exception would cross the process border as mere text
             return error.to_dict()
-        return make_batch(self.sampler.manifest, delivered, pixels), failed
+        batch = handover.hand_over(make_batch(self.sampler.manifest, delivered, pixels), self._way)
+        return batch if isinstance(batch, str) else (batch, failed)
 
 
 class _Keys(KeySampler):
@@ -203,13 +210,20 @@ class TorchLoader:
 
     A worker that dies, of an image or otherwise, is survived: the files of the batches in flight are examined one by
     one in a child, what is bad is named, and new workers go on at the batch that was not delivered.
+
+    Where shared memory is too small for the batches, before or during an epoch, they come through pipes, and where there
+    can be no workers, images are decoded in threads; a warning names the reason. No bit depends on it.
     """
 
     def __init__(
         self, sampler: Sampler, workers: int, bad: dict[int, str], on_bad: OnBad | None, *, pin: bool = False
     ) -> None:
         self.sampler, self.bad, self._on_bad = sampler, bad, on_bad
-        self._workers, self._pin = workers, pin
+        self._workers, self._pin, self._room = workers, pin, handover.room_for_reason()
+        pixels = sampler.pixels
+        self._way, reason = handover.choose_way(sampler.batch_size, pixels.size, pixels.channels, workers)
+        if reason:
+            _warn(handover.consequence(self._way, reason))
         self._keys = _Keys(sampler, bad)
         self._called_off = RawValue("b", 0)  # seen by the workers; without a lock, which one that dies would keep
         self._loader: Any = self._open()
@@ -217,18 +231,19 @@ class TorchLoader:
         self._stop = weakref.finalize(self, _stop_workers, self._loader)
 
     def _open(self) -> Any:
-        if self._workers:
+        workers = self._workers if self._way != "threads" else 0
+        if workers:
             _spare_children()
         return DataLoader(
-            _Batches(self.sampler, self._called_off),
+            _Batches(self.sampler, self._called_off, self._way, 1 if workers else max(1, self._workers)),
             batch_size=None,
             sampler=self._keys,
-            num_workers=self._workers,
+            num_workers=workers,
             collate_fn=_as_it_is,
-            persistent_workers=self._workers > 0,
-            prefetch_factor=_AHEAD if self._workers else None,
-            pin_memory=self._pin,
-            worker_init_fn=_start_worker,
+            persistent_workers=workers > 0,
+            prefetch_factor=handover.AHEAD if workers else None,
+            pin_memory=self._pin and self._way != "pipes",  # those are pinned when they have become tensors
+            worker_init_fn=functools.partial(_start_worker, room=self._room),
             generator=torch.Generator().manual_seed(0),  # else the global generator would be drawn from each epoch
         )
 
@@ -240,7 +255,9 @@ class TorchLoader:
             while True:
                 try:
                     item = next(made, None)
-                except RuntimeError as error:
+                except (RuntimeError, OSError) as error:
+                    if self._changed_way(error):
+                        break
                     if not _DEATH.search(str(error)):
                         raise
                     deaths = 0 if self._find_culprits(epoch, index) else deaths + 1
@@ -248,8 +265,29 @@ class TorchLoader:
                     break
                 if item is None:
                     return
+                if isinstance(item, str):
+                    self._go_by("pipes", item)
+                    break
                 yield self._received(item, epoch)
                 index, deaths = index + 1, 0
+
+    def _changed_way(self, error: Exception) -> bool:
+        """Whether an error tells that batches cannot come as they did; from now on they come in another way."""
+        text = handover.reason_left(self._room) or " ".join(str(error).split())[:200]
+        workers = getattr(getattr(self._loader, "_iterator", None), "_workers", ())
+        if any(worker.exitcode == -signal.SIGBUS for worker in workers):
+            text = "a decoding process died of a bus error, as it does when shared memory runs out"
+        if self._way != "shared" or not handover.is_failed_sharing(text):
+            return False
+        self._go_by("pipes", text)
+        return True
+
+    def _go_by(self, way: handover.Way, reason: str) -> None:
+        _warn(handover.consequence(way, reason))
+        self._stop()
+        self._way = way
+        self._loader = self._open()
+        self._stop = weakref.finalize(self, _stop_workers, self._loader)
 
     def _made(self) -> Iterator[Any]:
         """The DataLoader's iterator, without its signal handler.
@@ -258,7 +296,13 @@ class TorchLoader:
         """
         main = threading.current_thread() is threading.main_thread()
         before = signal.getsignal(signal.SIGCHLD) if main else None
-        made = iter(self._loader)
+        try:
+            made = iter(self._loader)
+        except OSError as error:
+            if self._way == "threads":
+                raise
+            self._go_by("threads", handover.no_processes(error))
+            made = iter(self._loader)
         if main and before is not None:
             signal.signal(signal.SIGCHLD, before)
         return made
@@ -268,7 +312,7 @@ class TorchLoader:
             raise DataError(made["code"], made["message"], where=made["where"], why=made["why"], try_=made["try"])
         batch, failed = made
         self._report(failed, epoch)
-        return batch
+        return handover.received(batch, self._way, pin=self._pin)
 
     def _report(self, failed: dict[int, str], epoch: int) -> None:
         for row, reason in failed.items():
@@ -283,7 +327,7 @@ class TorchLoader:
         Raises:
             DataError: D015 when a file cannot be reached.
         """
-        last = min(self.sampler.steps, index + self._workers * _AHEAD)
+        last = min(self.sampler.steps, index + self._workers * handover.AHEAD)
         rows = {int(row) for at in range(index, last) for row in self.sampler.rows_of(epoch, at)} - self.bad.keys()
         paths = [self.sampler.manifest.path(row) for row in sorted(rows)]
         limit, at_once = self.sampler.pixels.max_megapixels, max(1, self._workers)
@@ -295,7 +339,7 @@ class TorchLoader:
         self._report(found, epoch)
         return bool(found)
 
-    def _restart(self, error: RuntimeError, deaths: int) -> None:
+    def _restart(self, error: Exception, deaths: int) -> None:
         """New workers.
 
         Raises:
@@ -322,6 +366,10 @@ class TorchLoader:
         self._loader = None
 
 
+def _warn(text: str) -> None:
+    warnings.warn(text, stacklevel=3)
+
+
 def _stop_workers(loader: Any) -> None:
     iterator = getattr(loader, "_iterator", None)
     if iterator is not None:
@@ -333,18 +381,34 @@ def _spare_children() -> None:
     """Forked processes collect no garbage of this one.
 
     A DALI pipeline that nobody holds may wait here for the collector. Collected in a worker, it waits for ever for the end of
-    threads that a fork does not copy.
+    threads that a fork does not copy. What others do in a worker before it freezes the garbage may collect as well, so the
+    collector stands still from before the fork.
     """
-    os.register_at_fork(after_in_child=gc.freeze)
+    enabled = [True]
+
+    def before() -> None:
+        enabled[0] = gc.isenabled()
+        gc.disable()
+
+    def after() -> None:
+        if enabled[0]:
+            gc.enable()
+
+    def in_child() -> None:
+        gc.freeze()
+        after()
+
+    os.register_at_fork(before=before, after_in_parent=after, after_in_child=in_child)
 
 
-def _start_worker(worker: int) -> None:
+def _start_worker(worker: int, room: Any) -> None:
     """A worker decodes on one thread and leaves signals to the main process.
 
     Service managers send SIGTERM to the whole group; a worker that dies of it makes the main process fail wherever it
     stands, instead of saving at the next step. Workers end when they are told to, or when their parent is gone.
     """
     torch.set_num_threads(1)
+    handover.end_when_feeding_fails(room)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 

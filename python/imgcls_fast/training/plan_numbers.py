@@ -296,7 +296,21 @@ def choose_speed(notes: Notes, manifest: Manifest, machine: Machine, device: str
     why = "" if machine.why_cpus == Machine.why_cpus else f"; {machine.why_cpus}"
     if why and device == "cuda":  # which waits for them
         why += "; more with --workers"
-    notes.decide("train.workers", workers, "decoding " + ("processes" if loader == "torch" else "threads") + why)
+    workers = notes.decide("train.workers", workers, "decoding " + ("processes" if loader == "torch" else "threads") + why)
+    if loader == "torch":
+        _note_way(notes, workers)
+
+
+def _note_way(notes: Notes, workers: int) -> None:
+    """Add to the reason for the workers how their batches come, where /dev/shm is too small for them."""
+    from ..data.handover import bytes_needed, choose_way
+
+    sizes = notes.value("train.batch_size"), notes.value("pixels.size"), CHANNELS[notes.value("pixels.color")], workers
+    way, reason = choose_way(*sizes)
+    if reason:
+        name, value, why = notes.rows[-1]
+        instead = "batches through pipes" if way == "pipes" else "as threads"
+        notes.rows[-1] = (name, value, f"{why}; {instead}: {reason} ({bytes_needed(*sizes) / 1e6:.1f} MB)")
 
 
 def require_device_for(config: RunConfig, device: str) -> None:

@@ -36,6 +36,7 @@ from ..evaluation.plots import training_curves
 from ..evaluation.report import write_evaluation, write_plots
 from ..models.build import ModelSpec, sketch_model
 from ..models.kernels import use_kernels
+from ..tracking.events import warnings_as_events
 from ..tracking.sinks import LogSink, Sinks
 from .baseline import fit_baseline
 from .early import refuse_early
@@ -270,7 +271,7 @@ def _conduct(stage: _Stage, *, resumed: bool) -> Run:
     """Baseline, training, judgement. A signal outside of training stops at once: nothing there takes long to do again."""
     command = stage.run.resume_command
     try:
-        with signal_as_interrupt(), watched(stage.run.directory, command):
+        with signal_as_interrupt(), watched(stage.run.directory, command), warnings_as_events(stage.emit):
             return _work(stage, resumed=resumed)
     except KeyboardInterrupt:
         stage.emit({"event": "interrupted", "command": command, "path": str(stage.run.checkpoints / "last")})

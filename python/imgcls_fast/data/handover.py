@@ -1,0 +1,135 @@
+"""How a batch gets from a decoding process to this one: through shared memory, else through a pipe, else there is no such process.
+
+Shared memory is quickest and, in a container, small: Docker gives /dev/shm 64 MB. A worker that finds it full in the thread that
+feeds the queue prints a traceback and drops the batch, for which this process would then wait for ever. So it is asked before,
+batches are put there where the failure can be told, and whatever still goes wrong in that thread ends the worker with a word.
+"""
+
+from __future__ import annotations
+
+import errno
+import multiprocessing
+import os
+import re
+from multiprocessing import queues
+from multiprocessing.sharedctypes import RawArray
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from ..core.batch import Batch
+
+Way = Literal["shared", "pipes", "threads"]
+SHARED_MEMORY = Path("/dev/shm")
+AHEAD = 2  # batches that each worker prepares
+_BESIDE = 2  # batches that this process holds: the one in work and the next
+_NO_SHARING = re.compile(
+    r"shared memory|\bshm|ancdata|ulimit|bus error|no space left|too many open files", re.IGNORECASE
+)
+_FAREWELL = 70  # exit code of a worker that could not hand over a batch
+_LONGEST = 300  # bytes of its reason
+
+
+def free_bytes() -> int | None:
+    """Bytes that are free in shared memory; None where it has no size of its own, 0 where there is none."""
+    try:
+        facts = os.statvfs(SHARED_MEMORY)
+    except OSError:
+        return 0
+    return facts.f_bavail * facts.f_frsize if facts.f_blocks else None
+
+
+def bytes_needed(batch_size: int, size: int, channels: int, workers: int) -> int:
+    """Shared memory that loading may take: the pixels of all batches that are ready or in work."""
+    return batch_size * size * size * channels * (workers * AHEAD + _BESIDE)
+
+
+def shortage(needed: int) -> str:
+    """What is wrong with shared memory for so many bytes; empty where nothing is."""
+    free = free_bytes()
+    if free is None or free >= needed:
+        return ""
+    if not SHARED_MEMORY.is_dir():
+        return f"there is no {SHARED_MEMORY}"
+    return f"{SHARED_MEMORY} has {free / 1e6:.0f} MB free, too little for decoding processes"
+
+
+def choose_way(batch_size: int, size: int, channels: int, workers: int) -> tuple[Way, str]:
+    """How batches will come, and the reason where it is not through shared memory."""
+    if not workers:
+        return "threads", ""
+    lack = shortage(bytes_needed(batch_size, size, channels, workers))
+    if not lack:
+        return "shared", ""
+    try:
+        multiprocessing.Lock()  # a semaphore takes a page of the same memory
+    except OSError as error:
+        return "threads", f"{lack}, not even for a lock ({error.strerror})"
+    return "pipes", lack
+
+
+def consequence(way: Way, reason: str) -> str:
+    """One line for the user: what happened, what is done instead, and how to mend it."""
+    instead = {
+        "pipes": "batches go through pipes, which takes longer",
+        "threads": "images are decoded in threads of this process",
+        "shared": "",
+    }[way]
+    return f"{reason}: {instead}; start the container with --shm-size 1g, or use --loader dali-cpu"
+
+
+def is_failed_sharing(text: str) -> bool:
+    """Whether an error of a loader tells of shared memory or open files, and not of an image."""
+    return not text.startswith("Caught ") and bool(_NO_SHARING.search(text))
+
+
+def hand_over(batch: Batch, way: Way) -> Batch | str:
+    """A finished batch as its way wants it, in the worker; or why it does not fit into shared memory."""
+    values = (batch.pixels, batch.targets, batch.weight, batch.rows)
+    if way == "pipes":
+        return Batch(*(value.numpy() for value in values))
+    if way == "shared":
+        try:
+            for value in values:
+                value.share_memory_()
+        except (RuntimeError, OSError) as error:
+            return " ".join(str(error).split())[:_LONGEST]
+    return batch
+
+
+def received(batch: Batch, way: Way, *, pin: bool) -> Batch:
+    """The same batch of torch tensors in this process."""
+    if way != "pipes":
+        return batch
+    values = (batch.pixels, batch.targets, batch.weight, batch.rows)
+    made = Batch(*map(torch.from_numpy, values))
+    return made.pin_memory() if pin else made
+
+
+def room_for_reason() -> Any:
+    """Memory that workers and this process share, where a worker that has to end leaves its reason."""
+    return RawArray("c", _LONGEST + 1)
+
+
+def end_when_feeding_fails(room: Any) -> None:
+    """In a worker: end with a reason where the thread that feeds the queue would lose a batch and go on."""
+
+    def farewell(error: BaseException, lost: Any) -> None:
+        room.value = f"{type(error).__name__}: {error}".encode("utf-8", "replace")[:_LONGEST]
+        os._exit(_FAREWELL)
+
+    queues.Queue._on_queue_feeder_error = staticmethod(farewell)  # type: ignore[attr-defined]
+
+
+def reason_left(room: Any) -> str:
+    """The reason that a worker left before it ended, else an empty text; it is taken away."""
+    text, room.value = bytes(room.value).decode("utf-8", "replace"), b""
+    return text
+
+
+def no_processes(error: OSError) -> str:
+    """Why no decoding processes could be started."""
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return "there are too many open files for decoding processes (ulimit -n)"
+    return f"no decoding process can be started ({error.strerror or error})"
