@@ -315,6 +315,16 @@ def test_a_pipe_gets_every_fact_and_no_escape_codes() -> None:
     assert "train.seed" not in text  # it has no reason
 
 
+def test_plan_and_box_are_not_wrapped_in_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    long = DONE | {"worst": [("a long name " * 12, 0.5, 3)]}
+    lines = shown(io.StringIO(), [PLAN, long]).splitlines()
+    reason = next(line for line in lines if line.startswith("  model.arch"))
+    assert reason.split() == ["model.arch", "resnet18", "the", "default", "for", "this", "size"]
+    assert any(line.startswith("  optim.lr ") and line.count("words") == 30 for line in lines)
+    assert any("a long name " * 12 in line and "F1 0.500 (3 images)" in line for line in lines)
+
+
 @pytest.mark.parametrize("width", [80, 120])
 @pytest.mark.parametrize("colour", [True, False])
 def test_a_terminal_gets_lines_that_fit(width: int, colour: bool, monkeypatch: pytest.MonkeyPatch) -> None:

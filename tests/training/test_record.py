@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from imgcls_fast.core.config import bits_settings, free_settings
 from imgcls_fast.core.errors import DataError, Interrupted
 from imgcls_fast.core.record import NAME, record_of, resumed_lines, unequal_line, work_on
 from imgcls_fast.core.run import Run
@@ -161,3 +162,15 @@ def test_runs_are_listed_in_the_order_in_which_they_began(tmp_path: Path) -> Non
         (tmp_path / name / NAME).write_text(json.dumps({"created": k, "work": []}))
         os.utime(tmp_path / name / "config.yaml", (9 - k, 9 - k))  # resumed in the other order
     assert [run.name for run in list_runs(tmp_path)] == ["b", "a"]
+
+
+def test_the_documentation_names_the_settings_that_may_change_at_resume() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    table = page[page.index("### What may change") :].split("\n\n")[2]
+    named = set(re.findall(r"`([a-z]+\.[a-z_*]+)`", table))
+    whole = {name.removesuffix("*") for name in named if name.endswith("*")}
+    may = {name for name in free_settings() | bits_settings() if not name.startswith(tuple(whole))} - {"out"}
+    assert whole == {"evaluate.", "export."}
+    assert {name for name in named if not name.endswith("*")} == may
+    with_price = next(line for line in table.splitlines() if "train.threads" in line)
+    assert all(name in with_price for name in bits_settings())
