@@ -418,6 +418,14 @@ def test_a_warm_up_that_leaves_a_step_of_the_run_is_as_asked() -> None:
     assert reason_of(make_plan(shortened.config, images(), LAPTOP), "optim.warmup") == "as asked"  # a run made again
 
 
+@pytest.mark.parametrize(("lr", "told"), [(50.0, "diverge"), (1e-8, "hardly move"), (1e-2, ""), (1e-5, ""), ("auto", "")])
+def test_a_learning_rate_far_from_the_usual_one_is_told(lr: float | str, told: str) -> None:
+    notices: list[str] = []
+    config = build_config({"model.init": "scratch", "model.arch": "small-cnn", "optim.opt": "adamw", "optim.lr": lr})
+    make_plan(config, images(), LAPTOP, notices.append)
+    assert [told in notice for notice in notices if "optim.lr" in notice] == ([True] if told else [])
+
+
 @pytest.mark.parametrize(
     ("changes", "name", "enough"),
     [

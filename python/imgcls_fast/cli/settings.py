@@ -75,6 +75,12 @@ def _instead(setting: str, typed: str, message: str) -> str:
     if setting == "data.split":
         percent = [float(part) for part in typed.split(",")] if re.fullmatch(r"[\d.]+(,[\d.]+){2}", typed) else []
         return ",".join(f"{part / 100:g}" for part in percent) if sum(percent) == 100 else "0.8,0.1,0.1"
+    if setting == "train.save_every":
+        return "10m"
+    if setting == "data.max_bad" and (share := re.fullmatch(r"([\d.]+)\s*%", typed)):
+        return f"{float(share[1]) / 100:g}"
+    if setting == "train.patience":
+        return "none" if typed.lower() in ("never", "no", "false", "off") else "10"
     if setting == "model.freeze":
         return "backbone"
     return "auto" if "'auto'" in message else ""

@@ -93,6 +93,7 @@ _VALUES = {  # our value of an option: theirs
     "val": "validation valid dev eval", "test": "testing holdout",
     "val/accuracy": "accuracy acc val_acc val_accuracy top1 acc1", "val/loss": "loss val_loss", "val/macro_f1": "f1 macro_f1",
     "pretrained": "imagenet imagenet1k imagenet_1k imagenet1k_v1 imagenet1k_v2 default yes true", "scratch": "random no false none",
+    "3": "rgb color colour", "1": "gray grey grayscale greyscale l mono", "4": "rgba",
     "backbone": "all true yes encoder features",
 }  # fmt: skip
 

@@ -93,7 +93,9 @@ def open_source(path: Path, cache: Path, limits: Limits = Limits()) -> Path:
     if path.is_dir():
         return path
     if not path.exists():
-        raise DataError("D001", f"no such file or folder: {path}", try_=_similar(path))
+        address = re.search(r"\b(https?|s3|gs|hf):/", str(path))
+        why = "nothing is downloaded: fetch it yourself, then name the file or folder" if address else ""
+        raise DataError("D001", f"no such file or folder: {path}", why=why, try_=_similar(path))
     if not is_archive(path):
         raise DataError(
             "D001",

@@ -211,6 +211,9 @@ def _refuse_lone_image(notes: Notes, images: int, batch: int) -> NoReturn:
     )  # fmt: skip
 
 
+_FAR = 300  # a learning rate this many times above or below the usual one is most probably a slip
+
+
 def choose_optimizer(notes: Notes, recipe: Recipe) -> None:
     """Optimizer, rates, schedule, smoothing and averaging."""
     opt = notes.decide("optim.opt", recipe.opt, "recipe")
@@ -218,7 +221,12 @@ def choose_optimizer(notes: Notes, recipe: Recipe) -> None:
     base_lr, base_batch = recipe.lr[opt]
     # linear for SGD (Goyal et al. 2017), square root for adaptive methods (Malladi et al. 2022)
     scale = (batch / base_batch) if opt == "sgd" else math.sqrt(batch / base_batch)
-    notes.decide("optim.lr", float(f"{base_lr * scale:.3g}"), f"{base_lr:g} at batch {base_batch}, scaled to {batch}")
+    usual = float(f"{base_lr * scale:.3g}")
+    asked_lr = notes.decide("optim.lr", usual, f"{base_lr:g} at batch {base_batch}, scaled to {batch}")
+    if not usual / _FAR <= asked_lr <= usual * _FAR:
+        far = f"{asked_lr / usual:,.0f} times" if asked_lr > usual else f"1/{usual / asked_lr:,.0f} of"
+        end = "training will most likely diverge" if asked_lr > usual else "training will hardly move"
+        notes.told.append(f"optim.lr {asked_lr:g} is {far} the usual {usual:g} of {opt} at batch {batch}: {end}   (--lr auto)")
     notes.decide("optim.weight_decay", recipe.weight_decay[opt], "recipe")
     sched = notes.decide("optim.sched", recipe.sched, "recipe")
     epochs = notes.value("train.epochs")
