@@ -356,7 +356,7 @@ def test_a_text_is_read_and_written_out_in_full(text: str, full: str) -> None:
         ("transformer@stage4", "there are se, cbam"),
         ("cbam@stage5", "expected one of stage1, stage2, stage3, stage4, every-block"),
         ("cbam@0", "expected one of stage1"),
-        ("cbam@every-blok", "--attention cbam@every-block"),
+        ("cbam@every-blok", "attention=['cbam@every-block']"),
         ("se(ratio=4)@stage4", "its parameters: reduction=16"),
         ("se(reductoin=4)@stage4", "did you mean 'reduction'"),
         ("simam(4)@stage4", "no parameter '4'"),

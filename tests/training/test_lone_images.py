@@ -66,8 +66,8 @@ def test_a_network_without_batch_norm_or_a_frozen_one_may_see_single_images() ->
 
 
 @pytest.mark.parametrize(("changes", "n", "words"), [
-    ({}, 2, ("there is 1 training image", "batch norm", "--freeze backbone")),
-    ({"train.batch_size": 1}, 100, ("train.batch_size must be at least 2 for small-cnn, got 1", "--batch-size 2")),
+    ({}, 2, ("there is 1 training image", "batch norm", "freeze='backbone'")),
+    ({"train.batch_size": 1}, 100, ("train.batch_size must be at least 2 for small-cnn, got 1", "batch_size=2")),
 ])  # fmt: skip
 def test_a_lone_image_that_cannot_be_avoided_is_refused_before_the_run(
     changes: dict[str, Any], n: int, words: tuple[str, ...]
