@@ -109,6 +109,13 @@ def test_a_terminal_shows_a_bar_for_a_phase_and_takes_it_away(monkeypatch: pytes
     sink.close()
 
 
+def test_the_end_of_the_last_phase_starts_no_thread_after_the_sink_was_closed() -> None:
+    sink = ConsoleSink(io.StringIO())
+    with heard_by(sink), phase("starting"):
+        sink.close()
+    assert not [thread for thread in threading.enumerate() if thread.name == "imgcls-beat"]
+
+
 def test_quiet_people_and_short_work_see_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     streams = []
     for quiet in (True, False):

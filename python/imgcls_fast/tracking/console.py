@@ -121,9 +121,10 @@ class ConsoleSink:
             self._say(line, "cyan")
 
     def _phase(self, event: Event) -> None:
-        self._beat.start()
         if self._doing.quiet:
             self._stop_bar()
+        else:
+            self._beat.start()
 
     def _step(self, event: Event) -> None:
         self._beat.start()
