@@ -15,6 +15,7 @@ from rich.console import Console
 
 from imgcls_fast.cli.app import main
 from imgcls_fast.core.run import Run
+from imgcls_fast.core.runs import mark_begun, mark_last
 from imgcls_fast.core.settings import build_config
 from imgcls_fast.tracking import console as consoles
 
@@ -128,6 +129,23 @@ def test_quiet_prints_what_was_asked_for(make: Callable[..., Run], capsys: Captu
     for words, wanted in ((["list"], "a\nb\n"), (["show", "a"], "accuracy"), (["diff", "a", "b"], "optim.lr\t0.1\t0.2")):
         assert main(["runs", *words, "-q"]) == 0
         assert wanted in capsys.readouterr().out
+
+
+def test_without_a_name_the_last_finished_run_is_shown_and_a_later_one_is_named(
+    make: Callable[..., Run], capsys: Capture
+) -> None:
+    good, failed = make("good"), make("failed")
+    mark_begun(good)
+    mark_last(good)
+    os.utime(good.bundle_path / "bundle.json", (1e9, 1e9))
+    (failed.bundle_path / "bundle.json").unlink()
+    mark_begun(failed)
+    assert main(["runs", "show", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["name"] == "good"
+    assert "failed, begun later, is not finished" in found["warnings"][0]
+    assert main(["runs", "show", "good"]) == 0
+    assert "begun later" not in capsys.readouterr().err
 
 
 def test_the_name_of_a_run_is_not_taken_for_data(make: Callable[..., Run], capsys: Capture) -> None:
