@@ -6,6 +6,8 @@ import errno
 import fcntl
 import os
 import stat
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -213,3 +215,106 @@ def test_without_any_place_the_error_names_the_variable(homeless: Path, monkeypa
     with pytest.raises(HardwareError, match="no folder for cached files") as caught:
         env.cache_dir()
     assert caught.value.code == "H003" and "IMGCLS_CACHE" in caught.value.try_
+
+
+def test_long_work_is_refused_at_its_start_where_its_result_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "touch", refusing(errno.EROFS, Path.touch))
+    with pytest.raises(HardwareError, match="Read-only file system") as caught:
+        files.demand_writable(tmp_path / "bench")
+    assert caught.value.code == "H003" and "permission" in caught.value.try_
+
+
+# ---------------------------------------------------------------- processes that were started with little
+
+
+def light(script: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """A shell line in which "$0" is the interpreter."""
+    surroundings = {**os.environ, **variables}
+    return subprocess.run(
+        ["sh", "-c", script, sys.executable], capture_output=True, text=True, timeout=120, env=surroundings
+    )
+
+
+def test_closed_standard_streams_end_no_command_and_reach_no_file(tmp_path: Path) -> None:
+    code = f"""
+import os, sys
+from imgcls_fast.cli.app import main
+assert main(["--help"]) == 0 and main(["nonsense"]) == 2
+with open({str(tmp_path / "mine")!r}, "w") as file:
+    assert file.fileno() > 2
+    os.write(1, b"of a library")
+    os.write(2, b"of a library")
+open({str(tmp_path / "done")!r}, "w")
+"""
+    done = light(f"exec \"$0\" -c '{code.replace(chr(39), chr(34))}' <&- >&- 2>&-")
+    assert done.returncode == 0 and (tmp_path / "done").exists()
+    assert (tmp_path / "mine").read_bytes() == b""
+
+
+@pytest.mark.parametrize(
+    "variables", [{"LC_ALL": "C"}, {"LC_ALL": "POSIX", "PYTHONUTF8": "0"}, {"PYTHONIOENCODING": "ascii"}], ids=str
+)
+def test_an_ascii_locale_prints_names_of_any_script(tmp_path: Path, variables: dict[str, str]) -> None:
+    place = tmp_path / "katzé-猫"
+    done = light(f'"$0" -m imgcls_fast "{place}"', **variables)
+    assert done.returncode == 2
+    assert "unknown command" in done.stderr and "UnicodeEncodeError" not in done.stderr
+
+
+def test_an_environment_without_variables_starts(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "imgcls_fast", "--version"], capture_output=True, text=True, timeout=120, cwd=tmp_path,
+        env={"PYTHONPATH": os.environ.get("PYTHONPATH", "")},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("mask", [0o000, 0o077])
+def test_any_umask_makes_files_that_their_owner_reads(tmp_path: Path, mask: int) -> None:
+    before = os.umask(mask)
+    try:
+        run = Run.create(tmp_path / "run")
+        run.write_json("data.json", {"a": 1})
+        run.unlock()
+    finally:
+        os.umask(before)
+    assert run.read_json("data.json") == {"a": 1}
+    assert stat.S_IMODE((run.directory / "data.json").stat().st_mode) == 0o666 & ~mask
+
+
+def test_without_proc_a_dead_writer_is_still_told_from_a_living_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fcntl, "flock", refusing(errno.ENOSYS, fcntl.flock))
+    monkeypatch.setattr(locks, "_began", lambda number: "")
+    host = os.uname().nodename
+    with pytest.raises(locks.Taken):
+        locks.take(claim(tmp_path, f"pid {os.getppid()} on {host}\nbegan \n"))
+    locks.take(claim(tmp_path, f"pid 4194305 on {host}\nbegan \n")).release()
+
+
+@pytest.mark.parametrize("shift_s", [-3600, -1.7e9], ids=["an hour back", "1970"])
+def test_a_clock_that_was_set_back_neither_hides_nor_locks_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shift_s: float
+) -> None:
+    run = Run.create(tmp_path / "run")
+    run.append_event({"event": "plan"})
+    run.unlock()
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: max(0.0, now() + shift_s))
+    run.lock()
+    run.append_event({"event": "interrupted"})
+    assert run.last_end() is not None
+    run.unlock()
+
+
+def test_a_closed_or_missing_name_of_the_user_is_not_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import getpass
+
+    monkeypatch.setattr(getpass, "getuser", refusing(errno.ENOENT, getpass.getuser))
+    for name in ("USER", "LOGNAME", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    assert env.cache_dir() and env.machine_facts()["python"]
+    Run.create(tmp_path / "run").unlock()

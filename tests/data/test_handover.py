@@ -147,6 +147,11 @@ def test_a_worker_that_dies_of_a_bus_error_changes_the_way(
     kit.assert_same(batches, expected)
 
 
+def test_the_way_out_is_that_of_what_is_short() -> None:
+    assert "ulimit -n" in handover.consequence("threads", handover.no_processes(OSError(errno.EMFILE, "Too many open files")))
+    assert "--shm-size" in handover.consequence("pipes", FULL)
+
+
 def test_the_text_of_an_image_error_is_not_taken_for_shared_memory() -> None:
     assert handover.is_failed_sharing(FULL)
     assert handover.is_failed_sharing("received 0 items of ancdata")

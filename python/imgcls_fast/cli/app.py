@@ -41,6 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     calm_threads()
     distrust_folder()
+    _open_streams()
     _tolerate_any_name()
     session = Session(json="--json" in words, debug="--debug" in words, quiet=bool({"-q", "--quiet"} & set(words)))
     try:
@@ -299,6 +300,14 @@ def _internal(error: Exception, words: list[str]) -> ImgclsError:
         why="this is a mistake in imgcls-fast, not yours",
         try_=f"run again with --debug: {command(*words, '--debug')}",
     )
+
+
+def _open_streams() -> None:
+    """Let standard streams that were closed lead to nowhere: else their numbers would go to the next files that are opened."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            handle = os.open(os.devnull, os.O_RDWR)  # the lowest free number, in this order the one that was closed
+            setattr(sys, name, open(handle, mode, encoding="utf-8", closefd=False))  # noqa: SIM115 - as long as the process
 
 
 def _tolerate_any_name() -> None:

@@ -103,6 +103,19 @@ def explained_write(path: Path, named_by: str = "--out") -> Iterator[None]:
         ) from error
 
 
+def demand_writable(folder: Path) -> None:
+    """Fail before long work rather than after it; makes the folder.
+
+    Raises:
+        HardwareError: H003, with the path and the system's reason.
+    """
+    with explained_write(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe.{os.getpid()}.tmp"
+        probe.touch()
+        probe.unlink()
+
+
 def plain_path(path: Path) -> Path:
     """The same file or folder under a name that is UTF-8: libraries written in C++ and Rust take no other.
 

@@ -76,7 +76,8 @@ def consequence(way: Way, reason: str) -> str:
         "threads": "images are decoded in threads of this process",
         "shared": "",
     }[way]
-    return f"{reason}: {instead}; start the container with --shm-size 1g, or use --loader dali-cpu"
+    cure = "allow more open files (ulimit -n 4096)" if "open files" in reason else "start the container with --shm-size 1g"
+    return f"{reason}: {instead}; {cure}, or use --loader dali-cpu"
 
 
 def is_failed_sharing(text: str) -> bool:
@@ -131,5 +132,5 @@ def reason_left(room: Any) -> str:
 def no_processes(error: OSError) -> str:
     """Why no decoding processes could be started."""
     if error.errno in (errno.EMFILE, errno.ENFILE):
-        return "there are too many open files for decoding processes (ulimit -n)"
+        return "too many open files for decoding processes"
     return f"no decoding process can be started ({error.strerror or error})"

@@ -41,7 +41,7 @@ import torch
 from ..core import env
 from ..core.bundle import Bundle, read_bundle
 from ..core.errors import ConfigError, ExportError, HardwareError, ImgclsError, ModelError, near
-from ..core.files import explained_write, write_json
+from ..core.files import demand_writable, write_json
 from ..core.run import EFFICIENCY_SCHEMA, Run
 from ..core.text import command
 from ..engines.as_found import as_found
@@ -117,6 +117,7 @@ def examine(
     if not run.finished:
         raise ModelError("M005", f"{run.directory} is not finished", try_=run.resume_command)
     run.demand_own_places()
+    demand_writable(run.efficiency_path.parent)
     bundle, name = read_bundle(run.bundle_path), str(run.directory)
     contenders, absent = contenders_of(bundle, run.exports, run=name, runtimes=runtimes, only=export, trust=trust)
     if export is not None and len(contenders) == 1:
@@ -141,8 +142,6 @@ def examine(
         "undecodable_files": sample.undecoded.to_list(),
     }  # fmt: skip
     found = _finite(found)
-    with explained_write(run.efficiency_path):
-        run.efficiency_path.parent.mkdir(exist_ok=True)
     for path in (run.efficiency_path, *([] if out is None else [out])):
         write_json(path, found)
     return found
