@@ -145,7 +145,7 @@ def _draw(path: Path, kind: int, seed: Sequence[int], gray: bool = False) -> Non
 def run_steps(steps: Iterable[Step], work: Path, data: Mapping[str, str], *, limit_s: float = LIMIT_S) -> list[Outcome]:
     """Run each step as a process of its own in `work`, one after the other, whatever the others did."""
     environment = {
-        **{key: value for key, value in os.environ.items() if not key.startswith(("IMGCLS_", "COLUMNS", "CI"))},
+        **{key: value for key, value in os.environ.items() if not key.startswith(("IMGCLS_", "OMP_", "COLUMNS"))},
         **data,
         "IMGCLS_RUNS": str(work / "runs"),
         "IMGCLS_CACHE": str(work / "cache"),
