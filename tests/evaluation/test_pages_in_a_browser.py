@@ -142,8 +142,8 @@ def test_only_a_list_longer_than_a_screen_scrolls_and_tells_it(report):
 
 def test_a_table_with_many_columns_names_them_in_every_row_for_narrow_screens(report):
     wide = re.findall(r'<table class="wide[^"]*">.*?</table>', report, re.S)
-    assert len(wide) == 5  # splits, classes, efficiency, images, settings
-    for table in wide[:4]:
+    assert len(wide) == 6  # splits, classes, confusions, efficiency, images, settings
+    for table in wide[:5]:
         heads = re.findall(r"<th scope=\"col\"[^>]*>(.*?)</th>", table)
         for row in re.findall(r"<tr[^>]*>(<td.*?)</tr>", table, re.S):
             assert re.findall(r'data-label="([^"]*)"', row) == heads[1:]

@@ -214,13 +214,12 @@ def _coverage(metrics: Metrics) -> Figure:
     axes = figure.subplots()
     dot = "o" if len(curve.fraction) < 8 else ""
     axes.plot(curve.fraction, curve.accuracy, color=ACCENT, lw=2, marker=dot, ms=4, clip_on=False)
-    axes.axhline(metrics.accuracy, color=MUTED, lw=1, ls=":")
-    axes.annotate(f"all answered: {metrics.accuracy:.3f}", (0.01, metrics.accuracy), xytext=(0, -5), va="top",
-                  textcoords="offset points", fontsize=10, color=MUTED)  # fmt: skip
+    axes.axhline(metrics.accuracy, color=MUTED, lw=1, ls=":", label=f"all answered: {metrics.accuracy:.3f}")
     house_style(axes, "Accuracy of the most confident", "share of rows answered", "accuracy")
     low = float(min(curve.accuracy.min(), metrics.accuracy))
     axes.set_xlim(0, 1)
     axes.set_ylim(max(0.0, low - 0.12 * (1.01 - low) - 0.01), 1)
+    _legend_below(figure, axes)
     return figure
 
 
