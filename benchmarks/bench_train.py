@@ -133,7 +133,7 @@ def _fit(work: Path, arch: str, size: int, batch: int, attention: str, device: s
     }  # fmt: skip
     if attention:
         changes["model.attention"] = [attention]
-    prepared = prepare_data(build_config(changes).data, "apply", work)
+    prepared = prepare_data(build_config(changes), work)
     plan = make_plan(build_config(changes), prepared.manifest, look_at_machine())
     run = Run.create(Path(tempfile.mkdtemp(prefix="run-", dir=work)) / "run")
     fit = Fit(plan, prepared.manifest, run, lambda event: None)

@@ -50,7 +50,7 @@ def photos() -> Path:
 
 def manifest_of(folder: Path) -> Manifest:
     config = build_config({"data.source": str(folder)})
-    return prepare(config.data, "apply", Path(tempfile.gettempdir()) / "imgcls-gpu-check").manifest
+    return prepare(config, Path(tempfile.gettempdir()) / "imgcls-gpu-check").manifest
 
 
 def fastest_loader(journal: Journal) -> str:

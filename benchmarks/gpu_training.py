@@ -36,7 +36,7 @@ def make_fit(journal: Journal, folder: Path, **settings: Any) -> Fit:
         "train.epochs": 1, "train.device": journal.device, "train.baseline": False, "train.log_every": 1e9, "train.loader": "torch",
         "train.workers": 0, "model.init": "scratch", "optim.ema": 0.0, **settings,
     })  # fmt: skip
-    prepared = prepare(config.data, config.pixels.exif, env.cache_dir())
+    prepared = prepare(config, env.cache_dir())
     plan = make_plan(config, prepared.manifest, look_at_machine())
     folder.mkdir(parents=True, exist_ok=True)
     fit = Fit(plan, prepared.manifest, Run(folder), lambda event: None)
