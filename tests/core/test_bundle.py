@@ -79,13 +79,13 @@ def test_a_damaged_description_is_refused(text: str, bundle_of: Callable[..., An
     assert refused.value.code == "M004"
 
 
-def test_a_newer_schema_is_refused_with_the_upgrade_command(bundle_of: Callable[..., Any]) -> None:
+def test_a_newer_schema_is_refused_with_the_version_that_reads_it(bundle_of: Callable[..., Any]) -> None:
     bundle = bundle_of()
     path = bundle.directory / "bundle.json"
     write_sealed(path, {**read_sealed(path), "schema": 99})
     with pytest.raises(ModelError, match="newer") as refused:
         read_bundle(bundle.directory)
-    assert "--upgrade" in refused.value.try_
+    assert "a newer one" in refused.value.try_ and "pip" not in refused.value.try_
 
 
 @pytest.mark.parametrize("name", ["../elsewhere.txt", "/etc/hostname"])
