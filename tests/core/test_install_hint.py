@@ -126,3 +126,10 @@ def test_every_extra_that_a_hint_names_exists() -> None:
     for path in (ROOT / "python").rglob("*.py"):
         used |= set(re.findall(r"""install_hint\(["'](\w+)["']\)""", path.read_text("utf-8")))
     assert used >= {"int8", "trt"} and used <= set(EXTRAS)
+
+
+def test_a_copy_without_metadata_gets_no_empty_pip_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(env, "_distribution", lambda: None)
+    monkeypatch.setattr(env, "_origin", lambda extra: [])
+    monkeypatch.setattr(env, "_checkout_requires", lambda extra: [])
+    assert env.install_hint("trt") == "what the extra 'trt' of the project's pyproject.toml lists"

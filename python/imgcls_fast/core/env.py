@@ -268,8 +268,9 @@ def install_hint(extra: str) -> str:
     this installation was made from (direct_url.json, PEP 610) while that is still there, the exact version where it came
     from an index, and otherwise only the libraries that the extra asks for.
     """
-    origin = _origin(f"[{extra}]")
-    return _pip(*(origin or _requirements(extra)))
+    words = _origin(f"[{extra}]") or _requirements(extra)
+    # a copied folder without metadata or pyproject.toml: an empty pip line helps nobody
+    return _pip(*words) if words else f"what the extra {extra!r} of the project's pyproject.toml lists"
 
 
 def reinstall_hint() -> str:
