@@ -129,3 +129,19 @@ def test_a_file_whose_name_has_a_hash_sign_is_taken_as_it_is(donor: Classifier, 
     assert read_state(tmp_path / "a#b.pth").keys() == donor.backbone.state_dict().keys()
     with pytest.raises(ModelError, match="no such weights file"):
         read_state(tmp_path / "absent#b.pth")
+
+
+@pytest.mark.parametrize("part", ["", "#ema"])
+@pytest.mark.parametrize("keys", [["model"], ["state_dict", "model", "module", "net", "weights", "params", "x", "y"]])
+def test_a_dictionary_that_holds_itself_is_refused_and_ends(keys: list[str], part: str, tmp_path: Path) -> None:
+    content: dict[str, Any] = {"a": torch.zeros(2)}
+    content |= dict.fromkeys(keys, content)
+    torch.save(content, tmp_path / "round.pt")
+    with pytest.raises(ModelError) as refused:
+        read_state(tmp_path / f"round.pt{part}")
+    assert refused.value.code == "M003"
+
+
+def test_weights_some_dictionaries_deep_are_found(donor: Classifier, tmp_path: Path) -> None:
+    torch.save({"model": {"module": {"net": {"weights": donor.state_dict()}}}}, tmp_path / "deep.pt")
+    assert set(read_state(tmp_path / "deep.pt")) == set(donor.state_dict())

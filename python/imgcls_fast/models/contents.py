@@ -21,6 +21,7 @@ State = dict[str, Tensor]
 _TRAINED = ("state_dict", "model_state_dict", "model", "model_state", "module", "net", "network", "backbone", "weights", "params")
 _AVERAGE = re.compile(r"(^|[._])(ema|swa|averaged?)([._]|$)|shadow", re.IGNORECASE)
 _NO_WEIGHTS = re.compile(r"optim|sched|scaler|callback|loop|config|hparam|hyper", re.IGNORECASE)
+_DEEPEST = 8  # dictionaries within dictionaries that are looked into: one in a file may hold itself
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,11 @@ def find_state(content: Any, source: str, part: str = "") -> Contents:
     if part:
         return Contents(_part(content, source, part))
     averages: list[str] = []
-    while isinstance(content, Mapping) and (inner := _inside(content, source)):
+    for depth in range(_DEEPEST + 1):
+        if not isinstance(content, Mapping) or not (inner := _inside(content, source)):
+            break
+        if depth == _DEEPEST:
+            raise ModelError("M003", f"{source} holds no weights in the first {_DEEPEST} of its dictionaries within dictionaries")
         averages += [key for key, value in content.items() if _AVERAGE.search(str(key)) and _is_state(value)]
         content = content[inner]
     if not isinstance(content, Mapping) or not content:
@@ -65,12 +70,14 @@ def find_state(content: Any, source: str, part: str = "") -> Contents:
 
 
 def _is_state(value: Any) -> bool:
-    """Whether it is tensors by name, or has them one level deeper."""
-    if not isinstance(value, Mapping) or not value:
-        return False
-    return all(isinstance(key, str) and isinstance(one, Tensor) for key, one in value.items()) or any(
-        isinstance(value.get(key), Mapping) and _is_state(value[key]) for key in _TRAINED
-    )
+    """Whether it is tensors by name, or has them some levels deeper."""
+    level = [value] if isinstance(value, Mapping) else []
+    for _ in range(_DEEPEST):
+        if any(one and all(isinstance(key, str) and isinstance(t, Tensor) for key, t in one.items()) for one in level):
+            return True
+        inner = [one[key] for one in level for key in _TRAINED if isinstance(one.get(key), Mapping)]
+        level = list({id(one): one for one in inner}.values())  # each once: ten keys may hold the same
+    return False
 
 
 def _inside(content: Mapping[Any, Any], source: str) -> str:
@@ -89,7 +96,9 @@ def _inside(content: Mapping[Any, Any], source: str) -> str:
 
 def _part(content: Any, source: str, part: str) -> State:
     keys = [str(key) for key, value in content.items() if _is_state(value)] if isinstance(content, Mapping) else []
-    while isinstance(content, Mapping):
+    for _ in range(_DEEPEST):
+        if not isinstance(content, Mapping):
+            break
         if _is_state(content.get(part)):
             return find_state(content[part], f"{source}#{part}").state
         inner = next((key for key in _TRAINED if isinstance(content.get(key), Mapping)), "")
