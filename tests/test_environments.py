@@ -318,3 +318,21 @@ def test_a_closed_or_missing_name_of_the_user_is_not_asked_for(monkeypatch: pyte
         monkeypatch.delenv(name, raising=False)
     assert env.cache_dir() and env.machine_facts()["python"]
     Run.create(tmp_path / "run").unlock()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ImportError("libtorch.so: failed to map segment"), MemoryError(), OSError(errno.ENOMEM, "Cannot allocate memory")],
+    ids=["linker", "python", "system"],
+)  # fmt: skip
+def test_a_process_with_little_address_space_is_told_that_memory_ran_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
+) -> None:
+    from imgcls_fast.cli import app
+
+    def loading(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(app, "import_module", loading)
+    assert app.main(["runs", "list"]) == 4
+    assert "error[H002]" in (told := capsys.readouterr().err) and "ulimit -v" in told

@@ -17,7 +17,7 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from ..core.env import calm_threads, distrust_folder, lend_home
-from ..core.errors import ImgclsError, Interrupted, UsageError, near
+from ..core.errors import HardwareError, ImgclsError, Interrupted, UsageError, near
 from ..core.flags import LATER_VERBS, VERBS, Flag, Verb, flags_of
 from ..core.hints import for_a_shell
 from ..core.other_names import setting_meant, value_meant, verb_meant
@@ -28,6 +28,7 @@ from .hints import check_count, check_options, check_words, verbs_with, without_
 from .old import is_old, modernize
 
 PROGRAM = "imgcls-fast"
+_NO_MEMORY = ("failed to map segment", "cannot allocate memory")  # of the dynamic linker, and of the system
 _OWN_EVENTS = ("train", "demo")  # verbs that show what they do, on stdout
 
 
@@ -292,6 +293,13 @@ def _help_of(words: list[str]) -> str:
 
 
 def _internal(error: Exception, words: list[str]) -> ImgclsError:
+    if isinstance(error, MemoryError) or any(words in str(error).lower() for words in _NO_MEMORY):
+        return HardwareError(
+            "H002",
+            f"memory ran out: {error or type(error).__name__}",
+            why="libraries could not be loaded, or no more memory is given to this process",
+            try_="ulimit -v unlimited   (or a container with more memory)",
+        )
     last = traceback.extract_tb(error.__traceback__)[-1]
     return ImgclsError(
         "X001",
