@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from multiprocessing import queues
+from multiprocessing import heap, queues
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,8 @@ def test_without_locks_and_shared_memory_images_are_decoded_in_threads(
     expected, _ = run(kit, sampler, 0)
     monkeypatch.setattr(handover, "SHARED_MEMORY", Path("/nowhere/shm"))
     monkeypatch.setattr(multiprocessing, "Lock", no_lock)
+    monkeypatch.setattr(heap.Arena, "_dir_candidates", ["/nowhere/shm"])
+    monkeypatch.setattr(heap.BufferWrapper, "_heap", heap.Heap())
     with pytest.warns(UserWarning, match="there is no /nowhere/shm, not even for a lock.*threads of this process"):
         batches, loader = run(kit, sampler)
     assert loader._way == "threads"

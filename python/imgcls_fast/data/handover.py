@@ -7,12 +7,13 @@ batches are put there where the failure can be told, and whatever still goes wro
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import multiprocessing
 import os
 import re
 from multiprocessing import queues
-from multiprocessing.sharedctypes import RawArray
+from multiprocessing.sharedctypes import RawArray, RawValue
 from pathlib import Path
 from typing import Any, Literal
 
@@ -108,9 +109,14 @@ def received(batch: Batch, way: Way, *, pin: bool) -> Batch:
     return made.pin_memory() if pin else made
 
 
-def room_for_reason() -> Any:
-    """Memory that workers and this process share, where a worker that has to end leaves its reason."""
-    return RawArray("c", _LONGEST + 1)
+def shared_values(way: Way) -> tuple[Any, Any]:
+    """A flag that workers see, and room where a worker that has to end leaves its reason; of this process where it has no workers.
+
+    Those of multiprocessing lie in shared memory, and without any they cannot be made.
+    """
+    if way == "threads":
+        return ctypes.c_byte(0), ctypes.create_string_buffer(_LONGEST + 1)
+    return RawValue("b", 0), RawArray("c", _LONGEST + 1)  # without locks, which a worker that dies would keep
 
 
 def end_when_feeding_fails(room: Any) -> None:

@@ -13,7 +13,6 @@ import warnings
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing.sharedctypes import RawValue
 from typing import Any
 
 import numpy as np
@@ -219,13 +218,13 @@ class TorchLoader:
         self, sampler: Sampler, workers: int, bad: dict[int, str], on_bad: OnBad | None, *, pin: bool = False
     ) -> None:
         self.sampler, self.bad, self._on_bad = sampler, bad, on_bad
-        self._workers, self._pin, self._room = workers, pin, handover.room_for_reason()
+        self._workers, self._pin = workers, pin
         pixels = sampler.pixels
         self._way, reason = handover.choose_way(sampler.batch_size, pixels.size, pixels.channels, workers)
         if reason:
             _warn(handover.consequence(self._way, reason))
         self._keys = _Keys(sampler, bad)
-        self._called_off = RawValue("b", 0)  # seen by the workers; without a lock, which one that dies would keep
+        self._called_off, self._room = handover.shared_values(self._way)
         self._loader: Any = self._open()
         # also at the end of the process, before multiprocessing waits for its children
         self._stop = weakref.finalize(self, _stop_workers, self._loader)
