@@ -12,7 +12,7 @@ import pytest
 
 import imgcls_fast as ic
 from imgcls_fast.cli.app import main
-from imgcls_fast.core.errors import ConfigError, DataError
+from imgcls_fast.core.errors import ConfigError, DataError, UsageError
 from imgcls_fast.core.flags import VERBS, setting_flags
 from imgcls_fast.core.hints import for_a_shell, in_python, worded
 
@@ -146,3 +146,13 @@ def test_what_python_functions_often_raise_has_hints_in_pythons_form(
 def test_a_hint_with_a_path_of_several_words_stays_one_argument() -> None:
     error = DataError("D001", "x", try_="imgcls-fast data check '/my photos/it is'")
     assert "ic.check_data('/my photos/it is')" in str(error)
+
+
+@pytest.mark.parametrize("hint", ["imgcls-fast train data\\", "--set data.source=D:\\photos\\", "--out $'a\\012b'"])
+def test_a_hint_that_is_no_command_line_is_shown_as_it_is(hint: str) -> None:
+    assert worded(hint) == hint
+    assert hint in str(UsageError("U001", "wrong", try_=hint))
+
+
+def test_a_command_without_its_things_becomes_a_call_without_arguments() -> None:
+    assert worded("imgcls-fast predict") == "ic.predict()"

@@ -52,7 +52,12 @@ def for_a_shell() -> Iterator[None]:
 
 def worded(hint: str) -> str:
     """A hint in the words of whoever reads it: as it is on the command line, as calls in Python."""
-    return hint if _for_a_shell else in_python(hint)
+    if _for_a_shell:
+        return hint
+    try:
+        return in_python(hint)
+    except (ValueError, IndexError):  # a hint that is no command line must not hide the error that it belongs to
+        return hint
 
 
 def in_python(hint: str) -> str:
@@ -133,7 +138,7 @@ def _unquoted(word: str) -> str:
 
 
 def _placed(verb: str, places: tuple[str, ...], things: list[str]) -> list[str]:
-    if verb == "predict":  # the run may be left out, the images not
+    if verb == "predict" and things:  # the run may be left out, the images not
         return things[:1] if len(things) == 1 else [things[0], things[1] if len(things) == 2 else f"[{', '.join(things[1:])}]"]
     if verb == "deploy render":
         return [*things[1:2], f"kind={things[0]}"] if things else []
@@ -183,6 +188,8 @@ def _keyword(hint: str, words: Sequence[re.Match[str]]) -> tuple[int, str] | Non
             used, equals = 2, "="
         if not equals:
             return 1, f"{before}{'overrides' if keyword == 'set' else keyword}{after}"
+        if value.startswith("$'"):  # bytes that are no text: a shell's word alone
+            return None
         value = _unquoted(value)
         if keyword == "set":
             setting, _, text = value.partition("=")
