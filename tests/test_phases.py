@@ -168,3 +168,49 @@ def test_the_log_keeps_what_took_longer_than_a_second(tmp_path: Path) -> None:
         sink(base | {"state": state, "seconds": seconds})
     assert (tmp_path / "log.txt").read_text().split("  ", 1)[1] == "judging images (367 images): 1:15\n"
     assert (tmp_path / "events.jsonl").read_text().count("\n") == 1
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(), ValueError("I/O operation on closed file")])
+def test_a_beat_ends_without_a_word_where_nobody_reads_any_more(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+    def show() -> None:
+        raise error
+
+    beat = Beat(show, 0.005)
+    beat.start()
+    thread = beat._thread
+    assert thread is not None
+    thread.join(20)
+    beat.close()
+    assert not thread.is_alive() and capsys.readouterr().err == ""
+
+
+def test_an_event_does_not_change_what_a_beat_is_about_to_show() -> None:
+    sink, asked, ended = ConsoleSink(io.StringIO()), threading.Event(), threading.Event()
+    begin = {"event": "phase", "state": "begin", "what": "x", "done": 0, "total": None, "unit": "", "seconds": 0}
+    sink._doing(begin)
+
+    class Slow(Doing):
+        @property
+        def quiet(self) -> bool:
+            found = super().quiet
+            asked.set()
+            ended.wait(0.2)  # the event must wait for the line
+            return found
+
+    sink._doing.__class__ = Slow
+    failed: list[Exception] = []
+
+    def alive() -> None:
+        try:
+            sink._alive()
+        except IndexError as error:
+            failed.append(error)
+
+    beat = threading.Thread(target=alive)
+    beat.start()
+    asked.wait(20)
+    sink({**begin, "state": "end"})
+    ended.set()
+    beat.join()
+    sink.close()
+    assert not failed

@@ -46,7 +46,10 @@ class Beat:
         while not self._ended.wait(max(0.01, self._touched + self._every_s - time.monotonic())):
             if time.monotonic() - self._touched >= self._every_s:
                 self.touch()
-                self._show()
+                try:
+                    self._show()
+                except (OSError, ValueError):  # whoever read the pipe has gone, or the stream is closed
+                    return
 
 
 class Doing:

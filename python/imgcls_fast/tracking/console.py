@@ -52,7 +52,7 @@ class ConsoleSink:
         self._task: TaskID | None = None
         self._shown: tuple[str, int | None] = ("", None)  # description and total of the task
         self._doing = Doing()
-        self._lock = threading.RLock()  # of the bar, which the beat makes and an event removes
+        self._lock = threading.RLock()  # of the bar and of what goes on: an event changes what the beat shows
         self._beat = Beat(self._alive, BAR_S if _live_terminal(self._stream) else LINE_S)
         self._handlers: dict[str, Callable[[Event], None]] = {
             "data": self._data, "notice": self._lines, "plan": self._plan, "baseline": self._baseline, "start": self._lines,
@@ -71,7 +71,8 @@ class ConsoleSink:
         if kind in self._handlers and (
             not self.quiet or kind in ("warning", "quarantine", "interrupted", "failed", "done")
         ):
-            self._doing(event)
+            with self._lock:  # the beat reads it
+                self._doing(event)
             self._handlers[kind](event)
 
     def close(self) -> None:
