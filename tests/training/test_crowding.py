@@ -218,3 +218,11 @@ def test_a_resumed_run_keeps_its_number_of_threads_whatever_the_load_is_then(
     run = session.resume(Run(Path(config.out)), {})
     assert run.config.train.threads == 1
     same_result(whole, run)
+
+
+def test_the_pauses_of_a_quota_are_not_taken_for_other_processes(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(env, "cpus", lambda: cpus.Cpus(8, 8, quota=2.0))
+    crowd = Crowd("cpu", 2, "resume")
+    for _ in range(2):
+        assert crowd.look(0) is None
+        kernel.pass_by(30, queued=0.9, idle=0, own=1.0)

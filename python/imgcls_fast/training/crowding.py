@@ -117,7 +117,9 @@ class Crowd:
     def __init__(self, device: str, threads: int, resume: str, window_s: float = _WINDOW_S) -> None:
         self._threads, self._resume, self._window_s = threads, resume, window_s
         self._before: tuple[int, float, float | None, float | None, float] | None = None
-        self._silent = device != "cpu" or threads < 2
+        found = env.cpus()
+        throttled = found.quota is not None and found.quota < found.affinity  # a share's pauses look like others' work
+        self._silent = device != "cpu" or threads < 2 or throttled
 
     def look(self, images: int) -> str | None:
         """What the user should know, once in a run; called between two steps, now and then.
