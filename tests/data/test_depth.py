@@ -20,6 +20,9 @@ from imgcls_fast.data.depth import used_bits
 from imgcls_fast.data.loader import dali_missing
 from imgcls_fast.data.prepare import prepare, statistics
 from imgcls_fast.data.scan import ScanOptions, inspect
+from imgcls_fast.training.defaults import Notes
+from imgcls_fast.training.plan_model import Start
+from imgcls_fast.training.plan_numbers import _bits
 
 NOTICE = "16-bit gray use"
 
@@ -182,3 +185,20 @@ def test_a_run_of_before_there_was_the_setting_goes_on_without_a_word(tmp_path: 
 
     now = {"optim.lr": 0.1, "pixels.bits": "auto"}
     assert require_same_trajectory({"optim.lr": 0.1}, now, Run(tmp_path), tmp_path) == []
+
+
+def test_more_images_than_are_looked_at_are_told_with_their_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("advice", "depth"):
+        monkeypatch.setattr(f"imgcls_fast.data.{name}.LOOKED_AT", 4)
+    (notice,) = (n for n in inspect(folder(tmp_path, 12, 3)).notices if NOTICE in n)
+    assert "in the 4 that were looked at" in notice and "brighter in the rest becomes white" in notice
+
+
+def test_a_run_that_begins_with_another_keeps_its_bits_also_all_sixteen(tmp_path: Path) -> None:
+    manifest = inspect(folder(tmp_path, 12, 2)).manifest.with_splits(np.zeros(4))
+    theirs = Pixels(32, 1.0, "bilinear", "gray", "apply", (0.5,), (0.2,))
+    notes = Notes(build_config({}))
+    assert _bits(notes, manifest, Start("file", pixels=theirs)) == 16
+    assert notes.rows == [("pixels.bits", "16", "of the starting weights")]
+    (told,) = notes.told
+    assert "use 12 bits and are read as 16" in told and "--set pixels.bits=12" in told

@@ -98,10 +98,13 @@ def about_depth(files: Files, rows: np.ndarray, bits: int | None) -> list[str]:
     told, limit = [], files.options.max_megapixels
     gray = rows[(files.flags[rows] & FLAG_WIDE) != 0]
     used = bits_of((files.full(row) for row in _some(gray, LOOKED_AT)), limit) if len(gray) else None
+    some = len(gray) > LOOKED_AT
+    looked = f" in the {LOOKED_AT} that were looked at" if some else ""
+    white = "; what is brighter in the rest becomes white   (--set pixels.bits=16: nothing does)" if some else ""
     if used is not None and used < FULL_BITS and bits is None:
         told.append(
-            f"the {len(gray):,} images of 16-bit gray use {used} bits (0 to {(1 << used) - 1:,}), and these are spread over the "
-            f"range of the pixels; the model keeps that (pixels.bits={used}), also for other images"
+            f"the {len(gray):,} images of 16-bit gray use {used} bits (0 to {(1 << used) - 1:,}{looked}), and these are spread over the "
+            f"range of the pixels; the model keeps that (pixels.bits={used}; with --init RUN that of the run), also for other images{white}"
         )
     elif used is not None and bits is not None and abs(used - bits) > 1:
         told.append(

@@ -63,9 +63,14 @@ def _bits(notes: Notes, manifest: Manifest, start: Start) -> int:
     from ..data.depth import used_bits
 
     value, reason = FULL_BITS, "there are no images of 16-bit gray"
-    if start.pixels and start.pixels.bits != FULL_BITS:
+    asked = notes.config.pixels.bits != "auto"
+    used = None if asked else used_bits(manifest, notes.config.data.max_megapixels)
+    if start.pixels is not None:
         value, reason = start.pixels.bits, "of the starting weights"
-    elif notes.config.pixels.bits == "auto" and (used := used_bits(manifest, notes.config.data.max_megapixels)):
+        if used is not None and used < value:  # right where that run saw such images, and wrong where it saw none of 16 bits
+            told = f"16-bit training images use {used} bits and are read as {value}, as by the starting run: they are dark"
+            notes.told.append(f"{told}   (spread over the range: --set pixels.bits={used})")
+    elif used is not None:
         value, reason = used, f"16-bit training images use 0 to {(1 << used) - 1:,}"
     return int(notes.decide("pixels.bits", value, reason))
 
@@ -335,8 +340,11 @@ def require_device_for(config: RunConfig, device: str) -> None:
         raise ConfigError("C004", "train.loader dali-gpu needs train.device cuda", try_="--loader dali-cpu")
 
 
-def require_compiler(config: RunConfig, machine: Machine) -> None:
+def require_compiler(config: RunConfig, machine: Machine, *, resumed: bool = False) -> None:
     """Refuse `--compile` where nothing can compile; asked before the scan, which may take long.
+
+    Args:
+        resumed: the run was begun so, and cannot go on without.
 
     Raises:
         HardwareError: H004, with the line that installs what is missing.
@@ -344,6 +352,8 @@ def require_compiler(config: RunConfig, machine: Machine) -> None:
     device = config.train.device
     lack = machine.lacks.get("cuda" if device == "auto" and machine.gpu else "cpu" if device == "auto" else device)
     if config.train.compile is True and lack:
+        if resumed:
+            raise HardwareError("H004", f"{lack.what}, and this run compiles its network", try_=lack.remedy)
         raise HardwareError(
             "H004",
             f"{lack.what}, and --compile needs it",
