@@ -5,20 +5,23 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from imgcls_fast.core.compilers import Lack
 from imgcls_fast.core.config import bits_settings, free_settings
-from imgcls_fast.core.errors import DataError, Interrupted
+from imgcls_fast.core.errors import DataError, HardwareError, Interrupted
 from imgcls_fast.core.record import NAME, record_of, resumed_lines, unequal_line, work_on
 from imgcls_fast.core.run import Run
 from imgcls_fast.core.runs import list_runs
 from imgcls_fast.core.settings import build_config
 from imgcls_fast.tracking.lines import plain_lines
 from imgcls_fast.training import session
+from imgcls_fast.training.defaults import Machine
 
 from .conftest import TINY
 
@@ -174,3 +177,60 @@ def test_the_documentation_names_the_settings_that_may_change_at_resume() -> Non
     assert {name for name in named if not name.endswith("*")} == may
     with_price = next(line for line in table.splitlines() if "train.threads" in line)
     assert all(name in with_price for name in bits_settings())
+
+
+@pytest.mark.parametrize("damage", [{"changes": {"a": 1}}, {"changes": ["a"]}, {"differences": [1]}, {"differences": "x"}])
+def test_an_entry_that_is_damaged_inside_is_passed_over(damage: dict[str, Any], tmp_path: Path) -> None:
+    whole = {"began": 1, "ended": 2, "how": "interrupted", "message": "", "changes": {"a": [1, 2]}, "differences": ["x"]}
+    (tmp_path / NAME).write_text(json.dumps({"created": 1, "work": [whole, {**whole, **damage}, {**whole, "began": 1e300}]}))
+    record = record_of(tmp_path)
+    assert [entry["began"] for entry in record["work"]] == [1, 1e300]
+    assert resumed_lines(record)[0].endswith("resumed - with a 1 -> 2") and "x (resumed -)" in unequal_line(record)
+
+
+@pytest.mark.parametrize(
+    ("death", "end", "how"),
+    [("it was killed", None, "died"), ("", None, "died"), ("", {"event": "interrupted"}, "interrupted"),
+     ("", {"event": "failed", "message": "the disk is full"}, "failed")],
+)  # fmt: skip
+def test_a_run_begun_before_there_was_a_record_counts_its_interruption(
+    death: str, end: dict[str, Any] | None, how: str, tmp_path: Path
+) -> None:
+    (tmp_path / "manifest.npz").write_bytes(b"")
+    os.utime(tmp_path / "manifest.npz", (5, 5))
+    with work_on(tmp_path, {}, death=death, end=end):
+        pass
+    record = record_of(tmp_path)
+    assert [(entry["began"], entry["how"]) for entry in record["work"]][:1] == [(5, how)] and len(record["work"]) == 2
+    assert resumed_lines(record)[0].startswith(how)
+
+
+def test_a_finished_run_whose_report_and_metrics_are_gone_is_judged_again_to_its_end(
+    parent: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("write_evaluation", "write_plots", "report_run"):  # drawing takes long
+        monkeypatch.setattr(session, name, lambda *_: None)
+    run = Run(shutil.copytree(parent.directory, tmp_path / "again"))
+    for name in ("report.html", "metrics.csv", NAME):
+        (run.directory / name).unlink()
+    events: list[dict[str, Any]] = []
+    session.resume(run, {}, [events.append])
+    assert events[-1]["event"] == "done" and events[-1]["ended"] is None and events[-1]["resumed"]
+    assert [entry["how"] for entry in record_of(run.directory)["work"]] == ["finished", "finished"]
+
+
+def test_early_stopping_is_told_once_when_only_judging_is_left(parent: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(shutil.copytree(parent.directory, tmp_path / "again"))
+    shutil.rmtree(run.bundle_path)
+    monkeypatch.setattr(session, "_finish", lambda stage, baseline: None)
+    lack = Lack("no C compiler was found", "apt-get install gcc")
+    compiled = run.config.model_copy(update={"train": run.config.train.model_copy(update={"compile": True})})
+    monkeypatch.setattr(session, "look_at_machine", lambda: Machine(lacks={"cpu": lack}))
+    session._require_compiler(run, compiled)  # nothing is trained any more
+    events: list[dict[str, Any]] = []
+    session.resume(run, {}, [events.append])
+    assert "start" in {event["event"] for event in events} and "stopped_early" not in {event["event"] for event in events}
+    (run.directory / "metrics.csv").unlink()
+    with pytest.raises(HardwareError) as refused:
+        session._require_compiler(run, compiled)
+    assert (refused.value.code, refused.value.try_) == ("H004", "apt-get install gcc")

@@ -1,4 +1,4 @@
-"""When a run was made, by whom it was worked on since, and what that changed: run.json.
+"""When a run was made, when work on it began and how it ended, and what was changed between: run.json.
 
 A run is trained in one piece of work, or in several with interruptions between. Each piece has an entry of its own:
 
@@ -50,20 +50,25 @@ def work_on(
     *,
     parent: Parent | None = None,
     death: str = "",
+    end: Mapping[str, Any] | None = None,
 ) -> Iterator[Work]:
     """Record that work on a run begins here, and how it ends; only for the holder of the lock.
 
     Args:
         directory: of the run.
-        changes: settings that differ from before: name -> (before, now).
+        changes: settings that differ from before: name -> (before, now); None where the run begins.
         parent: the run that a new run takes its weights from.
         death: what is known of the end of the work before, if that could not record it.
+        end: the last event of the work before, for a run that has no record of it.
 
     Raises:
         HardwareError: H003 when it cannot be written.
     """
     found = record_of(directory)
-    record = found if found["work"] else {**found, "parent": parent}
+    record = found if found["work"] else {**found, "parent": parent or found["parent"]}
+    if changes is not None and not record["work"]:  # begun by a version that kept no record, or the record is damaged
+        how, message = _told(end, death)
+        record["work"] = [{"began": record["created"], "ended": None, "how": how, "message": message, "differences": [], "changes": {}}]
     for entry in record["work"]:
         if entry.get("ended") is None and entry.get("how") is None:  # it could not tell any more
             entry |= {"how": "died", "message": death}
@@ -82,10 +87,18 @@ def work_on(
     work.end("finished")
 
 
+def _told(end: Mapping[str, Any] | None, death: str) -> tuple[str, str]:
+    """How earlier work ended and why, from its last event: a finished run is resumed for its report."""
+    if death or end is None:
+        return "died", death
+    how = {"done": "finished", "interrupted": "interrupted"}.get(str(end.get("event")), "failed")
+    return how, str(end.get("message") or "") if how == "failed" else ""
+
+
 def record_of(directory: Path) -> dict[str, Any]:
     """created, parent and work; of a run of an earlier version, the time of its list of images and no work.
 
-    A record that is damaged counts as missing: it must not keep a run from being read.
+    A record that is damaged counts as missing, and so does an entry: it must not keep a run from being read.
     """
     try:
         found = read_json(directory / NAME)
@@ -96,13 +109,26 @@ def record_of(directory: Path) -> dict[str, Any]:
     if not isinstance(created, int | float):
         with suppress(OSError):
             created = (directory / "manifest.npz").stat().st_mtime  # written once, when the run begins
-    entries = [entry for entry in work if isinstance(entry, dict)] if isinstance(work, list) else []
+    entries = [entry for entry in work if _is_entry(entry)] if isinstance(work, list) else []
     parent = record.get("parent")
     return {
         "created": created if created is not None else round(time.time(), 3),
         "parent": parent if isinstance(parent, dict) else None,
         "work": entries,
     }
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether it is a piece of work as `work_on` writes it."""
+    if not isinstance(entry, dict):
+        return False
+    changes, differences = entry.get("changes") or {}, entry.get("differences") or []
+    return (
+        isinstance(changes, dict)
+        and all(isinstance(pair, list) and len(pair) == 2 for pair in changes.values())
+        and isinstance(differences, list)
+        and all(isinstance(text, str) for text in differences)
+    )
 
 
 def resumed_lines(record: Mapping[str, Any]) -> list[str]:
@@ -132,4 +158,7 @@ def unequal_line(record: Mapping[str, Any]) -> str:
 
 def day(seconds: Any) -> str:
     """Local date and time of seconds since 1970."""
-    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds)) if isinstance(seconds, int | float) else "-"
+    try:
+        return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds)) if isinstance(seconds, int | float) else "-"
+    except (ValueError, OverflowError, OSError):  # of a damaged record: no time at all
+        return "-"

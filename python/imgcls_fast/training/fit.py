@@ -205,6 +205,7 @@ class Fit:
         """
         epochs = int(self.config.train.epochs)
         progress = self.progress
+        begun_with = progress.epoch
         self.emit({
             "event": "start", "epoch": progress.epoch + 1, "epochs": epochs, "steps_per_epoch": self.steps,
             "resumed": progress.step > 0, "step": progress.step, "batch": progress.index,
@@ -214,7 +215,7 @@ class Fit:
             with StopRequest(self._hurry) as stop, self._saved_when_it_fails():
                 while progress.epoch < epochs and not self._patience_is_over():
                     self._epoch_or_stop(stop)
-                if progress.epoch < epochs:
+                if begun_with < progress.epoch < epochs:  # a run that only has to be judged has told it before
                     self.emit({"event": "stopped_early", **how_it_ended(self.config.train, progress.history)})
                 if stop.requested:  # it came after the last step
                     self._interrupt()

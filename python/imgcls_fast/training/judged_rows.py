@@ -98,7 +98,8 @@ def _own(run: Run, split: str) -> JudgedRows:
         raise DataError(
             "D014", f"{run.name} has no {split} images", try_=command("eval", run.directory, "--split", "val")
         )
-    left = Undecoded({manifest.paths[row]: reason for row, reason in late.items() if row in set(rows.tolist())})
+    own = set(rows.tolist())
+    left = Undecoded({manifest.paths[row]: reason for row, reason in late.items() if row in own})
     rows = rows[~np.isin(rows, list(late))]
     changed = _same_files(run, manifest, rows, split)
     said = {

@@ -108,7 +108,7 @@ def how_it_ended(train: TrainConfig, history: Sequence[Mapping[str, Any]]) -> di
     """What picked the best epoch, and whether patience ended training.
 
     Args:
-        history: the epochs done, as in metrics.csv; at least one.
+        history: the epochs done, as in metrics.csv; one of them is the best.
 
     Returns:
         epoch (the last), epochs (planned), monitor, best_epoch, best (its monitored figure), patience, early.
@@ -125,6 +125,11 @@ def how_it_ended(train: TrainConfig, history: Sequence[Mapping[str, Any]]) -> di
         "patience": train.patience,
         "early": over and done < planned,
     }
+
+
+def told_end(train: TrainConfig, history: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """As `how_it_ended`; None where no epoch is known as the best one: metrics.csv may be gone."""
+    return how_it_ended(train, history) if any(epoch.get("best") for epoch in history) else None
 
 
 def memory_mb(device: torch.device) -> float:

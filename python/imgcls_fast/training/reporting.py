@@ -19,7 +19,7 @@ from ..evaluation.paired import Difference, compare
 from ..evaluation.report import ReportFacts, write_report
 from ..tracking.lines import ended_line
 from .learnt import about_parents
-from .progress import how_it_ended
+from .progress import told_end
 
 _JUDGED = ("test", "val")
 
@@ -124,10 +124,8 @@ def _summary(run: Run, model: dict[str, Any], data: dict[str, Any], record: dict
 
 
 def _ended(run: Run, epochs: list[dict[str, Any]]) -> dict[str, str]:
-    if not epochs:
-        return {}
-    ended = how_it_ended(run.config.train, epochs)
-    return {"stopped early" if ended["early"] else "best": ended_line(ended)}
+    ended = told_end(run.config.train, epochs)
+    return {} if ended is None else {"stopped early" if ended["early"] else "best": ended_line(ended)}
 
 
 def _baseline(run: Run) -> dict[str, Any] | None:

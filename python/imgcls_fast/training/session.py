@@ -13,7 +13,7 @@ from typing import Any
 from ..core import env
 from ..core.bundle import Bundle, read_bundle
 from ..core.config import RunConfig, bits_settings, free_settings
-from ..core.errors import DataError, Interrupted, ModelError
+from ..core.errors import DataError, HardwareError, Interrupted, ModelError
 from ..core.manifest import Manifest
 from ..core.phases import heard_by, phase
 from ..core.pixels import Pixels
@@ -48,7 +48,7 @@ from .last_words import watched
 from .learnt import about_parents
 from .plan import Plan, look_at_machine, make_plan, starting_model
 from .plan_numbers import require_compiler
-from .progress import how_it_ended
+from .progress import told_end
 from .quarantined import Quarantined, require_same_validation
 from .reporting import against_baseline, next_commands, report_run
 from .signals import signal_as_interrupt
@@ -149,7 +149,7 @@ def resume(run: Run, changes: dict[str, Any], sinks: Sequence[Callable[[Event], 
             require_same_trajectory(facts["trajectory"], trajectory(plan, manifest), run, run.directory / "model.json")
         listeners.sinks.append(LogSink(run))
         _warn_without_locks(run, listeners)
-        death = run.unexplained_end()
+        death, end = run.unexplained_end(), run.last_end()
         if death:
             listeners({"event": "warning", "text": death})
         if run.finished and run.report_path.exists():
@@ -159,10 +159,11 @@ def resume(run: Run, changes: dict[str, Any], sinks: Sequence[Callable[[Event], 
             )
             return run
         with Recorded(run, listeners), heard_by(listeners):
-            require_compiler(config, look_at_machine())
+            if not run.finished:
+                _require_compiler(run, config)
             _require_same_files(run, manifest)
             changed = _differing(run.config, config)
-            with work_on(run.directory, changed, death=death) as work:
+            with work_on(run.directory, changed, death=death, end=end) as work:
                 if changed:
                     plan = plan.with_changes(changed)
                     run.write_json("model.json", {**facts, "plan": plan.to_dict()["plan"]})
@@ -200,6 +201,20 @@ def _differing(before: RunConfig, after: RunConfig) -> dict[str, tuple[Any, Any]
     """Settings that differ: name -> (before, after)."""
     old, new = flatten(before), flatten(after)
     return {name: (old[name], new[name]) for name in new if new[name] != old[name]}
+
+
+def _require_compiler(run: Run, config: RunConfig) -> None:
+    """Refuse to train on without a compiler where the run is compiled; what is left to judge needs none.
+
+    Raises:
+        HardwareError: H004.
+    """
+    try:
+        require_compiler(config, look_at_machine(), resumed=True)
+    except HardwareError:
+        ended = told_end(config.train, run.epochs)
+        if ended is None or (ended["epoch"] < ended["epochs"] and not ended["early"]):
+            raise
 
 
 def _require_same_files(run: Run, manifest: Manifest) -> None:
@@ -402,7 +417,7 @@ def _done_event(
         "baseline_balanced": baseline.get("balanced_accuracy") if baseline else None,
         "worst": [[c.name, c.f1, c.support] for c in worst],
         "seconds": round(sum(e.get("seconds") or 0 for e in stage.run.epochs), 1),
-        "ended": how_it_ended(stage.plan.config.train, stage.run.epochs),
+        "ended": told_end(stage.plan.config.train, stage.run.epochs),
         "report": str(report),
         "run": str(stage.run.directory),
         "commands": [list(pair) for pair in next_commands(stage.run)],
