@@ -174,7 +174,11 @@ def plant_native_code(place: Path, here: Path) -> None:
 
 @pytest.mark.parametrize("content", [b"text.usetex: True\n", b"\xff\n"], ids=["latex", "no text"])
 @pytest.mark.parametrize(
-    "draw", ["training_curves([{'epoch': 1, 'train_loss': 0.5}])", "confusion(np.eye(2, dtype=int), ['a', 'b'])"]
+    "draw",
+    [
+        "training_curves([{'epoch': 1, 'train_loss': 0.5}])['curves_loss']",
+        "confusion(np.eye(2, dtype=int), ['a', 'b'])",
+    ],
 )
 def test_settings_of_pictures_in_the_current_folder_are_not_read(content: bytes, draw: str, tmp_path: Path) -> None:
     (tmp_path / "matplotlibrc").write_bytes(content)
