@@ -346,3 +346,23 @@ def test_a_checkpoint_that_is_not_there_is_refused_at_once(tmp_path: Path, monke
     monkeypatch.setattr(checkpoint.time, "sleep", lambda seconds: pytest.fail("waited for it"))
     with pytest.raises(ModelError, match="not a readable checkpoint"):
         read_checkpoint(tmp_path / "best")
+
+
+def test_a_last_one_that_was_half_removed_is_not_put_over_the_whole_one_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    (tmp_path / "last" / checkpoint.DIGESTS).unlink()  # killed while `move_folder` removed it, after it was copied
+    rename = os.rename
+
+    def killed(source: Path, target: Path) -> None:
+        if Path(target).name == "last":
+            raise Crash
+        rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", killed)
+        with pytest.raises(Crash):
+            save(tmp_path, 3)
+    assert found_step(tmp_path) == 1

@@ -110,6 +110,9 @@ def _sweep(folder: Path) -> None:
                     shutil.rmtree(folder / name)
                 if not (folder / name).exists():
                     move_folder(aside, folder / name, DIGESTS)
+    last = folder / "last"
+    if last.is_dir() and not (last / DIGESTS).exists() and (folder / "previous" / DIGESTS).exists():
+        shutil.rmtree(last)  # killed while `move_folder` removed it; the next save would put it over the one that is whole
     for left in ours:
         shutil.rmtree(left, ignore_errors=True)
 
