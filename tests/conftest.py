@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
 import shutil
 import signal
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -35,6 +36,53 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"shared data not found at {folder} (set IMGCLS_SHARED_DATA)")
     return folder
+
+
+@pytest.fixture
+def no_waiting() -> Iterator[None]:
+    """Ends a test that waits for ever, as for the other end of a pipe."""
+
+    def fail(*_: Any) -> None:
+        raise AssertionError("waits for what never comes")
+
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.alarm(10)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture
+def close(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], Path]:
+    """Lets a folder be one that this user may not enter (mode 700 of another user), also for root."""
+    shut: list[str] = []
+
+    def is_shut(path: Any, entering: bool) -> bool:
+        if not isinstance(path, str | bytes | os.PathLike):
+            return False
+        absolute = os.path.abspath(os.fsdecode(path))
+        return any(absolute.startswith(f"{folder}/") or (entering and absolute == folder) for folder in shut)
+
+    def refusing(original: Callable[..., Any], entering: bool) -> Callable[..., Any]:
+        def call(path: Any = ".", *arguments: Any, **more: Any) -> Any:
+            if is_shut(path, entering):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+            return original(path, *arguments, **more)
+
+        return call
+
+    for name in ("stat", "lstat", "mkdir", "readlink"):
+        monkeypatch.setattr(os, name, refusing(getattr(os, name), False))
+    for name in ("open", "scandir", "listdir"):
+        monkeypatch.setattr(os, name, refusing(getattr(os, name), True))
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: not is_shut(path, True) and access(path, mode))
+
+    def closed(folder: Path) -> Path:
+        shut.append(str(folder))
+        return folder
+
+    return closed
 
 
 def _make_bundle(

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -196,3 +197,22 @@ def test_neither_a_running_run_nor_one_around_a_bundle_is_deleted(make: Callable
     assert "is a link" in capsys.readouterr().err
     assert other.directory.exists()
     assert run.directory.exists()
+
+
+def test_what_was_deleted_before_another_run_cannot_be_is_told(
+    make: Callable[..., Run], capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = [make(name) for name in ("one", "two", "three")]
+
+    def stuck(path: Any, *arguments: Any, **more: Any) -> None:
+        if Path(path).parent.name == "two":
+            raise PermissionError(13, "Permission denied", str(path))
+        rmtree(path, *arguments, **more)
+
+    rmtree = shutil.rmtree
+    monkeypatch.setattr(shutil, "rmtree", stuck)
+    assert main(["runs", "rm", "one", "two", "three", "--yes"]) == 4
+    shown = capsys.readouterr().err
+    assert f"removed {runs[0].directory}" in shown
+    assert "cannot delete" in shown and "--out" not in shown
+    assert [run.directory.exists() for run in runs] == [False, True, True]

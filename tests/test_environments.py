@@ -14,11 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
-from imgcls_fast.core import env, files, homes, locks
+from imgcls_fast.core import env, files, homes, locks, trust
 from imgcls_fast.core.errors import HardwareError
 from imgcls_fast.core.exports import remove_stale
 from imgcls_fast.core.run import Run
+from imgcls_fast.core.settings import build_config
+from imgcls_fast.data.prepare import prepare
 
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EBADF, errno.EINVAL)
 NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES, errno.ENOSYS)
@@ -117,6 +120,18 @@ def test_without_locks_a_writer_on_another_host_is_known_by_what_it_wrote_last(
     locks.take(path).release()
 
 
+def test_without_locks_a_number_of_an_earlier_version_that_has_long_been_silent_is_no_writer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fcntl, "flock", refusing(errno.ENOLCK, fcntl.flock))
+    path = claim(tmp_path, "pid 1")  # of a container, where each command is number 1; here it is always alive
+    with pytest.raises(locks.Taken, match="pid 1, which wrote"):
+        locks.take(path)
+    old = time.time() - 3600
+    os.utime(path, (old, old))
+    locks.take(path).release()
+
+
 def test_without_locks_only_an_old_half_made_export_is_cleared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fcntl, "flock", refusing(errno.EOPNOTSUPP, fcntl.flock))
     young, old = (tmp_path / f".onnx-fp32-0a1b2c3d.{n}2345678" for n in "12")
@@ -176,6 +191,60 @@ def test_a_home_that_cannot_be_written_is_left_for_one_below_the_temporary_folde
     with pytest.warns(UserWarning, match="/proc/.cache cannot be written"):
         assert homeless in env.cache_dir().parents
     assert homeless in (env.config_dir() or Path()).parents
+
+
+def test_a_home_that_cannot_be_entered_is_left_for_one_below_the_temporary_folder(
+    homeless: Path, close: Callable[[Path], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = homeless / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(close(home)))
+    assert env.config_dir() == homeless / f"imgcls-fast-{os.geteuid()}" / ".config" / "imgcls-fast"
+    assert trust.is_own({}) is False
+    with pytest.warns(UserWarning, match="cannot be written"):
+        assert homeless in env.cache_dir().parents
+
+
+def test_a_home_that_cannot_be_entered_holds_no_weights_and_is_a_row_of_doctor(
+    tmp_path: Path, close: Callable[[Path], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from imgcls_fast.models.published import Published
+    from imgcls_fast.training import doctor
+
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setattr(Published, "place", close(home) / "weights.pth")
+    assert Published("torchvision/resnet18").path is None
+    _, value, fine, hint = doctor._place("cache", home / ".cache" / "imgcls-fast", "name another folder")
+    assert (fine, hint) == (False, "name another folder") and f"{home} cannot be written" in value
+
+
+def test_a_temporary_folder_that_cannot_be_entered_or_is_everybodys_is_passed_over(
+    homeless: Path, close: Callable[[Path], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (homeless / "closed").mkdir()
+    monkeypatch.setattr(homes, "_USUAL", (str(homeless / "usual"),))
+    (homeless / "usual").mkdir()
+    own = homeless / "usual" / f"imgcls-fast-{os.geteuid()}"
+    assert homes.below_temporary({"TMPDIR": str(close(homeless / "closed") / "inner")}) == own
+    (homeless / "open").mkdir()
+    (homeless / "open").chmod(0o777)  # whoever may write there can put another folder in the place of ours
+    assert homes.below_temporary({"TMPDIR": str(homeless / "open")}) == own
+    (homeless / "open").chmod(0o1777)
+    assert homeless / "open" in homes.below_temporary({"TMPDIR": str(homeless / "open")}).parents
+
+
+def test_a_folder_of_images_needs_no_cache(homeless: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(homes, "is_writable", lambda folder: False)
+    for name in ("a", "b"):
+        for k in range(4):
+            place = homeless / "data" / name / f"{k}.png"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (9, 9), (40 * k, 255 * (name == "a"), 90)).save(place)
+    assert len(prepare(build_config({"data.source": str(homeless / "data")})).manifest) == 8
+    for source in (None, str(homeless / "data.zip")):
+        with pytest.raises(HardwareError, match="no folder for cached files"):
+            prepare(build_config({"data.source": source}))
 
 
 def test_libraries_get_a_home_where_there_is_none_and_keep_the_one_that_is_there(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -178,6 +179,13 @@ def test_a_device_a_folder_and_a_closed_place_are_refused_before_the_work() -> N
         claim_file(Path("runs/..").resolve(), outputs.TIMES)
     with pytest.raises(HardwareError, match="No such file"):
         claim_file(Path("nowhere/times.json"), outputs.TIMES)
+
+
+def test_an_output_in_a_folder_that_cannot_be_entered_is_h003(tmp_path: Path, close: Callable[[Path], Path]) -> None:
+    (tmp_path / "closed").mkdir()
+    for place in (close(tmp_path / "closed") / "x.csv", tmp_path / "closed" / "inner" / "x.csv"):
+        with pytest.raises(HardwareError, match="Permission denied"):
+            claim_file(place, outputs.ANSWERS)
 
 
 def test_a_copy_of_an_export_is_known_by_its_producer_or_its_digest(tmp_path: Path) -> None:

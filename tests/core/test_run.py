@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from imgcls_fast.core import locks
 from imgcls_fast.core.errors import HardwareError, UsageError
 from imgcls_fast.core.manifest import LabelSpace, Manifest, PathList
 from imgcls_fast.core.run import Run
@@ -23,6 +24,7 @@ from imgcls_fast.core.runs import (
     list_runs,
     mark_begun,
     mark_last,
+    named_run,
     new_run_path,
     remove_run,
 )
@@ -245,6 +247,60 @@ def test_only_a_run_that_nobody_writes_and_that_is_no_link_is_removed(
         remove_run(Run(run.directory))
     assert is_run_folder(run.directory)
     assert (tmp_path / "photos" / "config.yaml").exists()
+
+
+def test_a_run_is_removed_from_inside_by_the_name_of_a_point(
+    runs: Path, make_run: Callable[[str], Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(make_run("one").directory)
+    assert remove_run(named_run(".")) == []
+    assert not (runs / "one").exists()
+
+
+def test_a_file_that_nfs_keeps_while_it_is_open_is_nobodys(
+    runs: Path, make_run: Callable[[str], Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, unlink = make_run("one"), Path.unlink
+
+    def on_nfs(path: Path, missing_ok: bool = False) -> None:
+        if path.name == ".lock":
+            (path.parent / ".nfs0001").touch()
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", on_nfs)
+    release = locks.Lock.release
+    monkeypatch.setattr(locks.Lock, "release", lambda lock: (release(lock), unlink(run.directory / ".nfs0001")))
+    assert remove_run(run) == []
+    assert not run.directory.exists()
+
+
+def test_a_run_with_links_in_it_is_removed_and_what_they_lead_to_stays(
+    runs: Path, make_run: Callable[[str], Run], tmp_path: Path
+) -> None:
+    away = tmp_path / "away"
+    for name in ("val", "plots"):
+        (away / name).mkdir(parents=True)
+        (away / name / ".x.json.7.tmp").write_text("precious")
+    (away / "notes.txt").write_text("precious")
+    directory = make_run("one").directory
+    (directory / ".lock").unlink(missing_ok=True)
+    for name, target in (("eval", away), ("plots", away / "plots"), (".lock", away / "notes.txt"), (".y.json.7.tmp", away)):
+        (directory / name).symlink_to(target)
+    assert remove_run(named_run("one")) == []
+    assert not directory.exists()
+    assert sorted(path.name for path in away.rglob("*")) == [".x.json.7.tmp"] * 2 + ["notes.txt", "plots", "val"]
+    assert (away / "notes.txt").read_text() == "precious"
+
+
+@pytest.mark.usefixtures("no_waiting")
+def test_a_pipe_in_the_place_of_a_pointer_or_a_lock_is_not_waited_for(runs: Path, make_run: Callable[[str], Run]) -> None:
+    run = make_run("one")
+    for path in (runs / "last.txt", runs / "begun.txt", run.directory / ".lock"):
+        path.unlink(missing_ok=True)
+        os.mkfifo(path)
+    with pytest.raises(UsageError, match="no last run"):
+        find_run(None)
+    assert run.state in ("stopped", "running")
 
 
 def test_last_is_a_link_that_follows_and_a_real_directory_of_that_name_stays(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from imgcls_fast.core.errors import DataError
 from imgcls_fast.core.manifest import NO_SPLIT, SPLITS
+from imgcls_fast.data.fetch import open_source
 from imgcls_fast.data.sources import Listing, list_folder, list_table
 from imgcls_fast.data.spelling import split_of
 
@@ -134,3 +137,24 @@ def test_a_table_that_names_the_pictures_of_a_run_is_refused(tmp_path: Path) -> 
     (tmp_path / "t.csv").write_text("path,label\ncat/1.png,cat\nruns/a/plots/curve.png,dog\n")
     (problem,) = list_table(tmp_path / "t.csv").problems
     assert problem.where == "t.csv, line 3" and "drawn by a run" in problem.message
+
+
+def test_a_class_folder_that_cannot_be_entered_is_a_problem_with_its_name(tmp_path: Path, close: Callable[[Path], Path]) -> None:
+    tree(tmp_path, "a/1.png", "b/1.png", "closed/1.png")
+    close(tmp_path / "closed")
+    (problem,) = list_folder(tmp_path).problems
+    assert problem.code == "D001" and f"the folder {tmp_path}/closed cannot be read: Permission denied" in problem.message
+
+
+def test_data_that_cannot_be_entered_is_not_called_missing(tmp_path: Path, close: Callable[[Path], Path]) -> None:
+    (tmp_path / "data").mkdir()
+    with pytest.raises(DataError, match="data/set cannot be read: Permission denied"):
+        open_source(close(tmp_path / "data") / "set", tmp_path)
+
+
+@pytest.mark.usefixtures("no_waiting")
+def test_a_pipe_called_as_our_files_are_is_not_waited_for(tmp_path: Path) -> None:
+    tree(tmp_path, "a/1.png", "b/1.png")
+    for name in ("meta.json", "last.txt", "begun.txt"):
+        os.mkfifo(tmp_path / "a" / name)
+    assert list_folder(tmp_path).classes == ["a", "b"]

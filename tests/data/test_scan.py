@@ -66,7 +66,7 @@ def test_a_class_may_be_called_train(tmp_path):
 
 
 def test_what_systems_leave_behind_is_ignored_and_other_files_are_counted(tmp_path):
-    folder(tmp_path, "a/1.png", "b/1.png", "a/.hidden.png", "a/._1.png", "__MACOSX/x/1.png", ".git/x/1.png")
+    folder(tmp_path, "a/1.png", "b/1.png", "a/.hidden.png", "a/._1.png", "__MACOSX/x/1.png", "lost+found/x/1.png", ".git/x/1.png")
     for name in ("a/Thumbs.db", "a/desktop.ini", "b/notes.txt", "b/labels.csv", "readme.md"):
         (tmp_path / name).write_text("x")
     result = scan(tmp_path)

@@ -21,7 +21,7 @@ def check_data(data: str | Path | None = None, **arguments: Any) -> dict[str, An
 
     config = config_of(data, arguments)
     source = Path(config.data.source) if config.data.source else write_digits(env.cache_dir())
-    found = inspect(source, training_options(config, env.cache_dir()))
+    found = inspect(source, training_options(config))
     return found.to_dict()
 
 
@@ -47,7 +47,7 @@ def split_data(
     config = config_of(data, arguments)
     inputs = [Path(config.data.source)] if config.data.source else []
     path = claim_file(Path(out), SPLIT, force=force, inputs=inputs) if out else demand_new(Path("split.csv"), SPLIT)
-    prepared = prepare(config, env.cache_dir())
+    prepared = prepare(config)
     write_split_csv(path, prepared.manifest)
     names = ("images", "splits", "quarantined", "duplicates_removed", "notices")
     return {"path": str(path), **{name: prepared.facts()[name] for name in names}}
@@ -59,4 +59,4 @@ def data_stats(data: str | Path | None = None, **arguments: Any) -> dict[str, An
 
     config = config_of(data, arguments)
     asked = config.pixels.bits
-    return statistics(prepare(config, env.cache_dir()), None if asked == "auto" else asked)
+    return statistics(prepare(config), None if asked == "auto" else asked)

@@ -147,14 +147,14 @@ def run_and_rest(things: Sequence[str], *, data: bool = True) -> tuple[str | Non
     try:
         find_run(first)
     except UsageError:
-        if not data or not (Path(first).exists() or first.startswith(("http:", "https:"))):
+        if not data or not (os.path.exists(Path(first)) or first.startswith(("http:", "https:"))):
             if data and _is_a_file(first, alone=not rest):
                 raise _no_such_file(first) from None
             raise
         run, rest = None, list(things)
     else:
         run = first
-    missing = [thing for thing in rest if not Path(thing).exists()]
+    missing = [thing for thing in rest if not os.path.exists(Path(thing))]
     if missing and len(missing) == len(rest):
         raise _no_such_file(missing[0], f", nor do {len(missing) - 1} more" if len(missing) > 1 else "")
     return run, rest
@@ -169,7 +169,7 @@ def _no_such_file(word: str, more: str = "") -> DataError:
     """D001, with the name in the same folder that is spelled most like it."""
     path = Path(word)
     folder = path.parent
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         return DataError("D001", f"{word} does not exist{more}", why=f"there is no folder {folder}")
     guess = near(path.name, sorted(os.listdir(folder)))
     return DataError("D001", f"{word} does not exist{more}", try_=quoted(str(folder / guess)) if guess else "")

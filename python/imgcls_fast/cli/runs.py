@@ -127,8 +127,14 @@ def remove(request: Request, session: Session) -> Answer:
             raise HardwareError("H005", f"{run.directory} is being written by another process", try_="stop it first")
     if not request.get("yes"):
         _ask(runs, session, request)
-    removed = [api.remove_run(run) for run in runs]
-    lines = [f"removed {gone['directory']}" + _left(gone["left"]) for gone in removed]
+    removed: list[dict[str, Any]] = []
+    try:
+        for run in runs:
+            removed.append(api.remove_run(run))
+    finally:
+        lines = [f"removed {gone['directory']}" + _left(gone["left"]) for gone in removed]
+        if len(removed) < len(runs):  # an error follows
+            print("".join(f"{printable(line)}\n" for line in lines), end="", file=sys.stderr)
     return Answer({"removed": removed}, lambda console: block(console, "\n".join(map(printable, lines))), "\n".join(lines))
 
 

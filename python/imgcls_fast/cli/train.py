@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from ..core.env import runs_dir
@@ -76,7 +77,7 @@ def _refuse_a_run_as_data(thing: str | None) -> None:
 
     from ..core.runs import is_run_folder
 
-    if thing and (is_run_folder(Path(thing)) or (not Path(thing).exists() and is_run_folder(runs_dir() / thing))):
+    if thing and (is_run_folder(Path(thing)) or (not os.path.exists(Path(thing)) and is_run_folder(runs_dir() / thing))):
         raise UsageError("U002", f"{thing} is a run, not data", try_=command("train", thing, "--resume"))
 
 
@@ -86,7 +87,7 @@ def _refuse_data_to_resume(thing: str | None) -> None:
 
     from ..core.runs import is_run_folder
 
-    if not thing or not Path(thing).exists() or (Path(thing) / "bundle.json").exists() or thing == "last":
+    if not thing or not os.path.exists(Path(thing)) or os.path.exists(Path(thing) / "bundle.json") or thing == "last":
         return
     if not is_run_folder(Path(thing)) and not is_run_folder(runs_dir() / thing):
         raise UsageError("U003", f"{thing} is not a run", why="--resume takes a run, which knows its data",

@@ -108,7 +108,7 @@ def write_bundle(
 def bundle_around(weights: Path) -> Path | None:
     """The folder of the bundle that a weights file belongs to; None for a file on its own."""
     folder = weights.parent
-    return folder if weights.name == WEIGHTS and (folder / "bundle.json").is_file() else None
+    return folder if weights.name == WEIGHTS and os.path.isfile(folder / "bundle.json") else None
 
 
 def read_bundle(directory: Path, *, verify: bool = True) -> Bundle:

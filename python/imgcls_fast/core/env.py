@@ -118,7 +118,7 @@ def config_dir() -> Path | None:
         return Path(own)
     home = homes.home(os.environ)
     usual = Path(base) if os.path.isabs(base) else home / ".config" if home else None
-    if usual is not None and ((usual / "imgcls-fast").is_dir() or homes.is_writable(usual)):
+    if usual is not None and (os.path.isdir(usual / "imgcls-fast") or homes.is_writable(usual)):
         return usual / "imgcls-fast"
     try:
         return homes.below_temporary(os.environ) / ".config" / "imgcls-fast"

@@ -92,8 +92,8 @@ def export_key(bundle: Bundle, **facts: Any) -> str:
 
 def export_folder(path: Path) -> Path | None:
     """The folder of an export, named itself or by the model's file in it; None where `path` is neither."""
-    folder = path if path.is_dir() else path.parent
-    return folder if path.exists() and (folder / META).is_file() else None
+    folder = path if os.path.isdir(path) else path.parent
+    return folder if os.path.exists(path) and os.path.isfile(folder / META) else None
 
 
 def common_meta(bundle: Bundle) -> dict[str, Any]:
@@ -262,7 +262,7 @@ def _plain_name(name: Any) -> str:
 def list_exports(exports: Path) -> list[Export]:
     """Everything readable in the folder, by name; the hidden folders of work in progress are left out."""
     found = []
-    for folder in sorted(exports.glob("[!.]*/")) if exports.is_dir() else ():
+    for folder in sorted(exports.glob("[!.]*/")) if os.path.isdir(exports) else ():
         try:
             found.append(read_export(folder))
         except (OSError, ValueError):
@@ -272,7 +272,7 @@ def list_exports(exports: Path) -> list[Export]:
 
 def remove_stale(exports: Path) -> list[str]:
     """Remove what killed processes left; a folder whose maker lives is locked and stays. Returns the names."""
-    if not exports.is_dir():
+    if not os.path.isdir(exports):
         return []
     with _turn(exports):
         return _remove_stale(exports)

@@ -82,11 +82,12 @@ _CURES = (
 
 
 @contextmanager
-def explained_write(path: Path, named_by: str = "--out") -> Iterator[None]:
+def explained_write(path: Path, named_by: str = "--out", verb: str = "write") -> Iterator[None]:
     """Turn a full disk or a missing permission into one clear error.
 
     Args:
         named_by: the option or variable that names another place.
+        verb: what cannot be done; for "delete" there is no other place.
 
     Raises:
         HardwareError: H003, with the path and the system's reason.
@@ -97,9 +98,9 @@ def explained_write(path: Path, named_by: str = "--out") -> Iterator[None]:
         cure = next((text for numbers, text in _CURES if error.errno in numbers), "look at the disk")
         raise HardwareError(
             "H003",
-            f"cannot write {path}: {error.strerror or error}",
+            f"cannot {verb} {path}: {error.strerror or error}",
             where=str(error.filename or path),
-            try_=f"{cure}, or choose another place with {named_by}",
+            try_=f"{cure}, or choose another place with {named_by}" if verb == "write" else cure,
         ) from error
 
 
@@ -114,6 +115,17 @@ def demand_writable(folder: Path) -> None:
         probe = folder / f".probe.{os.getpid()}.tmp"
         probe.touch()
         probe.unlink()
+
+
+def lack_of(path: Path) -> str:
+    """Why a file or folder that a user names cannot be had: "does not exist" or "cannot be read: ..."; empty where it is there."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return "does not exist"
+    except OSError as error:
+        return f"cannot be read: {error.strerror or error}"
+    return ""
 
 
 def plain_path(path: Path) -> Path:

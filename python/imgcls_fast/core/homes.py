@@ -13,6 +13,8 @@ from .errors import HardwareError
 
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.ENOTSUP, errno.ENOSYS}
 
+_USUAL = ("/tmp", "/var/tmp")
+
 
 def home(variables: Mapping[str, str]) -> Path | None:
     """The user's home folder; None where neither HOME nor the list of users names one."""
@@ -36,14 +38,20 @@ def is_writable(folder: Path) -> bool:
     return True
 
 
+def _anybodys(place: Path) -> bool:
+    """Whether others may rename what this user makes in a folder: all may write there, and it is not sticky as /tmp is."""
+    mode = place.stat().st_mode
+    return bool(mode & stat.S_IWOTH) and not mode & stat.S_ISVTX
+
+
 def below_temporary(variables: Mapping[str, str]) -> Path:
     """A folder of this user alone below $TMPDIR, /tmp or /var/tmp, made where it is not there yet.
 
     Raises:
         HardwareError: H003 when none can be written, or the name is taken by somebody else's folder, a link, or one that others may open.
     """
-    places = [Path(name) for name in (variables.get("TMPDIR", ""), "/tmp", "/var/tmp") if os.path.isabs(name)]
-    parent = next((place for place in places if place.is_dir() and is_writable(place)), None)
+    places = [Path(name) for name in (variables.get("TMPDIR", ""), *_USUAL) if os.path.isabs(name)]
+    parent = next((place for place in places if os.path.isdir(place) and not _anybodys(place) and is_writable(place)), None)
     cure = "set IMGCLS_CACHE to a folder that you can write"
     if parent is None:
         tried = ", ".join(map(str, dict.fromkeys(places)))

@@ -74,7 +74,7 @@ def take(path: Path) -> Lock:
 def is_taken(path: Path) -> bool:
     """Whether somebody holds the lock; looks, and changes nothing."""
     try:
-        with open(path, encoding="utf-8", errors="replace") as file:
+        with open(path, encoding="utf-8", errors="replace", opener=_without_waiting) as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 return False
@@ -84,6 +84,10 @@ def is_taken(path: Path) -> bool:
                 return bool(_still_writing(file.read(1000), path))
     except OSError:
         return False
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # a pipe in a stranger's run would be waited for
 
 
 def lock_descriptor(descriptor: int, *, wait: bool) -> bool:
@@ -129,7 +133,10 @@ def _still_writing(owner: str, path: Path) -> str:
         return ""
     if host in ("", platform.node()):
         began = rest.strip().removeprefix("began").strip()
-        return first if _is_alive(int(number), began) else ""
+        alive = _is_alive(int(number), began)
+        if host or not alive:
+            return first if alive else ""
+        # an earlier version named no host: this number may be another process here, as 1 always is
     silent = _silent_s(path.parent)
     return f"{first}, which wrote {silent:.0f} s ago" if silent < _RECENT_S else ""
 

@@ -54,7 +54,7 @@ def claim_file(path: Path, kind: Kind, *, force: bool = False, inputs: Iterable[
         UsageError: U002 for another ending, a folder, a device, an input, a file of a run, or somebody else's file.
         HardwareError: H003 when the folder is missing or closed.
     """
-    if path.is_dir():
+    if os.path.isdir(path):
         name = f"{path.name or 'output'}{kind.endings[0] if kind.endings else ''}"
         raise UsageError("U002", f"--out names a file here, and {path} is a folder", try_=f"--out {quoted(str(path / name))}")
     if kind.endings and path.suffix.lower() not in kind.endings:
@@ -188,7 +188,7 @@ def _run_that_owns(path: Path) -> Path | None:
 
 def _empty(path: Path) -> bool:
     """Whether there is nothing to lose: `mktemp` makes such files."""
-    return path.is_file() and path.stat().st_size == 0
+    return os.path.isfile(path) and path.stat().st_size == 0
 
 
 # ---------------------------------------------------------------- what earlier outputs look like
@@ -245,7 +245,10 @@ def exported_model(exports: Path, target: str) -> Kind:
     def ours(path: Path) -> bool:
         if b"imgcls-fast" in _head(path)[:64]:  # the producer, which ONNX keeps in front
             return True
-        digest = sha256_file(path) if path.is_file() else ""
+        try:
+            digest = sha256_file(path)
+        except OSError:
+            return False
         for meta in exports.glob("*/meta.json"):
             try:
                 if read_json(meta).get("sha256") == digest:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from contextlib import suppress
 from pathlib import Path
 
 from . import env
-from .errors import HardwareError
+from .errors import HardwareError, ImgclsError
+from .files import read_start
 from .text import quoted
 
 LAST = "last.txt"  # names the last finished run; beside it, where the file system has links, the link `last`
@@ -22,8 +24,11 @@ RUN_NAMES = (
 
 
 def is_run_folder(path: Path) -> bool:
-    """Whether a directory holds a run: the two files without which there is none."""
-    return (path / "config.yaml").is_file() and (path / "manifest.npz").is_file()
+    """Whether a directory holds a run: the two files without which there is none. False for one that cannot be entered."""
+    try:
+        return (path / "config.yaml").is_file() and (path / "manifest.npz").is_file()
+    except PermissionError:  # a disk that does not answer still raises: what is there must not be taken for nothing
+        return False
 
 
 def ours(path: Path) -> str:
@@ -34,16 +39,16 @@ def ours(path: Path) -> str:
     """
     if is_run_folder(path):
         return "a run"
-    if (path / "bundle.json").is_file():
+    if os.path.isfile(path / "bundle.json"):
         return "a bundle"
     if _holds(path / "meta.json", b'"bundle"', b'"precision"'):  # others call a file so, too
         return "an export"
     if any(_holds(path / name, POINTER_MARK.encode()) for name in (LAST, BEGUN)):
         return "the folder of runs"
-    with suppress(OSError, RuntimeError):  # RuntimeError: there is no home
+    with suppress(OSError, RuntimeError, ImgclsError):  # RuntimeError: there is no home; ImgclsError: and no other place
         if path.samefile(env.runs_dir()) and any(is_run_folder(inner) for inner in path.iterdir()):
             return "the folder of runs"
-    with suppress(OSError, RuntimeError):
+    with suppress(OSError, RuntimeError, ImgclsError):
         if path.samefile(env.cache_dir()):
             return "the cache"
     return ""
@@ -52,9 +57,8 @@ def ours(path: Path) -> str:
 def _holds(path: Path, *words: bytes) -> bool:
     """Whether the first megabyte of a file holds all of these."""
     try:
-        with open(path, "rb") as file:
-            head = file.read(1 << 20)
-    except OSError:
+        head = read_start(path, 1 << 20)
+    except (OSError, ValueError):  # ValueError: a pipe, which would be waited for
         return False
     return all(word in head for word in words)
 
@@ -80,20 +84,17 @@ def others_files(directory: Path) -> list[str]:
     """Names in `directory` that a run would write and that no run has written; none in one that was killed at birth."""
     lock = directory / ".lock"
     try:
-        if lock.is_file() and (not lock.stat().st_size or lock.read_bytes()[:4] == b"pid "):
+        if os.path.isfile(lock) and (not lock.stat().st_size or lock.read_bytes()[:4] == b"pid "):
             return []
     except NotADirectoryError:
         return []  # making the directory will say what is wrong with it
     return sorted(name for name in RUN_NAMES if os.path.lexists(directory / name))
 
 
-def delete_run_files(directory: Path) -> list[str]:
-    """Delete what a run writes into its directory, and the directory if it is empty then; links go, what they lead to stays.
+def delete_run_files(directory: Path) -> None:
+    """Delete what a run writes into its directory; links go, what they lead to stays.
 
     What makes it a run goes last, so that a deletion which was stopped can be repeated.
-
-    Returns:
-        Names that are left: somebody else's.
 
     Raises:
         OSError: something cannot be deleted.
@@ -105,7 +106,22 @@ def delete_run_files(directory: Path) -> list[str]:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-    left = sorted(os.listdir(directory))
+
+
+def remove_if_empty(directory: Path) -> list[str]:
+    """Remove a directory that holds nothing of anybody's. To be called after the run's lock was let go.
+
+    Returns:
+        Names that are left: somebody else's.
+
+    Raises:
+        OSError: it cannot be removed.
+    """
+    left = sorted(name for name in os.listdir(directory) if not name.startswith(".nfs"))  # a deleted file that is still open
     if not left:
-        directory.rmdir()
+        try:
+            directory.rmdir()
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
     return left

@@ -298,15 +298,21 @@ class Run:
         with explained_write(self.directory):
             demand_no_links(self.directory)
 
-    def lock(self) -> None:
+    def lock(self, *, to_delete: bool = False) -> None:
         """Become the single writer until `unlock` or the end of the process, however it ends.
+
+        Args:
+            to_delete: the run is going to be removed, and links in it with it: nothing is written through them.
 
         Raises:
             HardwareError: H005 when another process writes here; H003 when a link in it leads elsewhere.
         """
-        self.demand_own_places()
+        if not to_delete:
+            self.demand_own_places()
         try:
-            with explained_write(self.directory / ".lock"):
+            with explained_write(self.directory / ".lock", verb="delete" if to_delete else "write"):
+                if to_delete and (self.directory / ".lock").is_symlink():
+                    (self.directory / ".lock").unlink()
                 self._lock = locks.take(self.directory / ".lock")
         except locks.Taken as owner:
             raise HardwareError(
@@ -323,10 +329,12 @@ class Run:
     def clear_leftovers(self) -> None:
         """Remove the half-written files of a process that was killed; only for the holder of the lock."""
         for folder in (self.directory, self.plots, *map(self.evaluation, ("val", "test", "baseline"))):
+            if folder.resolve() != self.directory.resolve() / folder.relative_to(self.directory):
+                continue  # a link leads elsewhere
             for left in folder.glob(".*.tmp"):
                 if not _LEFTOVER.fullmatch(left.name):  # somebody else's
                     continue
-                if left.is_dir():
+                if left.is_dir() and not left.is_symlink():
                     shutil.rmtree(left, ignore_errors=True)
                 else:
                     left.unlink(missing_ok=True)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from . import env
 from .errors import HardwareError, UsageError, near
-from .files import explained_write, write_text
-from .places import BEGUN, LAST, POINTER_MARK, delete_run_files
+from .files import explained_write, read_start, write_text
+from .places import BEGUN, LAST, POINTER_MARK, delete_run_files, remove_if_empty
 from .places import is_run_folder as is_run_folder  # the one answer to "data or a run?"
 from .record import record_of
 from .run import Run
@@ -33,7 +33,7 @@ def find_run(name: str | Path | None) -> Run:
     for path in (Path(name), runs / name):
         if is_run_folder(path):
             return Run(path)
-        if path.name == "bundle" and (path / "bundle.json").exists():
+        if path.name == "bundle" and os.path.isfile(path / "bundle.json"):
             return Run(path.parent)
     known = [run.name for run in list_runs()]
     begun = [other for other in known if len(str(name)) > 2 and other.startswith(str(name))]
@@ -67,7 +67,7 @@ def left_unfinished(last: Run) -> Run | None:
 def list_runs(folder: Path | None = None) -> list[Run]:
     """All runs of a folder, the oldest first."""
     folder = folder or env.runs_dir()
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         return []
     found = [Run(path) for path in folder.iterdir() if not path.is_symlink() and is_run_folder(path)]
     return sorted(found, key=lambda run: (record_of(run.directory)["created"], run.name))
@@ -78,7 +78,7 @@ def new_run_path(source: str | None, arch: str) -> Path:
     stem = _in_name(Path(source).resolve().stem if source else "digits") or "data"
     base = f"{stem}-{_in_name(arch.split('/')[-1])}-{time.strftime('%Y%m%d-%H%M%S')}"
     path, k = env.runs_dir() / base, 1
-    while path.exists():
+    while os.path.lexists(path):
         k += 1
         path = env.runs_dir() / f"{base}-{k}"
     return path
@@ -113,7 +113,7 @@ def mark_last(run: Run) -> str:
     if note := _point(runs, LAST, run):
         return note
     link, temporary = runs / "last", runs / f".last.{os.getpid()}"
-    if link.exists() and not link.is_symlink():
+    if os.path.exists(link) and not link.is_symlink():
         return ""
     try:
         temporary.unlink(missing_ok=True)
@@ -162,14 +162,17 @@ def remove_run(run: Run) -> list[str]:
         raise UsageError("U002", f"{directory} is a link", try_=command("runs", "rm", os.path.realpath(directory)))
     if not is_run_folder(directory):
         raise UsageError("U003", f"{directory} is not a run", try_=command("runs", "list"))
-    run.lock()
+    run = Run(directory.resolve())  # "." cannot be removed by that name
+    run.lock(to_delete=True)
     try:
         run.clear_leftovers()
         forget(run)
-        with explained_write(directory):
-            return delete_run_files(directory)
+        with explained_write(run.directory, verb="delete"):
+            delete_run_files(run.directory)
     finally:
         run.unlock()
+    with explained_write(run.directory, verb="delete"):
+        return remove_if_empty(run.directory)  # after the lock: on NFS a file that is open stays under another name
 
 
 def _last(runs: Path) -> Run:
@@ -200,7 +203,7 @@ def _target(runs: Path, run: Run) -> str:
 
 def _point(runs: Path, pointer: str, run: Run) -> str:
     """Write a pointer to a run; why that could not be done, or an empty string."""
-    if (runs / pointer).exists() and _pointed_to(runs, pointer) is None:
+    if os.path.exists(runs / pointer) and _pointed_to(runs, pointer) is None:
         return f"{runs / pointer} is not ours and stays as it is, so `last` does not mean this run"
     try:
         runs.mkdir(parents=True, exist_ok=True)
@@ -213,8 +216,8 @@ def _point(runs: Path, pointer: str, run: Run) -> str:
 def _pointed_to(runs: Path, pointer: str) -> str | None:
     """What a pointer names: a directory of `runs` or an absolute path. None where there is no such file, or it is not ours."""
     try:
-        text = (runs / pointer).read_text("utf-8", "surrogateescape")
-    except FileNotFoundError:
+        text = read_start(runs / pointer, 1 << 16).decode("utf-8", "surrogateescape")
+    except (OSError, ValueError):  # ValueError: a pipe, which would be waited for
         return None
     if text.endswith(f"\n{POINTER_MARK}\n"):
         return text.removesuffix(f"\n{POINTER_MARK}\n")

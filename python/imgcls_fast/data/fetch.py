@@ -21,7 +21,7 @@ from typing import IO
 
 from imgcls_fast.core import bounds
 from imgcls_fast.core.errors import DataError, HardwareError, near
-from imgcls_fast.core.files import explained_write, sha256_file
+from imgcls_fast.core.files import explained_write, lack_of, sha256_file
 from imgcls_fast.core.text import command
 from imgcls_fast.core.zips import HostileZip, ZipBounds, check_zip
 
@@ -30,7 +30,7 @@ from .spelling import split_of
 from .tar import HostileTar, TarMember, open_tar, read_members
 
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2", ".tbz2")
-_SIDE_FOLDERS = {"__macosx"}
+_SIDE_FOLDERS = {"__macosx", "lost+found"}
 _SIDE_FILES = {"thumbs.db", "desktop.ini"}
 
 # What the standard library's readers raise on damaged archives.
@@ -64,7 +64,7 @@ class _Refused(Exception):
 
 
 def is_ignored(name: str) -> bool:
-    """Files and folders that systems leave behind: hidden ones, __MACOSX, Thumbs.db, desktop.ini."""
+    """Files and folders that systems leave behind: hidden ones, __MACOSX, lost+found, Thumbs.db, desktop.ini."""
     return name.startswith(".") or name.lower() in _SIDE_FOLDERS or name.lower() in _SIDE_FILES
 
 
@@ -90,9 +90,11 @@ def open_source(path: Path, cache: Path, limits: Limits = Limits()) -> Path:
         HardwareError: H003 when the cache cannot be written.
     """
     path = Path(os.path.abspath(path))
-    if path.is_dir():
+    if os.path.isdir(path):
         return path
-    if not path.exists():
+    if lack := lack_of(path):
+        if lack != "does not exist":
+            raise DataError("D001", f"{path} {lack}")
         address = re.search(r"\b(https?|s3|gs|hf):/", str(path))
         why = "nothing is downloaded: fetch it yourself, then name the file or folder" if address else ""
         raise DataError("D001", f"no such file or folder: {path}", why=why, try_=_similar(path))
@@ -126,7 +128,7 @@ def data_root(folder: Path) -> Path:
 
 
 def _similar(path: Path) -> str:
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent) or not os.access(path.parent, os.R_OK):
         return ""
     found = near(path.name, sorted(os.listdir(path.parent)))
     return command("data", "check", path.parent / found) if found else ""

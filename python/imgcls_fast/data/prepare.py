@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..core import env
 from ..core.config import DataConfig, RunConfig
 from ..core.errors import DataError
 from ..core.manifest import SPLITS, LabelSpace, Manifest
 from ..core.phases import phase
 from ..core.pixels import CHANNELS, FULL_BITS, Pixels
-from . import reach
+from . import fetch, reach
 from .decode import Color, Undecodable, decode_pixels
 from .depth import used_bits
 from .digits import write_digits
@@ -55,7 +56,7 @@ class Prepared:
         }
 
 
-def scan_options(config: DataConfig, exif: str, cache: Path, **more: Any) -> ScanOptions:
+def scan_options(config: DataConfig, exif: str, cache: Path | None, **more: Any) -> ScanOptions:
     """The scan's options from the settings."""
     return ScanOptions(
         exif=exif,  # type: ignore[arg-type]
@@ -70,33 +71,38 @@ def scan_options(config: DataConfig, exif: str, cache: Path, **more: Any) -> Sca
         split_col=config.split_col,
         duplicates=config.duplicates,
         near_duplicates=config.near_duplicates,
-        cache=cache / "archives",
+        cache=cache / "archives" if cache else None,
         **more,
     )
 
 
-def training_options(config: RunConfig, cache: Path) -> ScanOptions:
+def training_options(config: RunConfig, cache: Path | None = None) -> ScanOptions:
     """The scan's options for a training run, with what has been asked for and so need not be suggested."""
     pixels = config.pixels
     return scan_options(
-        config.data, pixels.exif, cache, advice=config.data.source is not None, color=pixels.color,
+        config.data, pixels.exif, cache or _cache_for(config.data.source), advice=config.data.source is not None, color=pixels.color,
         weighted=config.loss.class_weights != "none", pretrained=config.model.init not in ("auto", "scratch"),
         bits=None if pixels.bits == "auto" else pixels.bits,
     )  # fmt: skip
 
 
-def prepare(config: RunConfig, cache: Path) -> Prepared:
+def _cache_for(source: Path | str | None) -> Path | None:
+    """The user's cache where this source needs one: a folder or a table is learnt from on a machine without any such place."""
+    return env.cache_dir() if source and fetch.is_archive(Path(source)) else None
+
+
+def prepare(config: RunConfig, cache: Path | None = None) -> Prepared:
     """Scan the source (none: the embedded digits) and give every row a split.
 
     Args:
         config: what the run was asked to do: sections data, pixels and loss.
-        cache: folder for extracted archives and the digits.
+        cache: folder for extracted archives and the digits; None: the user's, which is asked for only where it is needed.
 
     Raises:
         DataError: everything that is wrong with the data, at once.
     """
     data = config.data
-    source = Path(data.source) if data.source else write_digits(cache)
+    source = Path(data.source) if data.source else write_digits(cache or env.cache_dir())
     found = scan(source, training_options(config, cache))
     manifest = make_splits(found.manifest, fractions=data.split, seed=data.split_seed)
     return Prepared(manifest, found)
@@ -213,7 +219,7 @@ def statistics(prepared: Prepared, bits: int | None = None) -> dict[str, Any]:
     }
 
 
-def scan_to_judge(data: DataConfig, source: Path, pixels: Pixels, labels: LabelSpace, cache: Path) -> ScanResult:
+def scan_to_judge(data: DataConfig, source: Path, pixels: Pixels, labels: LabelSpace) -> ScanResult:
     """Other labelled images, whose classes must be classes of a model and are numbered as the model numbers them.
 
     Args:
@@ -226,4 +232,4 @@ def scan_to_judge(data: DataConfig, source: Path, pixels: Pixels, labels: LabelS
     Raises:
         DataError: as `scan`.
     """
-    return scan(source, scan_options(data, pixels.exif, cache, purpose="judge", classes=labels.classes))
+    return scan(source, scan_options(data, pixels.exif, _cache_for(source), purpose="judge", classes=labels.classes))

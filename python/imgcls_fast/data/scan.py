@@ -71,12 +71,12 @@ def inspect(source: Path | str, options: ScanOptions = ScanOptions()) -> ScanRes
 def _list(source: Path, options: ScanOptions) -> Listing:
     labelled = options.purpose != "predict"
     columns = Columns(options.path_col, options.label_col, options.split_col, options.group_col)
-    if sources.is_table(source) and source.is_file():
+    if sources.is_table(source) and os.path.isfile(source):
         return sources.list_table(source, columns, labelled=labelled)
     cache = options.cache or Path(os.path.abspath(source)).parent / ".imgcls-cache"
     root = fetch.open_source(source, cache)
     listing = sources.list_folder(root, labelled=labelled)
-    if not source.is_dir() and labelled and len(listing.classes) < 2:  # a table inside an archive has no other way in
+    if not os.path.isdir(source) and labelled and len(listing.classes) < 2:  # a table inside an archive has no other way in
         tables = [p for p in sorted(root.iterdir()) if sources.is_table(p) and p.suffix.lower() != ".txt"]
         if len(tables) == 1:
             listing = sources.list_table(tables[0], columns, labelled=labelled)

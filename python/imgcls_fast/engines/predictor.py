@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..core.errors import ConfigError, DataError
+from ..core.files import lack_of
 from ..core.pixels import evaluation_geometry
 from ..data import inputs, skipped
 from ..data.decode import Undecodable, decode_pixels, read_file
@@ -102,7 +104,7 @@ class Predictor:
             DataError: D012 when a single image cannot be read (in a list, its `error` says so); D015 when the disk
                 does not hand it out.
         """
-        if not inputs.is_one(image) or (isinstance(image, str | Path) and Path(image).is_dir()):
+        if not inputs.is_one(image) or (isinstance(image, str | Path) and os.path.isdir(Path(image))):
             return list(self.stream(image, top_k=top_k))
         (answer,) = self.stream([image], top_k=top_k)
         if answer.error:
@@ -124,7 +126,7 @@ class Predictor:
                 ahead = following
 
     def _listed(self, images: Any) -> Iterable[Image]:
-        if isinstance(images, str | Path) and Path(images).is_dir():
+        if isinstance(images, str | Path) and os.path.isdir(Path(images)):
             return [Path(images, path) for path in unlabelled(Path(images)).images]
         return inputs.each(images)
 
@@ -237,9 +239,9 @@ def gather(images: Iterable[Image] | str | Path) -> Gathered:
     passed_over: list[str] = []
     for image in inputs.each(images):
         place = Path(image) if isinstance(image, str | Path) else None
-        if place is None or not place.is_dir():
-            if place is not None and not place.exists():
-                raise DataError("D001", f"{place} does not exist", try_="imgcls-fast predict RUN IMAGES...")
+        if place is None or not os.path.isdir(place):
+            if place is not None and (lack := lack_of(place)):
+                raise DataError("D001", f"{place} {lack}", try_="imgcls-fast predict RUN IMAGES...")
             found.append(image if place is None else place)
             continue
         inside = unlabelled(place)

@@ -10,6 +10,7 @@ sequentially rejective multiple test procedure", 1979).
 from __future__ import annotations
 
 import math
+import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -258,8 +259,8 @@ def read_results(folder: Path) -> dict[str, Area]:
     Raises:
         UsageError: U004 when there is none, or one of them cannot be read.
     """
-    paths = [folder] if folder.is_file() else [folder / f"{name}.json" for name in AREAS]
-    found = [read_area(path) for path in paths if path.exists()]
+    paths = [folder] if os.path.isfile(folder) else [folder / f"{name}.json" for name in AREAS]
+    found = [read_area(path) for path in paths if os.path.exists(path)]
     if not found:
         raise UsageError(
             "U004",

@@ -47,7 +47,7 @@ def pixels_of(
 
 def more_rows(data: DataConfig, source: Path, bundle: Bundle, say: Callable[[str], None]) -> Manifest:
     """Labelled images of elsewhere, with the classes of a model; what the scan leaves out is said."""
-    found = scan_to_judge(data, source, bundle.pixels, bundle.labels, env.cache_dir())
+    found = scan_to_judge(data, source, bundle.pixels, bundle.labels)
     bad = Undecoded({file.path: file.reason for file in found.quarantine})
     for sentence in filter(None, (bad.sentence(), *found.notices)):
         say(f"{source}: {sentence}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -36,7 +37,7 @@ def split_part(source: Path) -> tuple[Path, str]:
     """("FILE", "PART") of "FILE#PART"; a file that has such a name itself is meant as it is."""
     name, mark, part = source.name.rpartition("#")
     whole = source.with_name(name) if mark and name else source
-    return (whole, part) if mark and part and not source.exists() and whole.is_file() else (source, "")
+    return (whole, part) if mark and part and not os.path.exists(source) and os.path.isfile(whole) else (source, "")
 
 
 def find_state(content: Any, source: str, part: str = "") -> Contents:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -77,7 +78,7 @@ class Published:
             found = try_to_load_from_cache(repo, name, revision=revision or None)
             if isinstance(found, str):
                 return Path(found)
-        return self.place if self.place is not None and self.place.is_file() else None
+        return self.place if self.place is not None and os.path.isfile(self.place) else None
 
     @cached_property
     def damage(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import re
 import sys
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from imgcls_fast.core.errors import ModelError
-from imgcls_fast.core.files import plain_path
+from imgcls_fast.core.files import lack_of, plain_path
 from imgcls_fast.core.hints import worded
 from imgcls_fast.core.text import quoted
 from imgcls_fast.models.backbones import input_keys, is_auxiliary
@@ -87,8 +88,9 @@ def is_weights_name(path: Path) -> bool:
 
 def _read(source: Path) -> Contents:
     path, part = split_part(source)
-    if not path.is_file():
-        raise ModelError("M003", f"no such weights file: {path}")
+    if not os.path.isfile(path):
+        lack = lack_of(path)
+        raise ModelError("M003", f"no such weights file: {path}" if lack in ("", "does not exist") else f"{path} {lack}")
     if not is_weights_name(path):
         raise ModelError("M003", f"{path.name} is not a weights file; expected one of {', '.join(SUFFIXES)}")
     content = _read_safetensors(path) if path.suffix.lower() == ".safetensors" else _read_torch(path)

@@ -167,8 +167,8 @@ def _places() -> list[Row]:
 
 def _place(name: str, place: Path, elsewhere: str) -> Row:
     """Whether files can be made in a folder, which need not exist yet; nothing is made."""
-    existing = next(folder for folder in (place.absolute(), *place.absolute().parents) if folder.exists())
-    if not existing.is_dir():
+    existing = next(folder for folder in (place.absolute(), *place.absolute().parents) if os.path.exists(folder))
+    if not os.path.isdir(existing):
         return (name, f"{place}: {existing} is a file", False, elsewhere)
     if not os.access(existing, os.W_OK | os.X_OK):
         return (name, f"{place}: {existing} cannot be written", False, elsewhere)

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..core import env
 from ..core.config import RunConfig
 from ..core.manifest import Manifest
 from ..core.phases import phase
@@ -37,7 +36,7 @@ def dry_run(config: RunConfig) -> dict[str, Any]:
     """
     machine = look_at_machine()
     refuse_early(config, machine)
-    prepared = prepare(config, env.cache_dir())
+    prepared = prepare(config)
     require_splits(prepared)
     plan = make_plan(config, prepared.manifest, machine)
     with phase("timing a step of training"):

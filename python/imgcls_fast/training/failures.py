@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..core.errors import ConfigError, HardwareError, ImgclsError, Interrupted, ModelError, UsageError
-from ..core.places import delete_run_files
+from ..core.places import delete_run_files, remove_if_empty
 from ..core.run import Run
 from ..core.runs import forget
 
@@ -63,6 +63,8 @@ class Recorded:
             with suppress(OSError):  # what cannot be deleted must not hide the error
                 forget(refused)
                 delete_run_files(refused.directory)
+                refused.unlock()
+                remove_if_empty(refused.directory)
         if known is not None and known is not error:
             raise known from error
 

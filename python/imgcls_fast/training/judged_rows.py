@@ -143,7 +143,7 @@ def _same_files(run: Run, manifest: Manifest, rows: np.ndarray, split: str) -> n
 
 
 def _others(run: Run, data: Path, engine: Engine, include_train: bool) -> JudgedRows:
-    found = scan_to_judge(run.config.data, data, engine.pixels, engine.labels, env.cache_dir())
+    found = scan_to_judge(run.config.data, data, engine.pixels, engine.labels)
     manifest, total = found.manifest, len(found.manifest)
     seen = splits_seen(run.manifest, manifest)
     before, names = learnt_before(run, manifest)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -156,7 +157,7 @@ def run_engine(
 
 def bundle_folder(path: Path) -> Path | None:
     """`path` itself or its sub-folder `bundle`, whichever holds a bundle."""
-    return next((folder for folder in (path, path / "bundle") if (folder / "bundle.json").is_file()), None)
+    return next((folder for folder in (path, path / "bundle") if os.path.isfile(folder / "bundle.json")), None)
 
 
 @as_found()

@@ -12,6 +12,7 @@ import torch
 
 from ..core import env
 from ..core.config import RunConfig
+from ..core.errors import ImgclsError
 from ..core.files import sha256_json, write_json
 from ..engines.runtimes import AUTOCAST
 from ..models.build import ModelSpec, build_model
@@ -40,16 +41,17 @@ def faster_format(
     key = sha256_json(
         [spec, images, str(train.precision), int(train.threads), kernels, env.cpu_name(), env.versions(("torch",))]
     )
-    place = env.cache_dir() / "memory-format.json"
     known: dict[str, Any] = {}
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, ImgclsError):  # ImgclsError: there is no cache
+        place = env.cache_dir() / "memory-format.json"
         read = json.loads(place.read_text("utf-8"))
         known = read if isinstance(read, dict) else {}
     found = known.get(key)
     if not (isinstance(found, dict) and all(isinstance(found.get(name), float) for name in FORMATS)):
         notice(f"timing two memory formats of {spec['arch']}, once on this machine")
         found = measure(spec, images, str(train.precision), int(train.threads), kernels)
-        with suppress(OSError):  # a cache that cannot be written costs a measurement the next time
+        with suppress(OSError, ImgclsError):  # a cache that cannot be written costs a measurement the next time
+            place = env.cache_dir() / "memory-format.json"
             place.parent.mkdir(parents=True, exist_ok=True)
             write_json(place, {**known, key: found})
     chosen = "contiguous" if found["contiguous"] < _MARGIN * found["channels-last"] else "channels-last"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -137,11 +138,11 @@ def _start(init: str) -> Start | None:
 
     path = Path(init)
     whole, _ = split_part(path)  # FILE#KEY
-    if whole.is_file() and bundle_around(whole) is None:
+    if os.path.isfile(whole) and bundle_around(whole) is None:
         return Start("file", path)
-    if is_weights_name(whole) and not whole.is_file():
+    if is_weights_name(whole) and not os.path.isfile(whole):
         raise ModelError("M003", f"no such weights file: {path}", try_="--init pretrained   (or scratch, or a run)")
-    if value_meant(init, ("pretrained", "scratch")) and not path.exists():
+    if value_meant(init, ("pretrained", "scratch")) and not os.path.exists(path):
         raise ConfigError(
             "C003",
             f"model.init {init!r} is neither auto, scratch or pretrained, nor a weights file, bundle or run",
@@ -149,7 +150,7 @@ def _start(init: str) -> Start | None:
         )
     from ..core.runs import find_run
 
-    folder = bundle_around(path) or (path if (path / "bundle.json").is_file() else find_run(init).bundle_path)
+    folder = bundle_around(path) or (path if os.path.isfile(path / "bundle.json") else find_run(init).bundle_path)
     bundle = read_bundle(folder)
     parent = {
         "run": str(bundle.provenance.get("run") or folder.resolve().parent.name),

@@ -96,7 +96,7 @@ def start(config: RunConfig, sinks: Sequence[Callable[[Event], Any]] = (), comma
         with record, heard_by(listeners):
             machine = look_at_machine()
             refuse_early(config, machine)
-            prepared = prepare(config, env.cache_dir())
+            prepared = prepare(config)
             tell({"event": "data", **prepared.facts()})
             require_splits(prepared)
             with phase("planning"):
