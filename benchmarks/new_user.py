@@ -26,7 +26,6 @@ import numpy as np
 from PIL import Image
 
 HERE = Path(__file__).resolve().parent
-RESULTS = HERE / "results" / "amd-epyc-2core" / "new_user"
 STEPS = HERE / "new_user.toml"
 LIMIT_S = 900  # of one command, on a machine that does other things as well
 NEVER = (  # in what no command prints
