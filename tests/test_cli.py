@@ -135,6 +135,8 @@ def one_object(capsys: Capture) -> tuple[dict[str, Any], str]:
         (["train", "x", "--augment", "randaugment"], "C003", "--augment medium"),
         (["train", "x", "--channels", "RGB"], "C003", "--channels 3"),
         (["train", "x", "--max-bad", "10%"], "C002", "--max-bad 0.1"),
+        (["train", "x", "--split-ratio", "0..8,0.1,0.1"], "C002", "--split-ratio 0.8,0.1,0.1"),
+        (["train", "x", "--max-bad", "1.2.3%"], "C002", "--max-bad 0.01"),
         (["train", "x", "--save-every", "10min"], "C002", "--save-every 10m"),
         (["train", "x", "--patience", "never"], "C002", "--patience none"),
         (["eval", "x", "--split", "validation"], "U002", "--split val"),

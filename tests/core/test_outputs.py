@@ -17,6 +17,7 @@ from imgcls_fast.core import outputs
 from imgcls_fast.core.errors import HardwareError, UsageError
 from imgcls_fast.core.flags import VERBS, flags_of
 from imgcls_fast.core.outputs import claim_file, claim_folder
+from imgcls_fast.core.places import others_files
 
 FOREIGN = "id,name\n1,mine\n"
 EARLIER = [  # kind, name, content of an earlier output, content that only looks like one
@@ -76,6 +77,46 @@ def test_a_split_replaces_an_earlier_one_and_other_files_only_by_force(labels: P
         ic.split_data(labels)
     ic.split_data(labels, out="mine.csv", force=True)
     assert Path("mine.csv").read_text() == Path("split.csv").read_text()
+
+
+def test_a_split_that_was_corrected_by_hand_or_is_another_is_replaced_only_by_force(
+    labels: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["data", "split", "labels.csv", "-o", "split.csv", "-q"]
+    assert main(words) == 0
+    written = Path("split.csv").read_text()
+    corrected = written.replace(",a,", ",b,", 1)
+    Path("split.csv").write_text(corrected)
+    assert main(words) == 2
+    assert "changed by hand" in capsys.readouterr().err and Path("split.csv").read_text() == corrected
+    with pytest.raises(UsageError, match="changed by hand"):
+        ic.split_data(labels, out="split.csv")
+    assert main([*words, "--force"]) == 0 and Path("split.csv").read_text() == written
+    assert main([*words, "--split-ratio", "0.5,0.25,0.25"]) == 2
+    assert Path("split.csv").read_text() == written
+
+
+@pytest.mark.parametrize("out", ["before.json", "after/grad.json"])
+def test_a_comparison_of_benchmarks_never_replaces_what_it_compares(
+    out: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("imgcls_fast.api.bench.bench_compare", lambda *_: {"rows": [], "table": []})
+    Path("after").mkdir()
+    for name in ("before.json", "after/grad.json"):
+        Path(name).write_text(FOREIGN)
+    assert main(["bench", "compare", "before.json", "after", "-o", out, "--force"]) == 2
+    assert "an input is never replaced" in capsys.readouterr().err and Path(out).read_text() == FOREIGN
+
+
+def test_an_empty_lock_beside_other_files_does_not_give_them_away() -> None:
+    folder = Path("mine")
+    folder.mkdir()
+    (folder / ".lock").write_text("")
+    assert others_files(folder) == []  # killed at birth
+    (folder / "report.html").write_text("mine")
+    assert others_files(folder) == [".lock", "report.html"]
+    (folder / ".lock").write_text("pid 1\n")
+    assert others_files(folder) == []
 
 
 @pytest.mark.parametrize("out", ["x.parquet", "x", "x.tsv", "."])

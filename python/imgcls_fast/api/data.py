@@ -32,7 +32,7 @@ def split_data(
 
     Args:
         out: the table to write, ending in .csv; None: split.csv, where there is none yet.
-        force: replace a file that is not an earlier table of splits; never the table that is read.
+        force: replace a file that is not this very split; never the table that is read.
 
     Returns:
         path of the file, images of each split, notices.
@@ -48,7 +48,7 @@ def split_data(
     inputs = [Path(config.data.source)] if config.data.source else []
     path = claim_file(Path(out), SPLIT, force=force, inputs=inputs) if out else demand_new(Path("split.csv"), SPLIT)
     prepared = prepare(config)
-    write_split_csv(path, prepared.manifest)
+    write_split_csv(path, prepared.manifest, keep=not force)
     names = ("images", "splits", "quarantined", "duplicates_removed", "notices")
     return {"path": str(path), **{name: prepared.facts()[name] for name in names}}
 

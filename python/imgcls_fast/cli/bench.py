@@ -114,7 +114,9 @@ def compare(request: Request, session: Session) -> Answer:
     if out is not None:
         from ..core.outputs import CHANGES, claim_file
 
-        claim_file(out, CHANGES, force=bool(request.get("force")))
+        folders = [Path(given) for given in (before, after)]
+        read = [path for folder in folders for path in (folder, *(folder.glob("*.json") if folder.is_dir() else ()))]
+        claim_file(out, CHANGES, force=bool(request.get("force")), inputs=read)
     from ..api import bench as api
 
     found = api.bench_compare(before, after)

@@ -13,6 +13,8 @@ from .answer import Request
 if TYPE_CHECKING:
     from ..core.config import RunConfig
 
+_NUMBER = r"[0-9]*\.?[0-9]+"  # what float() takes; [0-9.]+ would also fit 0..8
+
 
 def settings_of(request: Request, source: str | None = None) -> tuple[RunConfig, dict[str, Any]]:
     """The configuration that a command line asks for, and the arguments that ask the API for the same.
@@ -73,12 +75,13 @@ def _instead(setting: str, typed: str, message: str) -> str:
     if setting == "pixels.size" and (sides := re.fullmatch(r"(\d+)\s*[xX,]\s*\1", typed)):
         return sides[1]  # 224x224: the input is square
     if setting == "data.split":
-        percent = [float(part) for part in typed.split(",")] if re.fullmatch(r"[\d.]+(,[\d.]+){2}", typed) else []
+        percent = [float(part) for part in typed.split(",")] if re.fullmatch(rf"{_NUMBER}(,{_NUMBER}){{2}}", typed) else []
         return ",".join(f"{part / 100:g}" for part in percent) if sum(percent) == 100 else "0.8,0.1,0.1"
     if setting == "train.save_every":
         return "10m"
-    if setting == "data.max_bad" and (share := re.fullmatch(r"([\d.]+)\s*%", typed)):
-        return f"{float(share[1]) / 100:g}"
+    if setting == "data.max_bad":
+        share = re.fullmatch(rf"({_NUMBER})\s*%", typed)
+        return f"{float(share[1]) / 100:g}" if share else "0.01"
     if setting == "train.patience":
         return "none" if typed.lower() in ("never", "no", "false", "off") else "10"
     if setting == "model.freeze":

@@ -81,14 +81,20 @@ def demand_no_links(directory: Path) -> None:
 
 
 def others_files(directory: Path) -> list[str]:
-    """Names in `directory` that a run would write and that no run has written; none in one that was killed at birth."""
+    """Names in `directory` that a run would write and that no run has written; none in one that was killed at birth.
+
+    An empty lock that lies alone is that of a run killed before it wrote its number; beside other files, anybody's.
+    """
     lock = directory / ".lock"
     try:
-        if os.path.isfile(lock) and (not lock.stat().st_size or lock.read_bytes()[:4] == b"pid "):
+        locked = os.path.isfile(lock)
+        if locked and lock.read_bytes()[:4] == b"pid ":
             return []
+        empty = locked and not lock.stat().st_size
     except NotADirectoryError:
         return []  # making the directory will say what is wrong with it
-    return sorted(name for name in RUN_NAMES if os.path.lexists(directory / name))
+    found = sorted(name for name in RUN_NAMES if os.path.lexists(directory / name))
+    return [] if empty and found == [".lock"] else found
 
 
 def delete_run_files(directory: Path) -> None:

@@ -10,8 +10,8 @@ from typing import BinaryIO
 
 import numpy as np
 
-from imgcls_fast.core.errors import DataError
-from imgcls_fast.core.files import write_whole
+from imgcls_fast.core.errors import DataError, UsageError
+from imgcls_fast.core.files import read_start, write_whole
 from imgcls_fast.core.manifest import NO_SPLIT, SPLITS, Manifest
 from imgcls_fast.core.text import to_csv
 
@@ -241,10 +241,16 @@ def _repair(label: np.ndarray, unit: np.ndarray, keys: np.ndarray, have: np.ndar
         move(int(one), int(empty))
 
 
-def write_split_csv(path: Path, manifest: Manifest) -> None:
+def write_split_csv(path: Path, manifest: Manifest, *, keep: bool = False) -> None:
     """Write path, label, group, split: a table for people, which is also a source that gives the same split again.
 
     Paths are relative to the table's folder where the images lie below it, else absolute.
+
+    Args:
+        keep: leave a table that is there already, unless it is empty or the very same.
+
+    Raises:
+        UsageError: U002 for a table that is to be kept: another split, or one that a person has corrected.
     """
     folder = os.path.abspath(path.parent)
     root = os.path.abspath(manifest.root)
@@ -260,6 +266,12 @@ def write_split_csv(path: Path, manifest: Manifest) -> None:
         text = "" if group < 0 else names[group] if group < len(names) else str(group)
         lines.append([place, label, text, SPLITS[code] if code != NO_SPLIT else ""])
     blob = to_csv(lines).encode("utf-8", "surrogateescape")
+    if keep and os.path.exists(path) and read_start(path, len(blob) + 1) not in (b"", blob):
+        raise UsageError(
+            "U002",
+            f"{path} exists, and holds another split, or one changed by hand",
+            try_="choose another place with --out, or add --force",
+        )
 
     def write(file: BinaryIO) -> None:
         file.write(blob)
