@@ -87,7 +87,7 @@ def table(root: Path, labels: list[str], head: str = "path,label") -> Path:
     [
         ["RBC|WBC", "RBC", "WBC"], ["RBC|WBC", "RBC|Platelets", "WBC|Platelets"],
         ["a; b", "a", "b"], ["a,b", "a", "b", "c"],
-        ["red|round", "red|square", "blue|round", "blue|square"],
+        ["red|round", "red|big|round", "red|big"],
     ],
 )  # fmt: skip
 def test_several_labels_in_one_cell_are_refused(tmp_path: Path, labels: list[str]) -> None:
@@ -104,11 +104,18 @@ def test_a_column_of_one_of_the_labels_is_what_to_try(tmp_path: Path) -> None:
     assert scan(source, ScanOptions(label_col="WBC")).manifest.labels.classes == ("0", "1")
 
 
+def test_folders_that_seem_to_hold_several_labels_are_to_be_renamed(tmp_path: Path) -> None:
+    with pytest.raises(DataProblems) as caught:
+        scan(images(tmp_path, **{"a;b": 1, "a": 1, "b": 1}))
+    assert caught.value.code == "D017" and caught.value.try_ == "rename the folders: each is one class"
+
+
 @pytest.mark.parametrize(
     "classes",
     [
         ["maillot", "maillot, tank suit", "crane"], ["Smith, Jane", "Smith, John", "Doe, John"], ["a|", "|a", "a"],
-        ["yes|no", "maybe"], ["hot dog", "hot", "dog"], ["1,5", "2,5"],
+        ["yes|no", "maybe"], ["red|round", "red|square", "blue|round", "blue|square"],
+        ["Tomato|healthy", "Tomato|blight", "Apple|healthy", "Apple|blight"], ["hot dog", "hot", "dog"], ["1,5", "2,5"],
     ],
 )  # fmt: skip
 def test_a_name_with_such_a_sign_in_it_is_a_name(classes: list[str]) -> None:

@@ -49,6 +49,15 @@ def test_scaling_is_the_rounded_quotient_for_every_value_and_number_of_bits(bits
     np.testing.assert_array_equal(scale_to_8(every, bits), np.minimum(np.round(every / ((1 << bits) - 1) * 255), 255))
 
 
+def test_the_bits_are_those_of_gray_and_not_of_colour() -> None:
+    """Colour of 16 bits is read by its high byte from a file, and so it is from an array."""
+    values = np.array([[0, 4095, 30000, 65535]], np.uint16)
+    colour = decode_pixels(np.repeat(values[:, :, None], 3, 2), bits=12)
+    np.testing.assert_array_equal(colour[0, :, 0], [0, 16, 117, 255])
+    for gray in (values, values[:, :, None]):
+        assert decode_pixels(gray, color="gray", bits=12)[0, :, 0].tolist() == [0, 255, 255, 255]
+
+
 @pytest.mark.parametrize("ending", ["png", "tif"])
 @pytest.mark.parametrize("bits", [8, 9, 12, 15, 16])
 def test_the_bits_that_images_use_are_measured(tmp_path: Path, bits: int, ending: str) -> None:

@@ -161,6 +161,43 @@ def test_the_text_of_an_image_error_is_not_taken_for_shared_memory() -> None:
     assert not handover.is_failed_sharing("cannot identify image file")
 
 
+CAUGHT = "Caught {} in pin memory thread for device 0.\nOriginal Traceback (most recent call last):\n" + "  File x\n" * 40 + "{}"
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (RuntimeError("Pin memory thread exited unexpectedly"), "the thread that receives batches ended.*pipes.*ulimit -n"),
+        (OSError(CAUGHT.format("OSError", "OSError: [Errno 24] Too many open files")), "^OSError: .*Too many open files: batches"),
+        (RuntimeError(CAUGHT.format("RuntimeError", f"RuntimeError: {FULL}")), "^RuntimeError: .*No space left.*--shm-size"),
+    ],
+)  # fmt: skip
+def test_a_failure_where_a_gpu_machine_receives_batches_changes_the_way(
+    kit: Any, sampler: Any, error: Exception, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a GPU a thread of torch's receives them, and gives such errors texts of its own."""
+    expected, _ = run(kit, sampler, 0)
+    loader = kit.open(sampler, "torch", 2)
+
+    def failing() -> Any:
+        monkeypatch.undo()
+        raise error
+        yield
+
+    monkeypatch.setattr(loader, "_made", failing)
+    try:
+        with pytest.warns(UserWarning, match=told):
+            batches = kit.epochs(loader, 0, 1)
+    finally:
+        loader.close()
+    assert loader._way == "pipes"
+    kit.assert_same(batches, expected)
+
+
+def test_memory_of_the_gpu_that_is_short_in_that_thread_is_another_fault() -> None:
+    assert not handover.is_failed_sharing(CAUGHT.format("AcceleratorError", "CUDA error: out of memory"))
+
+
 SMALL = """
 mount -t tmpfs -o size={size} tmpfs /dev/shm
 exec timeout -s KILL 120 "$0" -c '

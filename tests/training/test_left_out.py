@@ -19,6 +19,7 @@ from imgcls_fast.core.settings import build_config
 from imgcls_fast.core.undecoded import Undecoded
 from imgcls_fast.data import reach
 from imgcls_fast.training import session
+from imgcls_fast.training.learnt import about_missing
 from imgcls_fast.training.reporting import judged
 
 Capture = pytest.CaptureFixture[str]
@@ -196,6 +197,37 @@ def test_images_of_the_run_whose_weights_it_began_with_count_as_learnt(
     assert "43 of 65 images are training images of child or run and were left out" in metrics.warnings[-2]
     (child.directory / "run.json").write_text(json.dumps(record | {"parent": {"directory": str(child.directory)}}))  # a circle
     assert ic.evaluate(child, own_data).seen["train_left_out"] == 38
+
+
+@pytest.mark.parametrize("how", ["gone", "damaged", "gone before"])
+def test_a_run_before_that_is_gone_is_named_where_its_images_cannot_be_left_out(
+    spoiled: tuple[Run, list[str]], own_data: Path, tmp_path: Path, capsys: Capture, how: str
+) -> None:
+    """A parent that was moved or deleted ended the chain without a word, and its training images counted as fresh."""
+    original, _ = spoiled
+    child, parent = (Run(Path(shutil.copytree(original.directory, tmp_path / name))) for name in ("child", "parent"))
+    away = tmp_path / "away" if how == "gone before" else parent.directory
+    links = {child: parent.directory} | ({parent: away} if how == "gone before" else {})
+    for run, before in links.items():
+        record = {"created": 0, "work": [], "parent": {"run": before.name, "directory": str(before)}}
+        (run.directory / "run.json").write_text(json.dumps(record))
+    if how == "gone":
+        shutil.rmtree(parent.directory)
+    elif how == "damaged":
+        parent.manifest_path.write_bytes(b"")
+    reason = "has a damaged list of images" if how == "damaged" else "is not there any more"
+    said = f"the weights came from {away}, which {reason}: images that it was trained on cannot be left out"
+    assert about_missing(child) == said
+    if how != "gone":
+        return
+    capsys.readouterr()
+    assert main(["eval", str(child.directory), str(own_data), "--json", "--out", str(tmp_path / "judged")]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert said in answer["warnings"] and said in answer["metrics"]["warnings"]
+    assert said in json.loads((tmp_path / "judged" / "metrics.json").read_text())["warnings"]
+    assert said in judged(child)["test"][1].warnings  # and so in the report
+    assert main(["eval", str(child.directory)]) == 0
+    assert f"warning: {said}" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_bench_sample_and_calibration_images_name_what_they_left_out(spoiled: tuple[Run, list[str]]) -> None:

@@ -140,7 +140,9 @@ def several_labels(
 ) -> Problem | None:
     """The problem that one column holds several labels for an image ("RBC|WBC"); None when it does not seem so.
 
-    A class is taken for several where each of its parts is a class, or with | and ; occurs in another class.
+    A class is taken for several where each of its parts is a class, or with | and ; occurs in another class; and one of them
+    is a class alone, or stands at different places, or there are more in some than in others: "Tomato|healthy", "Tomato|blight",
+    "Apple|healthy" and "Apple|blight" are names of four classes.
 
     Args:
         counts: (K,) images of each class.
@@ -153,10 +155,17 @@ def several_labels(
         if separator != ",":  # people are called "Smith, Jane" and "Smith, John"
             known |= {part for part, n in Counter(p for found in parts.values() for p in found).items() if n > 1}
         joined = [k for k, found in parts.items() if known.issuperset(found)]
-        if joined:
+        if joined and _vary([parts[k] for k in joined], known & set(classes)):
             labels = list(dict.fromkeys(part for k in joined for part in parts[k]))
             return _refusal([classes[k] for k in joined], int(counts[joined].sum()), labels, set(columns), source)
     return None
+
+
+def _vary(found: list[list[str]], alone: set[str]) -> bool:
+    """Whether parts are labels that come as they like, and not the levels of one name."""
+    places = {(part, place) for parts in found for place, part in enumerate(parts)}
+    labels = {part for part, _ in places}
+    return bool(labels & alone) or len(places) > len(labels) or len(set(map(len, found))) > 1
 
 
 def _refusal(joined: list[str], images: int, labels: list[str], columns: set[str], source: str) -> Problem:
@@ -168,5 +177,6 @@ def _refusal(joined: list[str], images: int, labels: list[str], columns: set[str
         f"the labels are {', '.join(labels[: 2 * _SHOWN])}",
         why="each image belongs to exactly one class here; a class of its own for each combination is hardly what is meant",
         try_=command("data", "check", source, "--label-col", own) if own
+        else "rename the folders: each is one class" if not columns
         else "write one label per image, or name a column that has one with --label-col",
     )  # fmt: skip

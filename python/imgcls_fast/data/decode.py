@@ -301,7 +301,8 @@ def scale_to_8(values: np.ndarray, bits: int = FULL_BITS) -> np.ndarray:
 def _image_of(pixels: np.ndarray, bits: int) -> Image.Image:
     name = f"array {pixels.dtype} {pixels.shape}"
     if pixels.dtype == np.uint16:
-        pixels = scale_to_8(pixels, bits)
+        gray = pixels.ndim == 2 or pixels.shape[2:] == (1,)
+        pixels = scale_to_8(pixels, bits if gray else FULL_BITS)  # colour of 16 bits is read by its high byte in files too
     if pixels.dtype != np.uint8:
         raise Undecodable(name, "an array of pixels must be uint8 (0..255) or uint16 (0..65535)")
     if pixels.ndim == 3 and pixels.shape[2] == 1:

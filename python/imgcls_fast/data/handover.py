@@ -28,6 +28,7 @@ _BESIDE = 2  # batches that this process holds: the one in work and the next
 _NO_SHARING = re.compile(
     r"shared memory|\bshm|ancdata|ulimit|bus error|no space left|too many open files", re.IGNORECASE
 )
+_PINNING = re.compile(r"^(Caught \w+ in )?pin memory thread", re.IGNORECASE)  # where there is a GPU, torch receives batches in this thread
 _FAREWELL = 70  # exit code of a worker that could not hand over a batch
 _LONGEST = 300  # bytes of its reason
 
@@ -77,13 +78,26 @@ def consequence(way: Way, reason: str) -> str:
         "threads": "images are decoded in threads of this process",
         "shared": "",
     }[way]
-    cure = "allow more open files (ulimit -n 4096)" if "open files" in reason else "start the container with --shm-size 1g"
+    cure = "allow more open files (ulimit -n 4096)" if re.search("open files|ancdata", reason) else "start the container with --shm-size 1g"
     return f"{reason}: {instead}; {cure}, or use --loader dali-cpu"
 
 
 def is_failed_sharing(text: str) -> bool:
     """Whether an error of a loader tells of shared memory or open files, and not of an image."""
-    return not text.startswith("Caught ") and bool(_NO_SHARING.search(text))
+    if not _PINNING.search(text):
+        return not text.startswith("Caught ") and bool(_NO_SHARING.search(text))
+    return not text.startswith("Caught ") or text.startswith("Caught OSError") or bool(_NO_SHARING.search(_last_line(text)))
+
+
+def shortened(text: str) -> str:
+    """One line of a failure that `is_failed_sharing`: of a traceback its last."""
+    if _PINNING.search(text) and not text.startswith("Caught "):  # the thread printed its reason and is gone
+        return "the thread that receives batches ended, as it does where too many open files or too little shared memory are left"
+    return " ".join(_last_line(text).split() if text.startswith("Caught ") else text.split())[:200]
+
+
+def _last_line(text: str) -> str:
+    return text.strip().rpartition("\n")[2]
 
 
 def hand_over(batch: Batch, way: Way) -> Batch | str:

@@ -272,13 +272,13 @@ class TorchLoader:
 
     def _changed_way(self, error: Exception) -> bool:
         """Whether an error tells that batches cannot come as they did; from now on they come in another way."""
-        text = handover.reason_left(self._room) or " ".join(str(error).split())[:200]
+        text = handover.reason_left(self._room) or str(error)
         workers = getattr(getattr(self._loader, "_iterator", None), "_workers", ())
         if any(worker.exitcode == -signal.SIGBUS for worker in workers):
             text = "a decoding process died of a bus error, as it does when shared memory runs out"
         if self._way != "shared" or not handover.is_failed_sharing(text):
             return False
-        self._go_by("pipes", text)
+        self._go_by("pipes", handover.shortened(text))
         return True
 
     def _go_by(self, way: handover.Way, reason: str) -> None:

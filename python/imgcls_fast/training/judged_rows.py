@@ -18,7 +18,7 @@ from ..core.undecoded import Undecoded
 from ..data.prepare import changed_files, scan_to_judge
 from ..data.rules import about_unknown
 from ..engines.base import Engine
-from .learnt import about_parents, learnt_before, splits_seen
+from .learnt import about_missing, about_parents, learnt_before, splits_seen
 from .quarantined import Quarantined
 
 _NAMED = 3  # files that a message names; metrics.json holds all
@@ -106,8 +106,8 @@ def _own(run: Run, split: str) -> JudgedRows:
         "train": "these are the images that the run was trained on: the figures flatter the model",
         "val": "these images also chose the epoch and the temperature of the run: the figures are a little too good",
     }
-    before = about_parents(run, manifest, split) if split != "train" else ""
-    return JudgedRows(manifest, rows, left, tuple(filter(None, [said.get(split), before])), changed=changed)
+    before = about_parents(run, manifest, split) if split != "train" else []
+    return JudgedRows(manifest, rows, left, tuple(filter(None, [said.get(split), *before])), changed=changed)
 
 
 def _same_files(run: Run, manifest: Manifest, rows: np.ndarray, split: str) -> np.ndarray:
@@ -172,6 +172,7 @@ def _others(run: Run, data: Path, engine: Engine, include_train: bool) -> Judged
             f"{int(chose.sum()):,} of {len(rows):,} judged images also chose the epoch and the temperature of {run.name}: "
             "the figures are a little too good"
         )
+    warnings.append(about_missing(run))
     judged = train if include_train else 0
     counts = {"train_left_out": train - judged, "train_judged": judged, "val_judged": int(chose.sum())}
     unknown = about_unknown(found.unknown_classes, engine.labels.classes)

@@ -12,6 +12,7 @@ from ..core.manifest import NO_SPLIT, SPLITS, Manifest
 from ..core.places import is_run_folder
 from ..core.record import record_of
 from ..core.run import Run
+from ..core.text import quoted
 
 _GENERATIONS = 16  # a record may be damaged, and lead in a circle
 
@@ -31,12 +32,34 @@ def splits_seen(own: Manifest, other: Manifest) -> np.ndarray:
 def parents(run: Run) -> Iterator[Run]:
     """The runs whose weights a run began with, the nearest first, as far as they are still where they were."""
     for _ in range(_GENERATIONS):
-        parent = record_of(run.directory).get("parent")
-        folder = Path(str(parent["directory"])) if isinstance(parent, dict) and parent.get("directory") else None
+        folder = _parent(run)
         if folder is None or not is_run_folder(folder):
             return
         run = Run(folder)
         yield run
+
+
+def _parent(run: Run) -> Path | None:
+    """Where the run was whose weights a run began with."""
+    parent = record_of(run.directory).get("parent")
+    return Path(str(parent["directory"])) if isinstance(parent, dict) and parent.get("directory") else None
+
+
+def about_missing(run: Run) -> str:
+    """A sentence where a run before can no longer be asked what it was trained on; else empty."""
+    last, why = run, "is not there any more"
+    for last in parents(run):
+        try:
+            _ = last.manifest
+        except DataError:
+            lost, why = last.directory, "has a damaged list of images"
+            break
+    else:
+        found = _parent(last)
+        if found is None or is_run_folder(found):  # a beginning, or a circle
+            return ""
+        lost = found
+    return f"the weights came from {quoted(str(lost))}, which {why}: images that it was trained on cannot be left out"
 
 
 def learnt_before(run: Run, manifest: Manifest) -> tuple[np.ndarray, str]:
@@ -52,8 +75,12 @@ def learnt_before(run: Run, manifest: Manifest) -> tuple[np.ndarray, str]:
     return found, " and ".join(names)
 
 
-def about_parents(run: Run, manifest: Manifest, split: str) -> str:
-    """A sentence where images of a run's split were trained on by a run before it; else empty."""
+def about_parents(run: Run, manifest: Manifest, split: str) -> list[str]:
+    """Sentences where images of a run's split were trained on by a run before it, and where that cannot be known."""
+    return list(filter(None, (_trained_on_before(run, manifest, split), about_missing(run))))
+
+
+def _trained_on_before(run: Run, manifest: Manifest, split: str) -> str:
     rows = manifest.rows(split)
     found, names = learnt_before(run, manifest)
     count = int(found[rows].sum())

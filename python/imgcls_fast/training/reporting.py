@@ -35,7 +35,7 @@ def judged(run: Run) -> dict[str, tuple[Predictions, Metrics]]:
                 predictions, top_k=config.evaluate.top_k, bootstrap=config.evaluate.bootstrap, seed=config.train.seed,
                 group=manifest.group,
             )  # fmt: skip
-            out[split] = predictions, without(metrics, Undecoded(), [about_parents(run, manifest, split)])
+            out[split] = predictions, without(metrics, Undecoded(), about_parents(run, manifest, split))
     return out
 
 

@@ -374,7 +374,7 @@ def _finish(stage: _Stage, baseline: dict[str, Any] | None) -> None:
                 )  # fmt: skip
             rows = set(manifest.rows(split).tolist())
             left = Undecoded({manifest.paths[row]: reason for row, reason in sorted(bad.items()) if row in rows})
-            judged[split] = without(judged[split], left, [about_parents(run, manifest, split)])
+            judged[split] = without(judged[split], left, about_parents(run, manifest, split))
             with phase(f"drawing the {split} pictures"):
                 write_evaluation(run.evaluation(split), predictions, judged[split], run.plots)
             against = against_baseline(run, manifest, split, predictions)
