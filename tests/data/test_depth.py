@@ -125,6 +125,24 @@ def test_statistics_are_those_of_the_pixels_that_training_sees(tmp_path: Path) -
     assert statistics(prepared, 16)["mean"] == pytest.approx([0.5 / 16] * 3, abs=0.01)
 
 
+def test_statistics_decode_images_as_large_as_the_scan_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a limit above 50 megapixels the larger images were scanned, and were missing in the means and the bits."""
+    import imgcls_fast as ic
+    from imgcls_fast.data import depth
+    from imgcls_fast.data import prepare as module
+
+    limits: set[float] = set()
+
+    def noting(*arguments: Any, max_megapixels: float = 50.0, **named: Any) -> np.ndarray:
+        limits.add(max_megapixels)
+        return decode_pixels(*arguments, max_megapixels=max_megapixels, **named)
+
+    for place in (depth, module):
+        monkeypatch.setattr(place, "decode_pixels", noting)
+    ic.data_stats(folder(tmp_path, 12), overrides={"data.max_megapixels": 60})
+    assert limits == {60.0}
+
+
 def backends() -> list[Any]:
     missing = dali_missing()
     return ["torch", pytest.param("dali-cpu", marks=pytest.mark.skipif(bool(missing), reason=str(missing)))]

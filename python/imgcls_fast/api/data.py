@@ -59,4 +59,4 @@ def data_stats(data: str | Path | None = None, **arguments: Any) -> dict[str, An
 
     config = config_of(data, arguments)
     asked = config.pixels.bits
-    return statistics(prepare(config), None if asked == "auto" else asked)
+    return statistics(prepare(config), None if asked == "auto" else asked, config.data.max_megapixels)

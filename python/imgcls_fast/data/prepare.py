@@ -181,16 +181,17 @@ def channel_statistics(
     return tuple(mean.tolist()), tuple(deviation.tolist())
 
 
-def statistics(prepared: Prepared, bits: int | None = None) -> dict[str, Any]:
+def statistics(prepared: Prepared, bits: int | None = None, max_megapixels: float = 50.0) -> dict[str, Any]:
     """What the images are like: classes, splits, sizes, orientations, channel means.
 
     Args:
         bits: that 16-bit gray uses; None: as the training images use them.
+        max_megapixels: larger images are not decoded.
     """
     manifest = prepared.manifest
-    used = used_bits(manifest) if bits is None else bits
+    used = used_bits(manifest, max_megapixels) if bits is None else bits
     width, height = manifest.turned_size()
-    mean, deviation = channel_statistics(manifest, "rgb", bits=used or FULL_BITS)
+    mean, deviation = channel_statistics(manifest, "rgb", max_megapixels, used or FULL_BITS)
 
     def spread(values: np.ndarray) -> dict[str, float]:
         low, middle, high = np.percentile(values, [5, 50, 95])
