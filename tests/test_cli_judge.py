@@ -74,6 +74,12 @@ def test_predict_takes_its_first_word_as_run_if_it_is_one(asked: dict[str, Any],
         assert (asked["top_k"], asked["batch_size"]) == (2, 7)
 
 
+def test_predict_takes_a_file_that_begins_with_a_dash_after_two_dashes(asked: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "-x.jpg").write_text("")
+    assert main(["predict", "-b", "7", "--", "-x.jpg", "photos"]) == 0
+    assert (asked["run"], asked["images"], asked["batch_size"]) == (None, (Path("-x.jpg"), PHOTO), 7)
+
+
 @pytest.mark.parametrize(
     ("words", "code", "rc", "said"),
     [

@@ -12,7 +12,7 @@ import pytest
 
 import imgcls_fast as ic
 from imgcls_fast.cli.app import main
-from imgcls_fast.core.errors import ConfigError, DataError, UsageError
+from imgcls_fast.core.errors import ConfigError, DataError, UsageError, near
 from imgcls_fast.core.flags import VERBS, setting_flags
 from imgcls_fast.core.hints import for_a_shell, in_python, worded
 
@@ -156,3 +156,21 @@ def test_a_hint_that_is_no_command_line_is_shown_as_it_is(hint: str) -> None:
 
 def test_a_command_without_its_things_becomes_a_call_without_arguments() -> None:
     assert worded("imgcls-fast predict") == "ic.predict()"
+
+
+def test_a_misspelt_name_among_many_thousand_is_compared_with_those_that_begin_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    import difflib
+
+    compared: list[int] = []
+    whole = difflib.get_close_matches
+
+    def close(word: str, known: list[str], **options: Any) -> list[str]:
+        compared.append(len(known))
+        return whole(word, known, **options)
+
+    monkeypatch.setattr(difflib, "get_close_matches", close)
+    names = [f"img_{k:05}.jpg" for k in range(20_000)]
+    assert near("img_12345.jpeg", names) == "img_12345.jpg"
+    assert near("IMG_12345.JPG", names) == "img_12345.jpg"
+    near("zebra", names)
+    assert len(compared) == 3 and max(compared) <= 3_000

@@ -127,7 +127,8 @@ def test_a_run_in_the_folder_of_its_own_data_leaves_the_classes(tmp_path: Path) 
 
 @pytest.mark.parametrize("labelled", [True, False])
 def test_a_run_that_is_named_as_data_is_refused(tmp_path: Path, labelled: bool) -> None:
-    with pytest.raises(DataError, match=r"is a run, not images") as caught:
+    wanted = "images to learn from" if labelled else "a folder of images"
+    with pytest.raises(DataError, match=f"is a run, not {wanted}") as caught:
         list_folder(run_in(tmp_path / "r"), labelled=labelled)
     assert caught.value.code == "D001"
 

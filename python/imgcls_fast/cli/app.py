@@ -74,9 +74,10 @@ def parse(words: list[str]) -> tuple[Request, list[str]]:
     known = {name for flag in flags for name in flag.all_names} | {"-h", "--help"}
     rest, notes = modernize(rest, known)
     check_options(rest, known, verb)
-    given = vars(_parser(verb, flags).parse_intermixed_args(rest))
-    things = tuple(given.pop("things", None) or ())
-    check_words(things, given, verb)
+    end = rest.index("--") if "--" in rest else len(rest)  # files that begin with a dash follow; argparse loses them
+    given = vars(_parser(verb, flags).parse_intermixed_args(rest[:end]))
+    things = (*(given.pop("things", None) or ()), *rest[end + 1 :])
+    check_words(things, given, verb, rest)
     check_count(things, verb)
     _check_choices(given, flags)
     return Request(verb.name, things, given, tuple(words)), notes

@@ -21,6 +21,10 @@ _VALUES = {  # what the value becomes, where another tool has a switch or a numb
     "early_stop": "10", "mixed_precision": "auto", "use_amp": "auto", "ema_decay": "0.999",
 }  # fmt: skip
 
+_OFF = {  # and where that switch is turned off; 0 is also a number of a device
+    "train.precision": "fp32", "model.init": "scratch", "model.freeze": "none", "train.patience": "none", "optim.ema": "0",
+}  # fmt: skip
+
 
 def check_options(words: Sequence[str], known: Collection[str], verb: Verb) -> None:
     """Refuse an option that the verb does not have, with the one that was meant.
@@ -56,16 +60,17 @@ def _refuse_value(name: str, value: str, joined: bool, verb: Verb) -> None:
     elif truth.get(value.lower(), True):
         try_ = f"leave {value} out"
     else:
-        try_ = f"--no-{name[2:]}" if flag.kind == "bool" else f"leave {name} out"
+        no = f"--no-{flag.long[2:]}"
+        try_ = f"leave {name} out" if flag.kind != "bool" else flag.long if name == no else no
     raise UsageError("U002", f"{name} takes no value, got {value!r}", try_=try_)
 
 
 def _one_dash_too_few(word: str, known: Collection[str]) -> bool:
     """Whether `-epochs` is a long option; `-e30` and `-oruns/a` are short ones with their value."""
     name = "-" + word.partition("=")[0]
-    if len(name) < 5:
-        return False
     wordy = word[:2] in _COUNTS and not is_number(word[2:])
+    if len(name) < 5:
+        return wordy and bool(setting_meant(name))  # -bs 64
     return name in known or bool(setting_meant(name)) or (wordy and bool(_nearest(name, known)))
 
 
@@ -87,6 +92,8 @@ def _refuse(
     if not name.startswith("--") and len(name) == 2:
         name = f"-{name}"
     owned = setting_flags().get(plain_name(name))
+    if plain_name(name) == "split" and is_number(value) and "--split-ratio" in known:
+        raise UsageError("U001", said, why="here it is --split-ratio", try_=f"--split-ratio {_three(value, others)}")
     if setting := setting_meant(name) or (owned.setting or "" if owned and verb.name != "train" else ""):
         why = f"here it is {setting}" if verb.name == "train" else ""
         if owned and not why:
@@ -109,6 +116,13 @@ def _refuse(
     )
 
 
+def _three(value: str, others: Sequence[str]) -> str:
+    """The value of --split-ratio for `0.8 0.1 0.1`, or one that is always right."""
+    numbers = [value, *(word for word in others if is_number(word))]
+    right = len(numbers) == 3 and "," not in "".join(numbers) and abs(sum(map(float, numbers)) - 1) < 1e-6
+    return ",".join(numbers) if right else "0.8,0.1,0.1"
+
+
 def _with_value(name: str, equals: str, value: str, verb: Verb) -> str:
     flag = next((flag for flag in flags_of(verb.name) if name in flag.all_names), None)
     if not equals and (flag is None or flag.kind in ("switch", "bool") or name in ("-h", "--help")):
@@ -123,7 +137,9 @@ def _ours(name: str, setting: str, value: str, known: Collection[str], verb: Ver
         return command(*words, value or ("IMAGES" if verb.name == "predict" else "DATA"))
     if setting in ("model.arch", "model.init") and verb.things.startswith("[RUN]"):
         return command(*words, "RUN") + verb.things.removeprefix("[RUN]")
-    if plain_name(name) in _VALUES and (value.lower() in ("", "true", "yes") or value.isdigit()):
+    if plain_name(name) in _VALUES and setting in _OFF and value.lower() in ("false", "no", "off", "none", "0"):
+        value = _OFF[setting]
+    elif plain_name(name) in _VALUES and (value.lower() in ("", "true", "yes") or value.isdigit()):
         value = _VALUES[plain_name(name)]
     flag = next((flag for flag in setting_flags().values() if flag.setting == setting), None)
     if flag is None:
@@ -137,7 +153,7 @@ def verbs_with(name: str) -> list[str]:
     return [verb.name for verb in VERBS if any(name in flag.all_names for flag in flags_of(verb.name))]
 
 
-def check_words(things: Sequence[str], given: Mapping[str, Any], verb: Verb) -> None:
+def check_words(things: Sequence[str], given: Mapping[str, Any], verb: Verb, words: Sequence[str]) -> None:
     """Refuse `epochs=3` and `--set optim.lr 0.1`, which other tools take.
 
     Raises:
@@ -145,7 +161,8 @@ def check_words(things: Sequence[str], given: Mapping[str, Any], verb: Verb) -> 
     """
     for text in given.get("set") or ():
         if "=" not in text and "." in text and things:
-            value = things[-1] if len(given["set"]) == 1 else "VALUE"
+            after = words[k + 1] if text in words and (k := words.index(text)) + 1 < len(words) else "VALUE"
+            value = after if after in things and not os.path.exists(after) else "VALUE"
             raise UsageError("U002", f"--set takes one word, SECTION.FIELD=VALUE, got {text!r}", try_=f"--set {text}={value}")
     target = [thing for thing in things if thing in _TARGETS and not os.path.exists(thing)] if verb.name == "export" else []
     if target:

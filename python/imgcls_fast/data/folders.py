@@ -32,7 +32,7 @@ def list_folder(root: Path, *, labelled: bool = True) -> Listing:
     """
     listing = Listing(root=os.path.abspath(root))
     folders, files = _entries(listing.root, listing)
-    folders = _without_ours(listing, folders)
+    folders = _without_ours(listing, folders, "images to learn from" if labelled else "a folder of images")
     if not labelled:
         for path in _walk(listing, "", only=folders):
             listing.add(path, -1, NO_SPLIT)
@@ -79,13 +79,13 @@ def _folders_in(listing: Listing, folder: str) -> list[str]:
 # ---------------------------------------------------------------- ours
 
 
-def _without_ours(listing: Listing, folders: list[str]) -> list[str]:
+def _without_ours(listing: Listing, folders: list[str], wanted: str) -> list[str]:
     """The folders of the root that may be data; a run may have been written into the very folder that it learnt from."""
     what = ours(Path(listing.root))
     if what == "a run":
         folders = [f for f in folders if f not in RUN_NAMES]
     if what and (what != "a run" or not folders):
-        raise DataError("D001", f"{listing.root} is {what}, not images to learn from", where=listing.root)
+        raise DataError("D001", f"{listing.root} is {what}, not {wanted}", where=listing.root)
     return [f for f in folders if not _pass_over(listing, f)]
 
 

@@ -397,10 +397,17 @@ def _listed(unknown: Mapping[str, int], known: Sequence[str]) -> str:
     """Classes with their number of images, and the class of the model that may be meant."""
     names = sorted(unknown, key=lambda name: -unknown[name])
     parts = []
+    meant = _meant(names, known)
     for name in names[:_SHOWN]:
-        meant = near(name, list(known))
-        parts.append(f"{name} {unknown[name]:,}" + (f" (perhaps the model's {meant})" if meant else ""))
+        parts.append(f"{name} {unknown[name]:,}" + (f" (perhaps the model's {meant[name]})" if name in meant else ""))
     return ", ".join(parts) + (f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else "")
+
+
+def _meant(names: Sequence[str], known: Sequence[str]) -> dict[str, str]:
+    """The classes of the model that the first few names may mean; comparing all with all would take minutes."""
+    same = {other.casefold(): other for other in reversed(known)}
+    found = {name: same.get(name.casefold()) or near(name, list(known)) for name in names[:_SHOWN]}
+    return {name: other for name, other in found.items() if other}
 
 
 def _no_known_class(unknown: Mapping[str, int], known: Sequence[str], source: str) -> Problem:
@@ -408,8 +415,8 @@ def _no_known_class(unknown: Mapping[str, int], known: Sequence[str], source: st
     several = len(unknown) != 1
     theirs = f"none of the {len(unknown):,} classes" if several else "the only class"
     ours = ", ".join(known[:_SHOWN]) + (f" and {len(known) - _SHOWN:,} more" if len(known) > _SHOWN else "")
-    pairs = {name: meant for name in unknown if (meant := near(name, list(known)))}
-    renamed = ", ".join(f"{name} to {meant}" for name, meant in list(pairs.items())[:_SHOWN])
+    pairs = _meant(sorted(unknown, key=lambda name: -unknown[name]), known)
+    renamed = ", ".join(f"{name} to {meant}" for name, meant in pairs.items())
     return Problem(
         "D014",
         "classes of another model",
