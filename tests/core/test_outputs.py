@@ -244,3 +244,15 @@ def test_a_copy_of_an_export_is_known_by_its_producer_or_its_digest(tmp_path: Pa
     claim_file(Path("m.onnx"), outputs.exported_model(exports, "onnx"))
     with pytest.raises(UsageError, match=r"\.onnx"):
         claim_file(Path("m.plan"), outputs.exported_model(exports, "onnx"))
+
+
+def test_an_evaluation_is_not_written_into_the_images_that_it_judges(tmp_path: Path) -> None:
+    (tmp_path / "data" / "cat").mkdir(parents=True)
+    for place in ("data", "data/new", "data/cat/x/../deep"):
+        with pytest.raises(UsageError, match="would become data"):
+            claim_folder(Path(place), outputs.JUDGED_NAMES, outputs.JUDGED, force=True, inputs=[Path("data")])
+    claim_folder(Path("data2"), outputs.JUDGED_NAMES, outputs.JUDGED, inputs=[Path("data")])
+    for name in ("config.yaml", "manifest.npz"):
+        (tmp_path / "data" / "run").mkdir(exist_ok=True)
+        (tmp_path / "data" / "run" / name).write_text("")
+    claim_folder(Path("data/run/eval/other"), outputs.JUDGED_NAMES, outputs.JUDGED, inputs=[Path("data")])

@@ -11,8 +11,11 @@ import pytest
 from imgcls_fast.core.errors import DataError
 from imgcls_fast.core.manifest import NO_SPLIT, SPLITS
 from imgcls_fast.data.fetch import open_source
+from imgcls_fast.data.scan import unlabelled
+from imgcls_fast.data.skipped import first_skipped
 from imgcls_fast.data.sources import Listing, list_folder, list_table
 from imgcls_fast.data.spelling import split_of
+from imgcls_fast.engines.predictor import gather
 
 
 def tree(root: Path, *names: str) -> Path:
@@ -159,3 +162,69 @@ def test_a_pipe_called_as_our_files_are_is_not_waited_for(tmp_path: Path) -> Non
     for name in ("meta.json", "last.txt", "begun.txt"):
         os.mkfifo(tmp_path / "a" / name)
     assert list_folder(tmp_path).classes == ["a", "b"]
+
+
+def test_a_pipe_among_the_data_is_no_file_to_wait_for(tmp_path: Path) -> None:
+    for name in ("pipe", "meta.json", "last.txt", "bench.html"):
+        os.mkfifo(tree(tmp_path, "cat/1.png") / name)
+    os.mkfifo(tmp_path / "cat" / "meta.json")
+    handle = os.open(tmp_path / "pipe", os.O_RDWR)  # so that a reader would get an answer, and the test fails and does not hang
+    os.write(handle, b"x" * 1024)
+    try:
+        (first,) = first_skipped(str(tmp_path), ["pipe"], [])
+    finally:
+        os.close(handle)
+    assert first.reason == "no regular file"
+    assert list_folder(tmp_path).paths == ["cat/1.png"]
+
+
+@pytest.mark.parametrize("name", ["test-data", "Test_Images", "evaluation", "dev"])
+def test_a_lone_folder_called_after_a_test_is_a_wrapper(tmp_path: Path, name: str) -> None:
+    tree(tmp_path / "plain", *(f"{name}/{c}/1.png" for c in ("cat", "dog")))
+    listing = list_folder(tmp_path / "plain")
+    assert sorted_into(listing) == {("", "cat"), ("", "dog")} and listing.paths == ["cat/1.png", "dog/1.png"]
+    assert any(f"{name!r} is alone" in notice for notice in listing.notices)
+    tree(tmp_path / "split", *(f"{name}/{s}/{c}/1.png" for s in ("train", "test") for c in ("cat", "dog")))
+    assert sorted_into(list_folder(tmp_path / "split")) == {(s, c) for s in ("train", "test") for c in ("cat", "dog")}
+
+
+def test_evaluations_and_pages_of_benchmarks_are_no_classes(tmp_path: Path) -> None:
+    data = tree(tmp_path, "cat/1.png", "dog/1.png", "judged/plots/confusion.png", "cat/judged/plots/confusion.png", "page/bars.png")
+    for folder in ("judged", "cat/judged", "dog", ""):
+        (data / folder / "predictions.json").write_text('{"labels": {}, "fingerprint": "0a", "has_targets": true}')
+    tree(data, "plots/confusion.png")
+    (data / "page" / "bench.html").write_text("<title>Benchmarks \u00b7 imgcls-fast</title>", encoding="utf-8")
+    listing = list_folder(data)
+    assert listing.classes == ["cat", "dog"] and [p for p in listing.paths if p.endswith(".png")] == ["cat/1.png", "dog/1.png"]
+    assert {"judged": "an evaluation", "page": "a page of benchmarks"}.items() <= dict(listing.ours).items()
+
+
+def test_inner_splits_stay_where_a_class_lacks_one_or_holds_a_readme(tmp_path: Path) -> None:
+    names = [f"{c}/{s}/{c}{s}.png" for c in ("cat", "dog", "eel") for s in ("train", "test")]
+    listing = list_folder(tree(tmp_path, *names, "fox/train/1.png", "cat/README.md"))
+    assert sorted_into(listing) == {(s, c) for s in ("train", "test") for c in ("cat", "dog", "eel")} | {("train", "fox")}
+    assert any("lack a split" in notice and "'fox'" in notice for notice in listing.notices)
+    assert listing.strays == ["cat/README.md"]
+
+
+def test_a_class_without_inner_splits_beside_others_is_named(tmp_path: Path) -> None:
+    names = [f"{c}/{s}/{c}{s}.png" for c in ("cat", "dog") for s in ("train", "test")]
+    (problem,) = list_folder(tree(tmp_path, *names, "fox/1.png")).problems
+    assert "'fox' not" in problem.message
+
+
+def test_equal_inner_folders_that_are_called_after_splits_are_not_taken_for_classes(tmp_path: Path) -> None:
+    (notice,) = list_folder(tree(tmp_path, *(f"{c}/{s}/1.png" for c in ("cat", "dog") for s in ("val", "test")))).notices
+    assert "not taken as splits" in notice and "rename" not in notice
+
+
+def test_vehicles_with_a_sub_folder_are_classes(tmp_path: Path) -> None:
+    names = [f"{c}/{k}.png" for c in ("train", "test", "car") for k in range(3)]
+    listing = list_folder(tree(tmp_path, *names, "train/night/1.png"))
+    assert sorted_into(listing) == {("", c) for c in ("train", "test", "car")}
+
+
+def test_a_link_that_comes_back_is_told_of_where_images_are_predicted(tmp_path: Path) -> None:
+    (tree(tmp_path, "a/1.png") / "a" / "again").symlink_to(tmp_path / "a")
+    assert unlabelled(tmp_path).notices == ("folder 'a/again' is a link to a folder seen before: not followed again",)
+    assert "not followed again" in gather(tmp_path).note()

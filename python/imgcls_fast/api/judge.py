@@ -53,7 +53,7 @@ def evaluate(
         UsageError: U002 when files in `out` may not be replaced.
         DataError: D001..D015; ModelError M004, M005; ExportError E001.
     """
-    from ..core.outputs import JUDGED, JUDGED_NAMES, claim_folder
+    from ..core.outputs import JUDGED, JUDGED_NAMES, claim_folder, demand_outside
 
     images = None if data is None else Path(data)
     if out is not None:
@@ -66,6 +66,8 @@ def evaluate(
 
     demand_split(split)
     found, device = run_of(run), usual_device()
+    if out is not None and images is None and found.config.data.source:
+        demand_outside(Path(out), [Path(str(found.config.data.source))])
     engine, note = run_engine(found, runtime, device, precision, trust)
     asked = rows_to_judge(found, images, split, engine, include_train=include_train)
     settings = found.config.evaluate

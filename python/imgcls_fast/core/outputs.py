@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from .errors import UsageError
 from .files import explained_write, parse_json, read_json, read_start, sha256_file
-from .places import RUN_NAMES, is_run_folder
+from .places import BENCH_TITLE, RUN_NAMES, is_run_folder
 from .text import quoted
 
 _HEAD_BYTES = 1 << 16
@@ -86,12 +86,35 @@ def claim_folder(
     if not os.path.lexists(folder) and folder.suffix.lower() in _OF_FILES:
         raise UsageError("U002", f"--out names a folder here, got {folder}", try_=f"--out {quoted(str(folder.with_suffix('')))}")
     demand_room(folder)
-    inputs, taken = list(inputs), sorted(name for name in names if os.path.lexists(folder / name))
+    inputs = list(inputs)
+    demand_outside(folder, inputs)
+    taken = sorted(name for name in names if os.path.lexists(folder / name))
     for name in taken:
         _demand_free(folder / name, inputs)
     if taken and not force and not kind.ours(folder):
         raise _taken(f"{folder} already holds {', '.join(taken)}, which would be replaced, and is not {kind.what} of imgcls-fast")
     return folder
+
+
+def demand_outside(folder: Path, inputs: Iterable[Path]) -> None:
+    """Raise where a folder of output is one of the folders of images that are read, or lies in one: pictures would become data.
+
+    A run that lies there is passed over as a whole, so what is written into it is none.
+
+    Raises:
+        UsageError: U002.
+    """
+    place = folder.resolve()
+    for given in inputs:
+        images = given.resolve()
+        if not images.is_dir() or images not in (place, *place.parents):
+            continue
+        between = (place, *place.parents)[: len(place.parts) - len(images.parts) + 1]
+        if not any(is_run_folder(inner) for inner in between):
+            raise UsageError(
+                "U002", f"{folder} lies in the images that are read ({given}), and what is written there would become data",
+                try_="choose another place with --out",
+            )  # fmt: skip
 
 
 def demand_new(path: Path, kind: Kind) -> Path:
@@ -236,7 +259,7 @@ def _judged_folder(folder: Path) -> bool:
 
 
 def _bench_page(folder: Path) -> bool:
-    return "<title>Benchmarks · imgcls-fast</title>".encode() in _head(folder / "bench.html")
+    return BENCH_TITLE in _head(folder / "bench.html")
 
 
 def exported_model(exports: Path, target: str) -> Kind:

@@ -16,6 +16,7 @@ from .text import quoted
 LAST = "last.txt"  # names the last finished run; beside it, where the file system has links, the link `last`
 BEGUN = "begun.txt"  # names the run that was begun last, finished or not: what `train --resume` continues
 POINTER_MARK = "# the last run; written by imgcls-fast"  # in both of them
+BENCH_TITLE = "<title>Benchmarks · imgcls-fast</title>".encode()
 RUN_NAMES = (
     ".lock", "baseline.json", "bench", "bundle", "checkpoints", "config.yaml", "data.json", "env.json", "eval",
     "events.jsonl", "exports", "log.txt", "manifest.npz", "metrics.csv", "model.json", "plots", "quarantine.csv",
@@ -32,7 +33,7 @@ def is_run_folder(path: Path) -> bool:
 
 
 def ours(path: Path) -> str:
-    """What a directory of this project's is: "a run", "a bundle", "an export", "the folder of runs" or "the cache".
+    """What a directory of this project's is: "a run", "a bundle", "an export", "an evaluation", "the folder of runs", ...
 
     Returns:
         Empty for every other directory: it may be data.
@@ -43,6 +44,10 @@ def ours(path: Path) -> str:
         return "a bundle"
     if _holds(path / "meta.json", b'"bundle"', b'"precision"'):  # others call a file so, too
         return "an export"
+    if _holds(path / "predictions.json", b'"labels"', b'"fingerprint"', b'"has_targets"') and not _images_in(path):
+        return "an evaluation"
+    if _holds(path / "bench.html", BENCH_TITLE):
+        return "a page of benchmarks"
     if any(_holds(path / name, POINTER_MARK.encode()) for name in (LAST, BEGUN)):
         return "the folder of runs"
     with suppress(OSError, RuntimeError, ImgclsError):  # RuntimeError: there is no home; ImgclsError: and no other place
@@ -52,6 +57,11 @@ def ours(path: Path) -> str:
         if path.samefile(env.cache_dir()):
             return "the cache"
     return ""
+
+
+def _images_in(path: Path) -> bool:
+    """Whether images lie directly in a folder: an evaluation that was written among them makes them no less data."""
+    return any(name.lower().endswith((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")) for name in os.listdir(path))
 
 
 def _holds(path: Path, *words: bytes) -> bool:

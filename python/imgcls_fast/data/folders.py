@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 
 from imgcls_fast.core.errors import DataError
@@ -38,6 +39,11 @@ def list_folder(root: Path, *, labelled: bool = True) -> Listing:
             listing.add(path, -1, NO_SPLIT)
         return listing.sorted()
     _note_strays(listing, "", files)
+    if (wrapper := _wrapper(folders, files)) and _folders_in(listing, wrapper):
+        below = list_folder(Path(listing.root, wrapper))
+        alone = f"the folder {wrapper!r} is alone, without a training split beside it: entered, and taken as the data"
+        below.notices[:0] = [*listing.notices, alone, *_passed_over(listing.ours)]
+        return below
     classes: dict[str, int] = {}
     if splits := _split_folders(listing, folders):
         _list_splits(listing, classes, folders, splits)
@@ -82,9 +88,10 @@ def _folders_in(listing: Listing, folder: str) -> list[str]:
 def _without_ours(listing: Listing, folders: list[str], wanted: str) -> list[str]:
     """The folders of the root that may be data; a run may have been written into the very folder that it learnt from."""
     what = ours(Path(listing.root))
-    if what == "a run":
+    beside = what in ("a run", "an evaluation", "a page of benchmarks")
+    if what in ("a run", "an evaluation"):
         folders = [f for f in folders if f not in RUN_NAMES]
-    if what and (what != "a run" or not folders):
+    if what and not (beside and folders):
         raise DataError("D001", f"{listing.root} is {what}, not {wanted}", where=listing.root)
     return [f for f in folders if not _pass_over(listing, f)]
 
@@ -123,11 +130,31 @@ def _split_folders(listing: Listing, folders: list[str]) -> dict[str, int]:
                 f"{_names(inner[full])}, name it as the data: {place}"
             )
         return {}
-    if any(inner.values()):
+    if any(inner.values()) and _mostly_below(listing, found, inner):
         return found
     if 0 in codes and len(codes) > 1 and not others:
         listing.problems.append(_unsorted_splits(listing, list(found)))
     return {}
+
+
+def _mostly_below(listing: Listing, found: Iterable[str], inner: dict[str, list[str]]) -> bool:
+    """Whether fewer images lie directly in these folders than below them: then those below are the class folders."""
+    direct = sum(map(is_named_as_image, (name for f in found for name in _entries(os.path.join(listing.root, f), Listing(""))[1])))
+    below = (
+        name
+        for f, names in inner.items()
+        for place in names
+        for _, _, files in os.walk(os.path.join(listing.root, f, place))
+        for name in files
+        if is_named_as_image(name) and not is_ignored(name)
+    )
+    return not direct or sum(1 for _ in islice(below, direct + 1)) > direct
+
+
+def _wrapper(folders: list[str], files: list[str]) -> str:
+    """The only folder, beside no image, where its name is that of a split which cannot stand alone ("test-data"), else ""."""
+    alone = len(folders) == 1 and not any(map(is_named_as_image, files))
+    return folders[0] if alone and split_of(folders[0]) not in (None, 0) else ""
 
 
 def _unsorted_splits(listing: Listing, found: list[str]) -> Problem:
@@ -164,28 +191,62 @@ def _inner_split(listing: Listing, name: str, code: int) -> str:
 
 
 def _splits_inside(listing: Listing, folders: list[str]) -> dict[str, dict[str, int]]:
-    """{class: {sub-folder: split code}} when each class folder is split on its own (cat/train, cat/test), else {}."""
+    """{class: {sub-folder: split code}} when class folders are split each on its own (cat/train, cat/test), else {}.
+
+    At least half of them must be, with a training and another split; a class may lack a split, and files that are no images
+    are skipped. A class with images that are in no split is a problem, because they could not be told from those of the test.
+    """
     found: dict[str, dict[str, int]] = {}
+    strays: list[str] = []
+    whole, odd = [], []
+    looked = Listing(listing.root)  # folders that cannot be read are told of once
     for folder in folders:
-        inner, files = _entries(os.path.join(listing.root, folder), listing)
-        codes = [split_of(name) for name in inner]
-        if files or None in codes or 0 not in codes or len(set(codes)) < 2:
-            return {}
-        found[folder] = {name: code for name, code in zip(inner, codes, strict=True) if code is not None}
-    if found:
-        folder, splits = next(iter(found.items()))
-        listing.notices.append(f"the splits are those inside of the class folders ({', '.join(f'{folder}/{s}' for s in splits)})")
+        inner, files = _entries(os.path.join(listing.root, folder), looked)
+        codes = {name: code for name in inner if (code := split_of(name)) is not None}
+        if (not inner and not files) or (inner and len(codes) == len(inner) and not any(map(is_named_as_image, files))):
+            found[folder] = codes
+            strays += [f"{folder}/{name}" for name in files]
+            if 0 in codes.values() and len(set(codes.values())) > 1:
+                whole.append(folder)
+        else:
+            odd.append(folder)
+            if 2 * len(odd) > len(folders):
+                return {}
+    if not whole or 2 * len(whole) < len(folders):
+        return {}
+    listing.problems += looked.problems
+    listing.strays += strays
+    if odd:
+        listing.problems.append(_odd_classes(listing, whole, odd))
+    example = ", ".join(f"{whole[0]}/{split}" for split in found[whole[0]])
+    listing.notices.append(f"the splits are those inside of the class folders ({example})")
+    if lacking := [folder for folder in found if folder not in whole]:
+        listing.notices.append(f"{len(lacking):,} class folders lack a split that others have: {_names(lacking)}")
     return found
 
 
+def _odd_classes(listing: Listing, whole: list[str], odd: list[str]) -> Problem:
+    """Classes that are not split, beside others that are: whether their images are of the test is not known."""
+    return Problem(
+        "D002", "class folder without splits",
+        f"{len(whole):,} class folders of {listing.root} are split inside ({_names(whole)}), and {_names(odd)} not",
+        where=os.path.join(listing.root, odd[0]),
+        why="images outside of the splits could be of any of them",
+        try_=f"move the images of {odd[0]!r} into folders of the same names, as in {whole[0]!r}",
+    )  # fmt: skip
+
+
 def _note_equal_folders(listing: Listing, folders: list[str]) -> None:
-    """Point out "classes" that all hold sub-folders of the same names: those are usually the classes."""
+    """Point out "classes" that all hold sub-folders of the same names: those are usually the classes, or splits."""
     first = _folders_in(listing, folders[0]) if len(folders) > 1 else []
-    if len(first) > 1 and all(_folders_in(listing, f) == first for f in folders[1:]):
-        listing.notices.append(
-            f"the folders {_names(folders)} are taken as {len(folders)} classes, and each holds the folders {_names(first)}: "
-            "if those are the classes, rename the outer ones to train, val and test, or name one of them as the data"
-        )
+    if len(first) < 2 or not all(_folders_in(listing, f) == first for f in folders[1:]):
+        return
+    fact = f"the folders {_names(folders)} are taken as {len(folders)} classes, and each holds the folders {_names(first)}: "
+    if any(split_of(name) is not None for name in first):
+        advice = "those are not taken as splits, because not all of them are called after one, or none after the training split"
+    else:
+        advice = "if those are the classes, rename the outer ones to train, val and test, or name one of them as the data"
+    listing.notices.append(fact + advice)
 
 
 def _names(names: list[str]) -> str:
@@ -228,6 +289,7 @@ def _walk(listing: Listing, top: str, only: list[str] | None = None) -> Iterator
     Args:
         only: the sub-folders of `top` that are entered; None: all that are not ours.
     """
+    entered = None if only is None else frozenset(only)
     seen: set[tuple[int, int]] = set()
     waiting = [top]
     while waiting:
@@ -250,7 +312,7 @@ def _walk(listing: Listing, top: str, only: list[str] | None = None) -> Iterator
                 continue
             path = f"{folder}/{entry.name}" if folder else entry.name
             if entry.is_dir():
-                if (entry.name in only) if folder == top and only is not None else not _pass_over(listing, path):
+                if (entry.name in entered) if folder == top and entered is not None else not _pass_over(listing, path):
                     waiting.append(path)
             elif entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path)):
                 yield path  # a broken link is reported as a bad image, not passed over; pipes and devices are

@@ -90,6 +90,7 @@ class Unlabelled:
 
     images: tuple[str, ...]  # relative to the folder, by name
     passed_over: tuple[str, ...]
+    notices: tuple[str, ...] = ()  # folders that cannot be read, and links that are not followed
 
 
 def unlabelled(folder: Path) -> Unlabelled:
@@ -105,7 +106,9 @@ def unlabelled(folder: Path) -> Unlabelled:
     odd = [path for path in listing.paths if not is_named_as_image(path)]
     status = probe([os.fsencode(os.path.join(listing.root, path)) for path in odd], 1)["status"] if odd else ()
     none = {path for path, found in zip(odd, status, strict=True) if is_no_image(path, int(found))}
-    return Unlabelled(tuple(path for path in listing.paths if path not in none), tuple(p for p in odd if p in none))
+    images = tuple(path for path in listing.paths if path not in none)
+    notices = (*(problem.message for problem in listing.problems), *listing.notices)
+    return Unlabelled(images, tuple(p for p in odd if p in none), notices)
 
 
 def is_no_image(path: str, status: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -56,6 +57,8 @@ def note(paths: Sequence[str], did: str) -> list[str]:
 
 def _reason(path: str) -> str:
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # to open a pipe would wait for ever for somebody to write
+            return "no regular file"
         with open(path, "rb") as file:
             return why_not(sniff(file.read(1024)))
     except OSError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from ..data.decode import Undecodable, decode_pixels, read_file
 from ..data.scan import unlabelled
 from ..data.torch_loader import evaluation_view
 from .base import Engine
+
+_NOTICES = 3  # of folders, in one line
 
 Image = Any  # as `inputs.decodable` takes it
 
@@ -127,7 +130,10 @@ class Predictor:
 
     def _listed(self, images: Any) -> Iterable[Image]:
         if isinstance(images, str | Path) and os.path.isdir(Path(images)):
-            return [Path(images, path) for path in unlabelled(Path(images)).images]
+            inside = unlabelled(Path(images))
+            for notice in inside.notices[:_NOTICES]:
+                warnings.warn(notice, stacklevel=4)
+            return [Path(images, path) for path in inside.images]
         return inputs.each(images)
 
     def predict(self, images: Image | Iterable[Image]) -> np.ndarray:
@@ -223,10 +229,11 @@ class Gathered:
 
     images: tuple[Image, ...]
     passed_over: tuple[str, ...] = ()
+    notices: tuple[str, ...] = ()
 
     def note(self) -> str:
-        """One line about what was passed over; empty when nothing was."""
-        return "".join(skipped.note(self.passed_over, "passed over"))
+        """What was passed over and which folders cannot be read; empty when there is nothing."""
+        return "; ".join([*self.notices[:_NOTICES], *skipped.note(self.passed_over, "passed over")])
 
 
 def gather(images: Iterable[Image] | str | Path) -> Gathered:
@@ -237,6 +244,7 @@ def gather(images: Iterable[Image] | str | Path) -> Gathered:
     """
     found: list[Image] = []
     passed_over: list[str] = []
+    notices: list[str] = []
     for image in inputs.each(images):
         place = Path(image) if isinstance(image, str | Path) else None
         if place is None or not os.path.isdir(place):
@@ -246,8 +254,10 @@ def gather(images: Iterable[Image] | str | Path) -> Gathered:
             continue
         inside = unlabelled(place)
         passed_over += [str(place / path) for path in inside.passed_over]
+        notices += inside.notices
         if not inside.images:
             others = f", and {len(inside.passed_over):,} other files" if inside.passed_over else ""
-            raise DataError("D002", f"there are no images in {place}{others}", try_="imgcls-fast data check DATA")
+            why = "; ".join(inside.notices[:_NOTICES])
+            raise DataError("D002", f"there are no images in {place}{others}", why=why, try_="imgcls-fast data check DATA")
         found += [place / path for path in inside.images]
-    return Gathered(tuple(found), tuple(passed_over))
+    return Gathered(tuple(found), tuple(passed_over), tuple(notices))
