@@ -84,7 +84,9 @@ def test_what_the_bytes_show_comes_before_the_child(exported: Any, monkeypatch: 
         open_engine(bundle, "onnx", exports=exports, precision="fp32")
 
 
-@pytest.mark.parametrize("batch", ["x", -1, 10**9, None], ids=str)
+@pytest.mark.parametrize(
+    "batch", ["x", *(pytest.param(batch, marks=pytest.mark.slow) for batch in (-1, 10**9, None))], ids=str
+)
 def test_no_batch_in_a_stranger_s_meta_gets_a_bomb_past_the_child(batch: Any, exported: Any) -> None:
     bundle, exports, export = exported
     bomb(export.path, bundle.pixels.size, bundle.labels.size)
