@@ -234,7 +234,7 @@ def main(words: Sequence[str] | None = None) -> int:
           f"{time.monotonic() - began:.0f} s")  # fmt: skip
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
-        places = {str(work): "WORK", str(HERE.parent): "imgcls-fast", sys.prefix: "VENV"}
+        places = {str(work): "WORK", str(HERE.parent): "CHECKOUT", sys.prefix: "VENV"}
         places |= {
             str(Path(value).parent.parent if value.endswith(".csv") else Path(value).parent): "DATA"
             for value in data.values()
