@@ -54,6 +54,12 @@ def quoted(word: str) -> str:
     return "$'" + "".join(f"\\{b:03o}" if b < 32 or b > 126 or b in b"\\'" else chr(b) for b in content) + "'"
 
 
+def some(names: Iterable[str], most: int = 3, more: str = ", +{:,} more") -> str:
+    """The first names of many, and how many more there are."""
+    names = list(names)
+    return ", ".join(names[:most]) + (more.format(len(names) - most) if len(names) > most else "")
+
+
 def to_json(value: Any, *, indent: int | None = None) -> str:
     """JSON that any reader takes and that is safe to look at: what cannot be shown is escaped, other scripts stay readable."""
     # JSON has no bare line break inside of a string, so every line can be looked at alone; few need a look at characters

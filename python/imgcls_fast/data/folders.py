@@ -10,7 +10,7 @@ from pathlib import Path
 from imgcls_fast.core.errors import DataError
 from imgcls_fast.core.manifest import NO_SPLIT
 from imgcls_fast.core.places import RUN_NAMES, ours
-from imgcls_fast.core.text import command
+from imgcls_fast.core.text import command, some
 
 from .fetch import is_ignored
 from .listing import Listing, Problem, is_named_as_image, is_table
@@ -250,8 +250,7 @@ def _note_equal_folders(listing: Listing, folders: list[str]) -> None:
 
 
 def _names(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
-    return ", ".join(map(repr, names[:_SHOWN])) + more
+    return some(map(repr, names), _SHOWN, " and {:,} more")
 
 
 # ---------------------------------------------------------------- rows

@@ -12,7 +12,7 @@ import numpy as np
 
 from imgcls_fast.core.errors import DataError, near
 from imgcls_fast.core.manifest import NO_SPLIT, SPLITS, LabelSpace, Manifest, PathList
-from imgcls_fast.core.text import command
+from imgcls_fast.core.text import command, some
 
 from . import advice, decode, duplicates, fetch, skipped, sources
 from .listing import is_named_as_image
@@ -414,7 +414,7 @@ def _no_known_class(unknown: Mapping[str, int], known: Sequence[str], source: st
     """None of the images has a class of the model: both sides are named, and what is spelled almost alike."""
     several = len(unknown) != 1
     theirs = f"none of the {len(unknown):,} classes" if several else "the only class"
-    ours = ", ".join(known[:_SHOWN]) + (f" and {len(known) - _SHOWN:,} more" if len(known) > _SHOWN else "")
+    ours = some(known, _SHOWN, " and {:,} more")
     pairs = _meant(sorted(unknown, key=lambda name: -unknown[name]), known)
     renamed = ", ".join(f"{name} to {meant}" for name, meant in pairs.items())
     return Problem(

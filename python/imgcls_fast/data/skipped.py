@@ -7,6 +7,8 @@ import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from imgcls_fast.core.text import some
+
 from .decode import sniff, why_not
 from .listing import is_named_as_image
 
@@ -50,9 +52,8 @@ def note(paths: Sequence[str], did: str) -> list[str]:
     if not paths:
         return []
     one = len(paths) == 1
-    more = f" and {len(paths) - _SHOWN:,} more" if len(paths) > _SHOWN else ""
     what = "file that is no image was" if one else "files that are not images were"
-    return [f"{len(paths):,} {what} {did}: {', '.join(paths[:_SHOWN])}{more}"]
+    return [f"{len(paths):,} {what} {did}: {some(paths, _SHOWN, ' and {:,} more')}"]
 
 
 def _reason(path: str) -> str:

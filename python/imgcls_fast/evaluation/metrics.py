@@ -12,6 +12,7 @@ import numpy as np
 
 from ..core.errors import ConfigError, DataError
 from ..core.predictions import Predictions
+from ..core.text import some
 from ..core.undecoded import Undecoded
 from .calibration import Coverage, Reliability, apply_temperature, coverage, fit_temperature, reliability
 from .paired import Difference, against_majority
@@ -395,8 +396,7 @@ def _warnings(per_class: Sequence[ClassMetrics], scores: np.ndarray) -> tuple[st
 
 
 def _names(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
-    return ("class " if len(names) == 1 else "classes ") + shown
+    return ("class " if len(names) == 1 else "classes ") + some(names, 10, " and {:,} more")
 
 
 def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:

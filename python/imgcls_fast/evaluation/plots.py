@@ -175,24 +175,11 @@ def _reliability(metrics: Metrics) -> Figure:
     # opaque and side by side: a gap drawn over the bar has a colour that no legend shows
     shared = np.minimum(accuracy, confidence)
     top.bar(left, shared, width, color=ACCENT, label="accuracy", **bar)
-    top.bar(
-        left,
-        np.maximum(confidence - accuracy, 0),
-        width,
-        shared,
-        color=TOO_SURE,
-        label="confidence above it: too sure",
-        **bar,
-    )
-    top.bar(
-        left,
-        np.maximum(accuracy - confidence, 0),
-        width,
-        shared,
-        color=TOO_SHY,
-        label="accuracy above confidence: too cautious",
-        **bar,
-    )
+    for gap, color, label in (
+        (confidence - accuracy, TOO_SURE, "confidence above it: too sure"),
+        (accuracy - confidence, TOO_SHY, "accuracy above confidence: too cautious"),
+    ):
+        top.bar(left, np.maximum(gap, 0), width, shared, color=color, label=label, **bar)
     top.plot([0, 1], [0, 1], color=MUTED, lw=1, ls=":", label="confidence = accuracy")
     house_style(top, f"Reliability: expected calibration error {metrics.ece:.3f}", "", "accuracy")
     top.set_xlim(0, 1)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from imgcls_fast.core.errors import ModelError
-from imgcls_fast.core.text import quoted
+from imgcls_fast.core.text import quoted, some
 
 State = dict[str, Tensor]
 
@@ -154,9 +154,3 @@ def check_finite(state: State, own: Mapping[str, Tensor], source: str) -> None:
                     why="the training that wrote it diverged, or the file is damaged; no learning rate mends that",
                     try_="an earlier checkpoint of that training   (or --init pretrained, or --init scratch)",
                 )
-
-
-def some(keys: Iterable[str], most: int = 3) -> str:
-    """The first names of many, and how many more there are."""
-    keys = list(keys)
-    return ", ".join(keys[:most]) + (f", +{len(keys) - most} more" if len(keys) > most else "")

@@ -18,7 +18,7 @@ from torch import Tensor
 from imgcls_fast.core.errors import ModelError
 from imgcls_fast.core.files import lack_of, plain_path
 from imgcls_fast.core.hints import worded
-from imgcls_fast.core.text import quoted
+from imgcls_fast.core.text import quoted, some
 from imgcls_fast.models.backbones import input_keys, is_auxiliary
 from imgcls_fast.models.classifier import Classifier
 from imgcls_fast.models.contents import (
@@ -26,7 +26,6 @@ from imgcls_fast.models.contents import (
     averages_beside,
     check_finite,
     find_state,
-    some,
     split_part,
     without_prefix,
 )

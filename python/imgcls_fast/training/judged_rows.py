@@ -13,15 +13,13 @@ from ..core.errors import ConfigError, DataError
 from ..core.manifest import SPLITS, Manifest
 from ..core.predictions import Predictions
 from ..core.run import Run
-from ..core.text import command
+from ..core.text import command, some
 from ..core.undecoded import Undecoded
 from ..data.prepare import changed_files, scan_to_judge
 from ..data.rules import about_unknown
 from ..engines.base import Engine
 from .learnt import about_missing, about_parents, learnt_before, splits_seen
 from .quarantined import Quarantined
-
-_NAMED = 3  # files that a message names; metrics.json holds all
 
 
 @dataclass
@@ -58,7 +56,7 @@ class JudgedRows:
         plural = len(names) > 1
         self.warnings += (
             f"{len(names):,} image{'s' * plural} changed since the run was trained and {'were' if plural else 'was'} left out: "
-            + _named(names),
+            + some(names),
         )
         self.facts["changed_files"] = tuple(names)
         return predictions.take(~drop)
@@ -127,7 +125,7 @@ def _same_files(run: Run, manifest: Manifest, rows: np.ndarray, split: str) -> n
         raise DataError(
             "D015",
             f"{_share_of(len(away), len(rows))} {split} images of {run.name} are missing under {manifest.root}{also}",
-            where=_named(away),
+            where=some(away),
             why="the rest alone is not what the run was judged on" if there else "the folder was moved, or its disk is not there",
             try_=f"bring the files back, or judge what is there now: {again}" if there else f"{again}   (where the images are now)",
         )
@@ -135,7 +133,7 @@ def _same_files(run: Run, manifest: Manifest, rows: np.ndarray, split: str) -> n
         raise DataError(
             "D010",
             f"all {len(rows):,} {split} images of {run.name} changed since it was trained",
-            where=_named(paths),
+            where=some(paths),
             try_=f"restore the files, or judge them as they are now: {again}",
         )
     gone = set(paths)
@@ -185,7 +183,3 @@ def _others(run: Run, data: Path, engine: Engine, include_train: bool) -> Judged
 
 def _share_of(some: int, whole: int) -> str:
     return f"all {whole:,}" if some == whole else f"{some:,} of {whole:,}"
-
-
-def _named(paths: list[str]) -> str:
-    return ", ".join(paths[:_NAMED]) + (f", +{len(paths) - _NAMED:,} more" if len(paths) > _NAMED else "")

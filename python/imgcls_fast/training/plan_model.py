@@ -15,6 +15,7 @@ from ..core.manifest import LabelSpace, Manifest
 from ..core.other_names import value_meant
 from ..core.pixels import CHANNELS, Pixels
 from ..core.settings import replace_settings
+from ..core.text import some
 from .defaults import Machine, Notes, Recipe, text
 
 if TYPE_CHECKING:
@@ -216,9 +217,8 @@ def _head_reason(start: Start, labels: LabelSpace) -> str:
         same = start.labels.classes == labels.classes
         return "the head with it" if same else f"the head by name, for all {labels.size} classes"
     new = [name for name in labels.classes if name not in both]
-    some = ", ".join(new[:3]) + (f", +{len(new) - 3} more" if len(new) > 3 else "")
     kept = f"the head keeps {len(both)} of {labels.size} classes" if both else "its head has none of these classes"
-    return f"{kept}; begun anew: {some}"
+    return f"{kept}; begun anew: {some(new)}"
 
 
 def outline_model(notes: Notes, manifest: Manifest, arch: str, start: Start) -> Outline:

@@ -22,7 +22,7 @@ from ..core.record import Work, record_of, unequal_line, work_on
 from ..core.run import Run
 from ..core.runs import mark_begun, mark_last, new_run_path
 from ..core.settings import flatten, replace_settings
-from ..core.text import command
+from ..core.text import command, some
 from ..core.undecoded import Undecoded
 from ..data import reach
 from ..data.prepare import Prepared, changed_files, prepare, require_splits
@@ -238,7 +238,7 @@ def _require_same_files(run: Run, manifest: Manifest) -> None:
         raise DataError(
             "D010",
             f"{len(changed)} of {len(manifest)} images changed or vanished since {run.name} began",
-            where=", ".join(changed[:3]) + (f", +{len(changed) - 3} more" if len(changed) > 3 else ""),
+            where=some(changed),
             try_=f"restore the files, or begin a new run: {command('train', manifest.source, '--init', run.directory)}",
         )
 
