@@ -19,7 +19,7 @@ from collections import Counter
 from pathlib import Path
 
 from imgcls_fast.core import env
-from imgcls_fast.evaluation.benchreport import Area, compare, read_results
+from imgcls_fast.measuring.results import Area, compare, read_results
 
 ROOT = Path(__file__).resolve().parents[1]
 Key = tuple[str, str, str, str]

@@ -30,11 +30,11 @@ from torchvision.transforms import v2
 from imgcls_fast import _C
 from imgcls_fast.core.manifest import LabelSpace, Manifest, PathList
 from imgcls_fast.core.pixels import Pixels
-from imgcls_fast.data.augment import Augment
 from imgcls_fast.data.digits import write_digits
-from imgcls_fast.data.loader import open_loader
-from imgcls_fast.data.sampler import Sampler
 from imgcls_fast.data.scan import pillow_flags, probe
+from imgcls_fast.loading.augment import Augment
+from imgcls_fast.loading.loader import open_loader
+from imgcls_fast.loading.sampler import Sampler
 
 SIZE = 224
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

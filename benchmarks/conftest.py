@@ -31,8 +31,8 @@ from duels import Contest  # noqa: E402
 from imgcls_fast.core import env  # noqa: E402
 from imgcls_fast.core.errors import UsageError  # noqa: E402
 from imgcls_fast.engines.timing import Latency, Rounds, ratio_interval  # noqa: E402
-from imgcls_fast.evaluation import benchreport as report  # noqa: E402
-from imgcls_fast.evaluation.benchreport import Area, Missing, Row  # noqa: E402
+from imgcls_fast.measuring import results as report  # noqa: E402
+from imgcls_fast.measuring.results import Area, Missing, Row  # noqa: E402
 
 CELL_S, NO_LIMIT_S = 10.0, 3600.0
 TOO_SLOW = f"longer than the {CELL_S:.0f} s of a cell (--full)"

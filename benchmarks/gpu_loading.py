@@ -21,10 +21,10 @@ from imgcls_fast.core import env
 from imgcls_fast.core.manifest import Manifest
 from imgcls_fast.core.pixels import Pixels
 from imgcls_fast.core.settings import build_config
-from imgcls_fast.data.augment import Augment
-from imgcls_fast.data.loader import dali_missing, open_loader
 from imgcls_fast.data.prepare import prepare
-from imgcls_fast.data.sampler import Sampler
+from imgcls_fast.loading.augment import Augment
+from imgcls_fast.loading.loader import dali_missing, open_loader
+from imgcls_fast.loading.sampler import Sampler
 
 ROOT = Path(__file__).resolve().parents[1]
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

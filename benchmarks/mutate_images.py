@@ -237,11 +237,11 @@ class _Answers:
 def examine_batch(seed: int, count: int, folder: Path) -> dict[str, Any]:
     """What the four found in one batch, as plain values."""
     from imgcls_fast.core.pixels import Pixels
-    from imgcls_fast.data.augment import Augment
-    from imgcls_fast.data.loader import dali_missing
-    from imgcls_fast.data.sampler import Sampler
     from imgcls_fast.data.scan import ScanOptions, scan
     from imgcls_fast.engines.predictor import Predictor
+    from imgcls_fast.loading.augment import Augment
+    from imgcls_fast.loading.loader import dali_missing
+    from imgcls_fast.loading.sampler import Sampler
 
     files = mutated(seed, count)
     options = ScanOptions(max_bad=10**9, duplicates="keep", threads=2, verify="suspect")
@@ -255,7 +255,7 @@ def examine_batch(seed: int, count: int, folder: Path) -> dict[str, Any]:
             (folder / name).write_bytes(versions[which])
 
     def read(manifest: Any, backend: str, training: bool) -> dict[str, str]:
-        from imgcls_fast.data.loader import open_loader
+        from imgcls_fast.loading.loader import open_loader
 
         augment = Augment((0.2, 1.0)) if training else None
         sampler = Sampler(manifest, np.arange(len(manifest)), pixels, 32, seed=seed, augment=augment)

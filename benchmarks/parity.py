@@ -19,8 +19,8 @@ from PIL import Image, ImageOps
 from torchvision.transforms import v2
 
 from imgcls_fast.core.pixels import Pixels
-from imgcls_fast.data.loader import dali_missing, open_loader
-from imgcls_fast.data.sampler import Sampler
+from imgcls_fast.loading.loader import dali_missing, open_loader
+from imgcls_fast.loading.sampler import Sampler
 
 MAX_LEVELS, MEAN_LEVELS = 2, 0.25
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from alarm import with_row
 
-from imgcls_fast.evaluation.benchreport import Area, Row, compare, read_results
+from imgcls_fast.measuring.results import Area, Row, compare, read_results
 
 
 def inside(row: Row, other: Row, times: float) -> bool:

@@ -149,8 +149,8 @@ def engines(found: dict[str, Any]) -> str:
 def draw(run: Path, found: dict[str, Any], work: Path) -> None:
     """The pictures of README.md."""
     from imgcls_fast.core.env import install_hint
-    from imgcls_fast.evaluation.benchcharts import write_bench_report
     from imgcls_fast.evaluation.scatter import engines_picture
+    from imgcls_fast.measuring.charts import write_bench_report
 
     picture = engines_picture(found["engines"])
     if picture is None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import importlib.util
 import itertools
 import json
 import os
 import shutil
 import signal
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,6 +28,13 @@ def pytest_configure(config: pytest.Config) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.setdefault("IMGCLS_CONFIG", tempfile.mkdtemp(prefix="imgcls-config-"))  # no test makes a key of the user's
     env.calm_threads()
+    for path in sorted((Path(__file__).parent / "shared").glob("*.py")):  # fixtures that the rooms share
+        name = f"shared_{path.stem}"
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec and spec.loader
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+        config.pluginmanager.register(sys.modules[name], name)
 
 
 @pytest.fixture(scope="session")
@@ -183,7 +192,7 @@ def _exported_model(shared_bundle_of: Callable[..., Any], pictures: list[np.ndar
     pytest.importorskip("onnxscript")
     from imgcls_fast.engines.predictor import Predictor
     from imgcls_fast.engines.runtimes import open_engine
-    from imgcls_fast.exporting.onnx_graph import export_onnx
+    from imgcls_fast.graphs.onnx_graph import export_onnx
 
     bundle = shared_bundle_of(temperature=3.0)
     folder: Path = bundle.directory.parent

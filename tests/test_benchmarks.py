@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from imgcls_fast.core.env import install_hint
-from imgcls_fast.evaluation.benchreport import read_results
+from imgcls_fast.measuring.results import read_results
 
 ROOT = Path(__file__).resolve().parents[1]
 TASK = {"pairs": 3, "processes": 2, "cell_s": 10.0, "delay": 0.0, "kept": None}

@@ -208,8 +208,8 @@ def test_a_home_that_cannot_be_entered_is_left_for_one_below_the_temporary_folde
 def test_a_home_that_cannot_be_entered_holds_no_weights_and_is_a_row_of_doctor(
     tmp_path: Path, close: Callable[[Path], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from imgcls_fast.measuring import doctor
     from imgcls_fast.models.published import Published
-    from imgcls_fast.training import doctor
 
     home = tmp_path / "home"
     home.mkdir()

@@ -54,7 +54,7 @@ def test_a_wrong_setting_costs_no_import_of_torch() -> None:
 
 
 @pytest.mark.parametrize(
-    "room", ["core.run", "data.loader", "evaluation.metrics", "models.build", "training.plan", "engines.base"]
+    "room", ["core.run", "loading.loader", "evaluation.metrics", "models.build", "training.plan", "engines.base"]
 )
 def test_importing_a_room_starts_no_gpu_and_reads_no_environment(room: str) -> None:
     text = (

@@ -18,7 +18,7 @@ PIXELS = Pixels(8, 1.0, "bilinear", "rgb", "apply", (0.5,) * 3, (0.5,) * 3)
 
 def race(folder: Path) -> None:
     from imgcls_fast.core.bundle import Bundle
-    from imgcls_fast.exporting.race import ratios
+    from imgcls_fast.measuring.race import ratios
 
     bundle = Bundle.__new__(Bundle)
     object.__setattr__(bundle, "directory", folder)

@@ -28,7 +28,7 @@ from imgcls_fast.core.exports import (
 from imgcls_fast.core.files import read_sealed, write_sealed
 from imgcls_fast.core.trust import KEY, is_own, signed
 from imgcls_fast.engines import runtimes
-from imgcls_fast.exporting.contenders import contenders_of
+from imgcls_fast.measuring.contenders import contenders_of
 
 
 @pytest.fixture

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from imgcls_fast.data.loader import dali_missing
 from imgcls_fast.data.proof import JPEG, PNG, png_is_sound, prove
 from imgcls_fast.data.quarantine import examine
 from imgcls_fast.data.scan import scan
+from imgcls_fast.loading.loader import dali_missing
 
 needs_dali = pytest.mark.skipif(dali_missing() is not None, reason=str(dali_missing()))
 N, BATCH = 64, 32  # from 32 on, one WebP ended the process
@@ -218,7 +218,7 @@ def test_a_png_is_inflated_for_proof_by_the_scan_and_not_again_while_its_bytes_a
         photo(k).save(tmp_path / "ab"[k % 2] / f"{k}.png")
     manifest = scan(tmp_path).manifest
     proven: list[bytes] = []
-    monkeypatch.setattr("imgcls_fast.data.dali.prove", lambda content: proven.append(content) or prove(content))
+    monkeypatch.setattr("imgcls_fast.loading.dali.prove", lambda content: proven.append(content) or prove(content))
     sampler = kit.sampler(manifest, 4)
     clean = kit.run(sampler, "dali-cpu", 1)
     assert not proven

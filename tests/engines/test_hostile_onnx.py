@@ -12,7 +12,7 @@ import pytest
 
 from imgcls_fast.core.errors import ExportError
 from imgcls_fast.core.onnx_bytes import check_onnx
-from imgcls_fast.engines.onnx_runtimes import read_graph
+from imgcls_fast.engines.onnx_runtime import read_graph
 
 onnx = pytest.importorskip("onnx")
 
@@ -155,7 +155,7 @@ def test_a_mutated_graph_is_read_or_refused_and_nothing_else(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("name", ["data outside, of a list of constants", "data outside, in a function"])
 def test_the_lint_finds_data_outside_wherever_it_stands(name: str, tmp_path: Path) -> None:
-    from imgcls_fast.exporting.lint import lint
+    from imgcls_fast.graphs.lint import lint
 
     function = message(25, message(7, message(5, message(5, OUTSIDE))))
     inside = node("X", attributes=message(5, message(10, OUTSIDE)))

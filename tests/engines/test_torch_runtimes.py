@@ -19,7 +19,7 @@ from imgcls_fast.core.exports import choose, finish, new_export
 from imgcls_fast.core.manifest import LabelSpace, Task
 from imgcls_fast.core.pixels import Pixels
 from imgcls_fast.engines import runtimes
-from imgcls_fast.engines.packages import AotiEngine, aoti_host, foreign_host
+from imgcls_fast.engines.aoti_runtime import AotiEngine, aoti_host, foreign_host
 from imgcls_fast.engines.runtimes import (
     CompiledEngine,
     FunctionEngine,

@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from imgcls_fast.evaluation import benchpage, plots
+from imgcls_fast.evaluation import plots
 from imgcls_fast.evaluation.metrics import judge
 from imgcls_fast.evaluation.report import ReportFacts, write_report
+from imgcls_fast.measuring import page as benchpage
 
 WIDTHS = (390, 1280)
 LONG = "an_endless_name_without_a_single_blank_" * 3

@@ -355,7 +355,7 @@ def test_the_100_validation_photos_are_too_few(shared_data: Path, bundle_of: Cal
     from imgcls_fast.core.undecoded import Undecoded
     from imgcls_fast.data.scan import ScanOptions, scan
     from imgcls_fast.engines.runtimes import open_engine
-    from imgcls_fast.exporting.images import batches_of as photos_of
+    from imgcls_fast.loading.images import batches_of as photos_of
 
     manifest = scan(shared_data / "photos", ScanOptions(threads=2)).manifest
     bundle = bundle_of(size=32, classes=5)

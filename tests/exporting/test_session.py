@@ -20,8 +20,8 @@ from imgcls_fast.core.errors import ConfigError, GateFailed, HardwareError
 from imgcls_fast.core.exports import list_exports
 from imgcls_fast.core.run import Run
 from imgcls_fast.engines.runtimes import open_engine
-from imgcls_fast.exporting.lint import lint
 from imgcls_fast.exporting.session import Exporter, export_bundle, promising
+from imgcls_fast.graphs.lint import lint
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("modelopt")

@@ -16,10 +16,10 @@ from PIL import Image
 from imgcls_fast.core.errors import ConfigError, ExportError, HardwareError
 from imgcls_fast.core.exports import GATE, Export, choose, find_export, finish, list_exports, new_export
 from imgcls_fast.core.pixels import Pixels
-from imgcls_fast.data.loader import dali_missing
 from imgcls_fast.exporting import triton
 from imgcls_fast.exporting.triton import TritonOptions, export_triton, write_triton
 from imgcls_fast.exporting.triton_config import CONFIG, Word, check_repository, from_pbtxt, to_pbtxt
+from imgcls_fast.loading.loader import dali_missing
 
 onnx = pytest.importorskip("onnx")
 model_config_pb2 = pytest.importorskip("tritonclient.grpc").model_config_pb2
@@ -606,8 +606,8 @@ def test_what_training_would_not_see_alike_is_refused_before_it_is_decoded():
 @needs_dali
 def test_an_extreme_shape_is_the_centre_of_the_resized_whole_which_is_never_built():
     """16,000 x 2 pixels, resized whole, would be two million pixels wide. The loaders cut such shapes first, and are off by that."""
-    from imgcls_fast.data.torch_loader import resize_region
     from imgcls_fast.exporting.triton_decode import decode_pipeline, run_pipeline
+    from imgcls_fast.loading.torch_loader import resize_region
 
     def slope(width: int, height: int) -> np.ndarray:
         return np.repeat(np.linspace(0, 255, width).astype(np.uint8)[None, :, None], 3, 2).repeat(height, 0)
@@ -667,8 +667,8 @@ def test_a_decoder_that_gives_other_pixels_is_not_handed_over(bundle_of, tmp_pat
 def test_an_encoded_image_gets_the_scores_of_torch_from_the_repositorys_own_files(bundle_of, pictures, tmp_path):
     """What the ensemble does, with its files, without the server."""
     from imgcls_fast.engines.runtimes import TorchEngine, load_model
-    from imgcls_fast.exporting.onnx_graph import export_onnx
     from imgcls_fast.exporting.triton_decode import run_pipeline, specified_pixels
+    from imgcls_fast.graphs.onnx_graph import export_onnx
 
     runtime = pytest.importorskip("onnxruntime")
     bundle = bundle_of()

@@ -13,10 +13,10 @@ import torchvision
 from imgcls_fast.api.models import list_models
 from imgcls_fast.cli.app import main
 from imgcls_fast.core.errors import ModelError
+from imgcls_fast.measuring import doctor
 from imgcls_fast.models import ModelSpec, build_model, catalogue
 from imgcls_fast.models import list_models as names_like
 from imgcls_fast.models.names import resolve_arch
-from imgcls_fast.training import doctor
 
 
 @pytest.fixture

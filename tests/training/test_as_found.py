@@ -17,7 +17,7 @@ import numpy as np, torch, sklearn.linear_model, matplotlib, timm, torchvision
 sys.path.insert(0, sys.argv[3])
 from conftest import TINY
 import imgcls_fast as ic
-import imgcls_fast.training.session, imgcls_fast.data.dali
+import imgcls_fast.training.session, imgcls_fast.loading.dali
 torch.set_num_threads(3)
 torch.use_deterministic_algorithms(True, warn_only=True)
 torch.backends.cudnn.benchmark = True

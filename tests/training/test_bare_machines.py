@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from imgcls_fast.data import handover
+from imgcls_fast.loading import handover
 from imgcls_fast.training import session
 
 

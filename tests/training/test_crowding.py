@@ -32,7 +32,7 @@ def beside(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, lis
         free: float | None, rates: Rates, machine: Machine = HERE, device: str = "cpu", asked: int | str = "auto"
     ) -> tuple[int, str, list[str]]:
         notes, notices = Notes(build_config({"train.threads": asked})), []
-        monkeypatch.setattr(crowding, "free_cores", lambda: free)
+        monkeypatch.setattr(cpus, "free_cores", lambda: free)
         monkeypatch.setattr(
             crowding, "time_threads", lambda spec, config, counts, layout: {n: rates[n] for n in counts}
         )
@@ -106,7 +106,7 @@ def test_timing_threads_leaves_threads_and_random_numbers_as_they_were(bundle_of
 def test_the_system_tells_idle_cores_and_time_in_line() -> None:
     if cpus.idle_s() is None or cpus.queued_s() is None:
         pytest.skip("this system tells neither")
-    free = crowding.free_cores(0.05)
+    free = cpus.free_cores(0.05)
     assert free is not None and 0 <= free <= env.cpus().affinity + 0.5
     assert cpus.spent_s(os.getpid()) > 0 and cpus.spent_s(2**30) == 0
 
@@ -206,7 +206,7 @@ def test_a_resumed_run_keeps_its_number_of_threads_whatever_the_load_is_then(
     configure: Callable[..., Any], stop_at: Any, same_result: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(session, "look_at_machine", lambda: HERE)
-    monkeypatch.setattr(crowding, "free_cores", lambda: 0.0)
+    monkeypatch.setattr(cpus, "free_cores", lambda: 0.0)
     monkeypatch.setattr(crowding, "time_threads", lambda spec, config, counts, layout: {1: 96.0, 2: 40.0})
     whole = session.start(configure({"train.threads": "auto"}))
     assert whole.config.train.threads == 1
@@ -214,7 +214,7 @@ def test_a_resumed_run_keeps_its_number_of_threads_whatever_the_load_is_then(
     config = configure({"train.threads": "auto"})
     with pytest.raises(Interrupted):
         session.start(config)
-    monkeypatch.setattr(crowding, "free_cores", lambda: 2.0)  # of a machine that is quiet now
+    monkeypatch.setattr(cpus, "free_cores", lambda: 2.0)  # of a machine that is quiet now
     run = session.resume(Run(Path(config.out)), {})
     assert run.config.train.threads == 1
     same_result(whole, run)

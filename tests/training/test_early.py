@@ -57,7 +57,7 @@ def test_a_wrong_setting_is_refused_before_the_scan(
 def test_a_loader_that_is_not_installed_is_refused_before_the_scan(
     verb: Callable[..., Any], configure: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("imgcls_fast.data.loader.dali_missing", lambda: "nvidia-dali is not installed")
+    monkeypatch.setattr("imgcls_fast.loading.loader.dali_missing", lambda: "nvidia-dali is not installed")
     with pytest.raises(ImgclsError, match="nvidia-dali is not installed") as refused:
         verb(configure({"train.loader": "dali-cpu"}))
     assert refused.value.code == "H004"

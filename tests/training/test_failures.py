@@ -431,7 +431,7 @@ class TestEveryFailureLeavesATrace:
                 child.join(20)
 
         at_step(2, kill)
-        monkeypatch.setattr("imgcls_fast.data.torch_loader._PATIENCE", 1)  # the first death is one too many
+        monkeypatch.setattr("imgcls_fast.loading.torch_loader._PATIENCE", 1)  # the first death is one too many
         run, error, _ = failed(configure(workers), HardwareError)
         assert error.code == "H002"
         require_trace(run, "H002")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from imgcls_fast.core.errors import ConfigError, ModelError
-from imgcls_fast.data.sampler import forward_passes
+from imgcls_fast.loading.sampler import forward_passes
 from imgcls_fast.training.fit import Fit
 
 from .conftest import _write_images

@@ -36,7 +36,7 @@ def benchmark(
 
     Returns:
         model, engines (latency in ms, images per second, ratio to torch with its interval, precision, accuracy), data
-        (images per second from files), absent (with reasons), machine. See `exporting.efficiency`.
+        (images per second from files), absent (with reasons), machine. See `measuring.efficiency`.
 
     Raises:
         UsageError: U002 when `out` would replace somebody else's file.
@@ -46,7 +46,7 @@ def benchmark(
 
     if out is not None:
         claim_file(Path(out), TIMES, force=force)
-    from ..exporting.efficiency import examine
+    from ..measuring.efficiency import examine
 
     return examine(
         *_run_or_export(run), runtimes=tuple(runtimes), batches=tuple(batches), duration_s=duration_s,
@@ -70,7 +70,7 @@ def bench_report(
     Raises:
         UsageError: U004 when there are no results, or they cannot be read; U002 when somebody else's files would be replaced.
     """
-    from ..evaluation.benchcharts import write_bench_report
+    from ..measuring.charts import write_bench_report
 
     given = [results] if isinstance(results, str | Path) else results
     return write_bench_report([Path(folder) for folder in given], Path(out), force=force)
@@ -86,7 +86,7 @@ def bench_compare(before: str | Path, after: str | Path) -> dict[str, Any]:
     Raises:
         UsageError: U004 when they cannot be read or must not be compared.
     """
-    from ..evaluation.benchreport import compare, read_results
+    from ..measuring.results import compare, read_results
 
     return compare(*(read_results(Path(folder)) for folder in (before, after))).to_dict()
 

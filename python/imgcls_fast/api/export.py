@@ -90,7 +90,7 @@ def verify(
 
     if out is not None:
         claim_file(Path(out), COMPARED, force=force)
-    from ..exporting.verify import engines_of, verify_run, verify_table
+    from ..measuring.verify import engines_of, verify_run, verify_table
 
     found = run_of(run)
     bundle = read_bundle(found.bundle_path)
@@ -109,7 +109,7 @@ def deploy(run: RunLike = None, kind: str = "kserve", **options: Any) -> str:
 
     Args:
         kind: kserve or k8s.
-        options: of `exporting.deploy.render`.
+        options: of `serving.deploy.render`.
 
     Returns:
         YAML.
@@ -119,7 +119,7 @@ def deploy(run: RunLike = None, kind: str = "kserve", **options: Any) -> str:
     """
     from ..core.bundle import read_bundle
     from ..core.exports import find_export
-    from ..exporting.deploy import render
+    from ..serving.deploy import render
 
     found = run_of(run)
     made = find_export(found.exports, read_bundle(found.bundle_path), "triton")

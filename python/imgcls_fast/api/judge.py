@@ -58,9 +58,9 @@ def evaluate(
     images = None if data is None else Path(data)
     if out is not None:
         claim_folder(Path(out), JUDGED_NAMES, JUDGED, force=force, inputs=[] if images is None else [images])
-    from ..data.loader import usual_loader
     from ..evaluation.metrics import judge, without
     from ..evaluation.report import write_evaluation
+    from ..loading.loader import usual_loader
     from ..training.judged_rows import demand_split, rows_to_judge
     from ..training.judging import run_engine, score_rows
 

@@ -69,6 +69,6 @@ def doctor() -> dict[str, Any]:
     Returns:
         {"sections": [(name, [(item, value, ok, hint), ...]), ...]}
     """
-    from ..training.doctor import examine_machine
+    from ..measuring.doctor import examine_machine
 
     return {"sections": examine_machine()}

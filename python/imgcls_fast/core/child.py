@@ -19,7 +19,7 @@ def command(module: str, *words: str, options: tuple[str, ...] = ()) -> list[str
     """The words that run a module of this package in a process of its own.
 
     Args:
-        module: "exporting.race", as it is called inside the package.
+        module: "measuring.race", as it is called inside the package.
         words: what it finds in `sys.argv[1:]`.
         options: for the interpreter: ("-W", "ignore").
     """

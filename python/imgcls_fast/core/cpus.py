@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 
+BUSY = 0.4  # cores in use by others from which on a machine counts as busy
+_LOOK_S = 0.3  # how long the cores are watched
 PROC = Path("/proc")
 _OCTAL = re.compile(r"\\([0-7]{3})")
 
@@ -184,3 +187,13 @@ def spent_s(pid: int, proc: Path = PROC) -> float:
     """CPU seconds of another process; 0 where it has ended."""
     words = " ".join(_lines(proc / str(pid) / "stat")).rpartition(")")[2].split()  # its name may hold anything
     return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK") if len(words) > 12 else 0.0
+
+
+def free_cores(over_s: float = _LOOK_S) -> float | None:
+    """How many cores stand idle while this process does nothing; None where the system does not tell."""
+    begin, before = time.monotonic(), idle_s()
+    if before is None:
+        return None
+    time.sleep(over_s)
+    after = idle_s()
+    return None if after is None else max(0.0, (after - before) / (time.monotonic() - begin))

@@ -17,7 +17,7 @@ from ..core import env
 from ..core.manifest import LabelSpace
 from ..core.pixels import Pixels
 from .base import blank, closed, dominant
-from .onnx_runtimes import MAX_BATCH, PRECISION_NAMES, GraphEngine, checked_edges, explained, read_graph
+from .onnx_runtime import MAX_BATCH, PRECISION_NAMES, GraphEngine, checked_edges, explained, read_graph
 
 _SS_DISABLE = 2  # of sigaltstack(2): there is none
 # Operators that do the multiplying

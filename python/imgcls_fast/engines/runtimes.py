@@ -28,7 +28,7 @@ from ..models.classifier import Classifier, probabilities
 from ..models.kernels import use_kernels
 from .base import Engine, blank, closed, dominant
 from .hush import hushed
-from .onnx_runtimes import OnnxEngine, cuda_provider, read_graph
+from .onnx_runtime import OnnxEngine, cuda_provider, read_graph
 from .openvino_runtime import OpenVinoEngine
 from .trial import demand_survivable
 
@@ -438,7 +438,7 @@ def _open_auto(
 
 
 def _open_aoti(export: Export, bundle: Bundle, device: str, threads: int, most: dict[str, Any]) -> Engine:
-    from .packages import AotiEngine
+    from .aoti_runtime import AotiEngine
 
     made = str((export.meta.get("host") or {}).get("device", "cpu"))  # a package knows its kind of device
     device = device if torch.device(device).type == made else made

@@ -147,9 +147,9 @@ def _put(picture: bytes, file: BinaryIO) -> None:
     file.write(picture)
 
 
-def template(name: str) -> str:
-    """Text of a file beside the page templates."""
-    return resources.files("imgcls_fast.evaluation").joinpath("templates", name).read_text("utf-8")
+def template(name: str, room: str = "evaluation") -> str:
+    """Text of one of the page templates of a room."""
+    return resources.files(f"imgcls_fast.{room}").joinpath("templates", name).read_text("utf-8")
 
 
 def page_environment() -> Environment:

@@ -104,7 +104,7 @@ def engines_picture(rows: Sequence[Mapping[str, Any]]) -> bytes | None:
     """PNG of the engines of a run: accuracy, with its interval, against the median latency of one image.
 
     Args:
-        rows: `engines` of `exporting.efficiency`; those without an accuracy are left out.
+        rows: `engines` of `measuring.efficiency`; those without an accuracy are left out.
 
     Returns:
         None when fewer than two have both figures.

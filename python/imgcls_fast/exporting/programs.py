@@ -24,9 +24,9 @@ from ..core.errors import ConfigError, ExportError, near
 from ..core.exports import Export, choose, export_key, find_key, finish, new_export
 from ..core.phases import phase
 from ..core.text import command
+from ..engines.aoti_runtime import AotiEngine, aoti_host
 from ..engines.base import Engine, dominant
 from ..engines.hush import hushed
-from ..engines.packages import AotiEngine, aoti_host
 from ..engines.runtimes import (
     FunctionEngine,
     TorchEngine,
@@ -35,7 +35,7 @@ from ..engines.runtimes import (
     load_model,
     operators_of,
 )
-from .onnx_graph import DTYPES, Scorer, compare_engines, judge_comparison, scorer_of
+from ..graphs.onnx_graph import DTYPES, Scorer, compare_engines, judge_comparison, scorer_of
 
 FILES = {"pt2": "model.pt2", "aoti": "model.pt2", "torchscript": "model.ts"}
 RUNTIMES = {"pt2": "the torch.export program", "aoti": "the AOTInductor package", "torchscript": "the TorchScript file"}

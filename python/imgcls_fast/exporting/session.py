@@ -25,17 +25,17 @@ from ..core.settings import replace_settings
 from ..core.undecoded import Undecoded
 from ..engines.as_found import as_found
 from ..engines.base import Engine
-from ..engines.onnx_runtimes import OnnxEngine
+from ..engines.onnx_runtime import OnnxEngine
 from ..engines.runtimes import FunctionEngine, open_engine
 from ..engines.timing import best_batch, measure
 from ..evaluation.paired import Judgement
+from ..graphs.half import beyond_half
+from ..graphs.lint import demand_clean, lint
+from ..graphs.onnx_graph import Precision, export_onnx, graph_facts, scorer_of, verify_graph
+from ..graphs.quantize import autocast, calibration_facts, calibration_rows, quantize
+from ..loading.images import batches_of, comparison_rows, more_rows, pixels_of
 from .gate import Gate, GateData, counts_as_passed, demand, gate_data, gate_report, plain_int8_loses, rows_digest
-from .half import beyond_half
-from .images import batches_of, comparison_rows, more_rows, pixels_of
-from .lint import demand_clean, lint
-from .onnx_graph import Precision, export_onnx, graph_facts, scorer_of, verify_graph
 from .pareto import search_plot
-from .quantize import autocast, calibration_facts, calibration_rows, quantize
 
 Target = Literal["onnx", "trt", "pt2", "aoti", "torchscript", "triton"]
 TARGETS: tuple[Target, ...] = ("onnx", "trt", "pt2", "aoti", "torchscript", "triton")
@@ -220,7 +220,7 @@ class Exporter:
         Returns:
             what meta.json says about quantisation, calibration, search and latency.
         """
-        from .sensitivity import layer_sqnr, rescue
+        from ..graphs.sensitivity import layer_sqnr, rescue
 
         settings = self.settings
         calibrated = calibration_facts(self.manifest, self.calibration_rows, self.seed)
@@ -338,7 +338,7 @@ class Exporter:
     def _judge_plan(self, folder: Path, gate: Gate, meta: dict[str, Any], precision: str) -> Judgement | None:
         """Judge the plan that lies in `folder`, and time it; FP32 is compared on real images instead."""
         from ..engines.trt_runtime import TrtEngine
-        from .onnx_graph import compare_engines, judge_comparison
+        from ..graphs.onnx_graph import compare_engines, judge_comparison
 
         digest = sha256_file(folder / PLAN)
         whole = {**common_meta(self.bundle), **meta, "sha256": digest}

@@ -26,7 +26,7 @@ from ..core.exports import GATE, Export, choose, export_key, find_key, finish, n
 from ..core.files import explained_write, sha256_file, write_text, write_whole
 from ..core.pixels import FULL_BITS
 from ..core.text import command
-from ..data.loader import dali_missing
+from ..loading.loader import dali_missing
 from .triton_config import CONFIG, PIXELS, SCORES, Word, check_repository, label_lines, to_pbtxt
 
 LABELS = "labels.txt"

@@ -379,7 +379,7 @@ def _check_decode(model: _Model) -> list[str]:
 
 
 def _run_decode(path: Path, pixels: Tensor) -> list[str]:
-    from ..data.loader import dali_missing
+    from ..loading.loader import dali_missing
 
     if dali_missing():
         return []

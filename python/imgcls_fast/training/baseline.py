@@ -14,9 +14,9 @@ from ..core.batch import Batch
 from ..core.manifest import LabelSpace, Manifest
 from ..core.predictions import Predictions
 from ..core.run import Run
-from ..data.loader import open_loader
-from ..data.sampler import Sampler
 from ..evaluation.metrics import judge
+from ..loading.loader import open_loader
+from ..loading.sampler import Sampler
 from .plan import Plan, starting_model
 
 if TYPE_CHECKING:

@@ -24,8 +24,6 @@ from ..core.settings import replace_settings
 from .defaults import Machine, Notes
 from .layout import built, step_s
 
-_LOOK_S = 0.3  # how long the cores are watched before the plan
-BUSY = 0.4  # cores in use by others from which on threads are timed
 _BUDGET_S = 1.0  # for timing; a large network takes two short steps of each
 _LONG_S = 5.0  # a network whose first steps take longer is not asked again
 _GAIN = 1.1  # fewer threads must be this much faster
@@ -45,8 +43,8 @@ def choose_threads(
     """
     name, most = "train.threads", machine.cpus
     asked = notes.config.train.threads != "auto"
-    free = None if asked or device != "cpu" or not machine.measures or most < 2 else free_cores()
-    if free is None or free > most - BUSY:
+    free = None if asked or device != "cpu" or not machine.measures or most < 2 else cores.free_cores()
+    if free is None or free > most - cores.BUSY:
         notes.decide(name, most, machine.why_cpus)
         return
     left = f"other processes leave {free:.1f} of {env.cpus().affinity} cores idle"
@@ -60,16 +58,6 @@ def choose_threads(
     notes.decide(
         name, chosen, f"{machine.why_cpus}; {left}, yet {measured}" if chosen == most else f"{left}; {measured}"
     )
-
-
-def free_cores(over_s: float = _LOOK_S) -> float | None:
-    """How many cores stand idle while this process does nothing; None where the system does not tell."""
-    begin, before = time.monotonic(), cores.idle_s()
-    if before is None:
-        return None
-    time.sleep(over_s)
-    after = cores.idle_s()
-    return None if after is None else max(0.0, (after - before) / (time.monotonic() - begin))
 
 
 def time_threads(
@@ -141,7 +129,7 @@ class Crowd:
         rate, waited = (images - before[0]) / passed_s, (now[2] - before[2]) / passed_s
         total = env.cpus().affinity
         others = total - (now[3] - before[3]) / passed_s - max(0.0, now[4] - before[4]) / passed_s
-        if waited < _WAITED or others < BUSY:
+        if waited < _WAITED or others < cores.BUSY:
             return None
         self._silent = True
         return (

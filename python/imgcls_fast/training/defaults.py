@@ -131,7 +131,7 @@ def look_at_machine() -> Machine:
     import torch
 
     from ..core import env
-    from ..data.loader import dali_missing
+    from ..loading.loader import dali_missing
 
     cuda, counted = torch.cuda.is_available(), env.cpus()
     return Machine(

@@ -12,10 +12,10 @@ import torch
 from ..core.config import RunConfig
 from ..core.manifest import Manifest
 from ..core.phases import phase
-from ..data.loader import open_loader
 from ..data.prepare import prepare, require_splits
-from ..data.sampler import Sampler
 from ..engines.as_found import as_found
+from ..loading.loader import open_loader
+from ..loading.sampler import Sampler
 from ..models.build import Classifier, ModelSpec, build_model
 from ..models.kernels import use_kernels
 from .early import refuse_early

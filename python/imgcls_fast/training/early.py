@@ -10,7 +10,7 @@ from ..core.manifest import LabelSpace
 from ..core.outputs import demand_room
 from ..core.pixels import CHANNELS
 from ..core.run import Run
-from ..data.loader import require_loader
+from ..loading.loader import require_loader
 from ..models.build import ModelSpec, outline_of
 from .defaults import Machine, Notes
 from .plan_model import choose_attention, choose_model

@@ -17,11 +17,11 @@ from ..core.batch import Batch
 from ..core.errors import DataError, ImgclsError, Interrupted, ModelError
 from ..core.manifest import Manifest
 from ..core.run import Run
-from ..data.loader import Loader, open_loader
-from ..data.sampler import Sampler, forward_passes
 from ..engines.base import predict
 from ..engines.runtimes import AUTOCAST, TorchEngine
 from ..evaluation.metrics import Metrics, judge
+from ..loading.loader import Loader, open_loader
+from ..loading.sampler import Sampler, forward_passes
 from ..models.build import Classifier
 from ..models.kernels import use_kernels
 from . import checkpoint

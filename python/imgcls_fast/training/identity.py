@@ -14,8 +14,8 @@ from ..core.errors import ModelError
 from ..core.manifest import Manifest
 from ..core.settings import flatten
 from ..core.text import command
-from ..data.augment import LAYOUT as AUGMENT_LAYOUT
-from ..data.sampler import LAYOUT as SAMPLER_LAYOUT
+from ..loading.augment import LAYOUT as AUGMENT_LAYOUT
+from ..loading.sampler import LAYOUT as SAMPLER_LAYOUT
 from .checkpoint import STATE
 
 if TYPE_CHECKING:

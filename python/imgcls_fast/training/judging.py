@@ -21,12 +21,12 @@ from ..core.predictions import Predictions
 from ..core.run import Run
 from ..core.runs import find_run
 from ..core.settings import flatten
-from ..data.loader import open_loader
-from ..data.sampler import Sampler
 from ..engines.as_found import as_found
 from ..engines.base import Engine, predict
 from ..engines.runtimes import TorchEngine, open_engine
 from ..evaluation.metrics import apply_temperature, fit_temperature
+from ..loading.loader import open_loader
+from ..loading.sampler import Sampler
 from ..models.build import Classifier, ModelSpec, build_model, load_weights
 from ..models.kernels import use_kernels
 from .checkpoint import Progress

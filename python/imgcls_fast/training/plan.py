@@ -11,7 +11,7 @@ from ..core.config import RunConfig
 from ..core.manifest import Manifest
 from ..core.pixels import Pixels
 from ..core.settings import replace_settings
-from ..data.augment import Augment
+from ..loading.augment import Augment
 from .crowding import choose_threads
 from .defaults import RECIPES, Machine, Notes, look_at_machine, text
 from .plan_model import (

@@ -11,8 +11,8 @@ from ..core.config import RunConfig
 from ..core.errors import ConfigError, HardwareError
 from ..core.manifest import Manifest
 from ..core.pixels import CHANNELS, FULL_BITS, Pixels
-from ..data.augment import Augment
-from ..data.sampler import forward_passes
+from ..loading.augment import Augment
+from ..loading.sampler import forward_passes
 from .defaults import POLICIES, Machine, Notes, Recipe, text
 from .plan_model import Start
 
@@ -316,7 +316,7 @@ def choose_speed(notes: Notes, manifest: Manifest, machine: Machine, device: str
 
 def _note_way(notes: Notes, workers: int) -> None:
     """Add to the reason for the workers how their batches come, where /dev/shm is too small for them."""
-    from ..data.handover import bytes_needed, choose_way
+    from ..loading.handover import bytes_needed, choose_way
 
     sizes = notes.value("train.batch_size"), notes.value("pixels.size"), CHANNELS[notes.value("pixels.color")], workers
     way, reason = choose_way(*sizes)

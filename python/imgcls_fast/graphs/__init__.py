@@ -1,0 +1,1 @@
+"""ONNX files: read, held against rules, rewritten."""

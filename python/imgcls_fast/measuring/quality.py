@@ -1,0 +1,87 @@
+"""What the engines of a run are worth: right answers, and answers like torch's, on real images. Part of `imgcls-fast bench`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ..core.bundle import Bundle
+from ..core.errors import DataError
+from ..core.run import Run
+from ..core.undecoded import Undecoded
+from ..evaluation.metrics import accuracy_interval
+from ..loading.images import batches_of
+from .contenders import Contender
+from .verify import MAX_SCORE
+
+MOST_ROWS = 1000
+_MOST_BYTES = 512 << 20  # of their pixels
+_NOISE = 16  # images, where there are no others
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """The images that judge: (n, S, S, C) uint8 parts, and (N,) int64 classes; noise without classes where there are none."""
+
+    split: str
+    pixels: list[np.ndarray]
+    truth: np.ndarray | None
+    of: int  # rows of the split
+    undecoded: Undecoded = field(default_factory=Undecoded)
+
+
+def sample_of(run: Run, bundle: Bundle) -> Sample:
+    """Test rows, else val rows, spread over the classes; noise where the run has neither, or their files are gone."""
+    manifest = run.manifest
+    labelled = {split: manifest.rows(split)[manifest.label[manifest.rows(split)] >= 0] for split in ("test", "val")}
+    split = next((name for name, rows in labelled.items() if len(rows)), "")
+    rows = labelled.get(split, np.zeros(0, np.int64))
+    side, channels = bundle.pixels.size, bundle.pixels.channels
+    take = min(len(rows), MOST_ROWS, max(1, _MOST_BYTES // (side * side * channels)))
+    picked = manifest.spread(rows, take)
+    pixels, truth, left = [], [], Undecoded()
+    try:
+        for batch in batches_of(bundle, manifest, picked, left) if take else ():
+            keep = np.asarray(batch.weight) > 0
+            pixels.append(np.ascontiguousarray(np.asarray(batch.pixels)[keep]))
+            truth.append(manifest.label[np.asarray(batch.rows)[keep]])
+    except DataError as error:
+        if error.code != "D015":
+            raise
+        pixels.clear()  # out of reach: times are worth having without them, and part of the rows would be another sample
+    if not sum(map(len, pixels)):
+        noise = np.random.default_rng(0).integers(0, 256, (_NOISE, side, side, channels), np.uint8)
+        return Sample("noise", [noise], None, 0, left)
+    return Sample(split, pixels, np.concatenate(truth).astype(np.int64), len(rows), left)
+
+
+def accuracy_of(scores: np.ndarray, sample: Sample) -> dict[str, Any] | None:
+    """Share of right answers, with the interval that `eval` gives."""
+    if sample.truth is None:
+        return None
+    n = len(sample.truth)
+    hits = int((scores.argmax(1) == sample.truth).sum())
+    low, high = accuracy_interval(hits, n)
+    return {"accuracy": hits / n, "low": low, "high": high, "hits": hits, "rows": n, "split": sample.split}
+
+
+def agreement_of(scores: np.ndarray, said: np.ndarray, sample: Sample) -> dict[str, Any]:
+    same, n = int(((scores.argmax(1) == said.argmax(1)) & np.isfinite(scores).all(1)).sum()), len(said)
+    apart = float(np.where(np.isfinite(scores), np.abs(scores - said), np.inf).max())
+    return {"same_top1": same, "rows": n, "share": same / n, "max_score_diff": apart, "images": sample.split}
+
+
+def why_not(contender: Contender, row: dict[str, Any], reference: dict[str, Any] | None) -> str | None:
+    """Why the times of an engine and of the reference must not be compared, if so."""
+    if reference is None:
+        return None
+    apart = row["agreement"]["max_score_diff"]
+    if not math.isfinite(apart):
+        return "its scores are not finite"
+    full = {row["precision"], reference["precision"], contender.file_precision} == {"fp32"}
+    if full and apart > MAX_SCORE:
+        return f"its scores differ from torch's by up to {apart:.1e} (allowed: {MAX_SCORE:.0e}), so it is not the same model"
+    return None
