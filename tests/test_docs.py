@@ -17,6 +17,8 @@ from imgcls_fast.cli.app import parse
 from imgcls_fast.core.errors import CODES, DataError
 from imgcls_fast.core.flags import VERBS
 
+from .test_layers import MAY_IMPORT, ONLY_FILES
+
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(
@@ -149,12 +151,37 @@ def test_python_of_the_documentation_uses_what_exists(page: Path):
 # ---------------------------------------------------------------- the map
 
 
-def test_the_map_of_rooms_names_every_module():
+PACKAGE = ROOT / "python" / "imgcls_fast"
+ROOMS = sorted({path.parent.name for path in PACKAGE.glob("*/*.py")})
+
+
+def rows_of_the_map() -> dict[str, tuple[str, str]]:
+    """room -> (its modules, what it may import), as python/README.md has them."""
     text = (ROOT / "python" / "README.md").read_text("utf-8")
-    package = ROOT / "python" / "imgcls_fast"
-    modules = [path for path in package.rglob("*.py") if not path.name.startswith("__")]
-    missing = [str(path.relative_to(package)) for path in modules if not re.search(rf"`{path.stem}(\.py)?`", text)]
-    assert not missing
+    return {room: (modules, imports) for room, modules, imports in re.findall(r"^\| `(\w+)/` \| (.*) \| (.*) \|$", text, re.MULTILINE)}
+
+
+def test_the_map_has_a_row_for_each_room():
+    assert sorted(rows_of_the_map()) == ROOMS
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_the_map_of_rooms_names_every_module(room: str):
+    named = re.findall(r"`(\w+)(?:\.py)?`", rows_of_the_map()[room][0])
+    assert not {path.stem for path in (PACKAGE / room).glob("*.py") if not path.name.startswith("__")} - set(named)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_the_map_has_the_imports_of_the_table(room: str):
+    allowed, _, some = rows_of_the_map()[room][1].partition("; ")
+    words = set(re.findall(r"\w+", allowed))
+    most, some_rooms = set(MAY_IMPORT) & words, {other: only for (here, other), only in ONLY_FILES.items() if here == room}
+    if words <= {"all", "but", "cli"}:
+        most = set(MAY_IMPORT) - {"cli", room}
+    assert most == {other for other in MAY_IMPORT[room] if other not in some_rooms}
+    for other, only in some_rooms.items():
+        assert other in re.findall(r"\w+", some)
+        assert {f"{room}/{name}.py" for name in re.findall(r"`(\w+)`", some)} == {name for name in only if (PACKAGE / name).exists()}
 
 
 def test_every_verb_is_in_the_readme():
