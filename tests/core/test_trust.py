@@ -48,7 +48,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         raise ExportError("E005", "opened")
 
     for name in ("aoti", "trt"):
-        monkeypatch.setitem(runtimes.OPENERS, name, (name, opener))
+        monkeypatch.setitem(runtimes.OPENERS, name, opener)
     return found
 
 

@@ -22,8 +22,8 @@ from imgcls_fast.core.bundle import read_bundle
 from imgcls_fast.core.errors import ConfigError, ExportError, HardwareError, ModelError
 from imgcls_fast.core.exports import list_exports
 from imgcls_fast.core.files import read_sealed, write_json, write_sealed
-from imgcls_fast.core.flags import RUNTIMES
 from imgcls_fast.core.run import Run
+from imgcls_fast.core.targets import RUNTIMES
 from imgcls_fast.engines.base import Engine
 from imgcls_fast.measuring import efficiency, race
 from imgcls_fast.measuring.contenders import Contender, contenders_of

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import ConfigError, UsageError
-from ..core.flags import PRECISIONS
+from ..core.targets import PRECISIONS, TARGETS
 from ..core.text import command
 from .answer import Answer, Request, Session
 from .judge import run_and_rest, trusted
 from .settings import settings_of
 from .show import block, facts, say, table
 
-TARGETS = ("onnx", "trt", "pt2", "aoti", "torchscript", "triton")
 _POINTS = (
     "verdict",
     "rows",

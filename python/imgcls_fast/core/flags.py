@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 from .errors import ConfigError, near
 from .other_names import not_needed, setting_meant, value_meant
+from .targets import PRECISIONS, RUNTIMES
 
 Kind = Literal["value", "numbers", "bool", "switch", "many"]
 
@@ -115,9 +116,6 @@ _WORK = "machine"
 _SAY = "output"
 _TARGET = "target"
 _GATE = "INT8 and gate"
-
-PRECISIONS = ("fp32", "fp16", "bf16", "int8")
-RUNTIMES = ("auto", "torch", "compile", "aoti", "onnx", "openvino", "trt")
 
 FLAGS: tuple[Flag, ...] = (
     Flag(("-m", "--model"), "a torchvision or timm classifier, or small-cnn", "model.arch", metavar="NAME", group=_MODEL),

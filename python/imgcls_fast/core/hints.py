@@ -11,7 +11,8 @@ import re
 import shlex
 from collections.abc import Iterator, Sequence
 
-from .flags import FLAGS, PRECISIONS, VERBS, Flag, flags_of
+from .flags import FLAGS, VERBS, Flag, flags_of
+from .targets import PRECISIONS, TARGETS
 
 _PROGRAM = "imgcls-fast"
 # verb -> function and the keywords of its positional words; the rest of many goes to the last one
@@ -24,7 +25,6 @@ _CALLS: dict[str, tuple[str, tuple[str, ...]]] = {
     "data stats": ("data_stats", ("data",)), "runs list": ("list_runs", ()), "runs show": ("show_run", ("run",)),
     "models list": ("list_models", ("pattern",)), "demo": ("demo", ()), "doctor": ("doctor", ()),
 }  # fmt: skip
-_TARGETS = tuple(name[2:] for name in ("--onnx", "--trt", "--pt2", "--aoti", "--torchscript", "--triton"))
 _RENAMED = {
     "engine_precision": "precision",
     ("bench", "runtime"): "runtimes",
@@ -156,7 +156,7 @@ def _take(verb: str, flag: Flag, name: str, value: str, keywords: dict[str, str]
         setting, _, text = value.partition("=")
         before = keywords.get("overrides", "{}")[1:-1]
         keywords["overrides"] = f"{{{before + ', ' if before else ''}{setting!r}: {_SETTINGS.get(text) or _value(text)}}}"
-    elif keyword in _TARGETS:
+    elif keyword in TARGETS:
         keywords["target"] = repr(keyword)
     elif keyword in PRECISIONS:
         keywords["precision"] = repr(keyword)
@@ -179,7 +179,7 @@ def _keyword(hint: str, words: Sequence[re.Match[str]]) -> tuple[int, str] | Non
     if flag is None or (equals and flag.kind in ("bool", "switch")):
         return None
     keyword = _RENAMED.get(flag.keyword) or flag.keyword
-    if keyword in _TARGETS or keyword in PRECISIONS:
+    if keyword in TARGETS or keyword in PRECISIONS:
         return 1, f"{before}{keyword!r}{after}"
     used = 1
     if flag.kind in ("value", "numbers", "many"):

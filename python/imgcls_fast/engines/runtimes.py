@@ -19,9 +19,9 @@ from ..core.bundle import Bundle
 from ..core.errors import ConfigError, ExportError, HardwareError, ModelError, near
 from ..core.exports import Export, demand_trusted, find_export
 from ..core.files import plain_path
-from ..core.flags import RUNTIMES
 from ..core.manifest import LabelSpace
 from ..core.pixels import Pixels
+from ..core.targets import READS, RUNTIMES
 from ..core.trust import is_own
 from ..models.build import ModelSpec, build_model, load_weights
 from ..models.classifier import Classifier, probabilities
@@ -375,7 +375,7 @@ def open_engine(
         guess = near(runtime, RUNTIMES) or "torch"
         names = ", ".join(repr(name) for name in RUNTIMES)
         raise ConfigError("C003", f"runtime must be one of {names}, got {runtime!r}", try_=f"--runtime {guess}")
-    export = find_export(folder, bundle, OPENERS[runtime][0], precision)
+    export = find_export(folder, bundle, READS[runtime], precision)
     return open_export(bundle, export, runtime, device=device, batch=batch, threads=threads, trust=trust)
 
 
@@ -404,7 +404,7 @@ def open_export(
     if export.meta.get("target") == "onnx" and not is_own(export.meta):
         read_graph(place.path)  # what its bytes show comes first
         demand_survivable(place.path, str(export.meta["sha256"]), runtime, bundle.pixels)
-    return OPENERS[runtime][1](place, bundle, device, threads, most)
+    return OPENERS[runtime](place, bundle, device, threads, most)
 
 
 def _open_torch(bundle: Bundle, runtime: str, device: str, precision: str | None, batch: int | None) -> TorchEngine:
@@ -461,10 +461,10 @@ def _open_trt(export: Export, bundle: Bundle, device: str, threads: int, most: d
     return TrtEngine(export.path, export.meta, bundle.labels, bundle.pixels, device=index, bundle=bundle.digest)
 
 
-# runtime -> (target of the export that it opens, how)
-OPENERS: dict[str, tuple[str, Callable[[Export, Bundle, str, int, dict[str, Any]], Engine]]] = {
-    "aoti": ("aoti", _open_aoti),
-    "onnx": ("onnx", _open_onnx),
-    "openvino": ("onnx", _open_openvino),
-    "trt": ("trt", _open_trt),
+# how each runtime of `targets.READS` opens its file
+OPENERS: dict[str, Callable[[Export, Bundle, str, int, dict[str, Any]], Engine]] = {
+    "aoti": _open_aoti,
+    "onnx": _open_onnx,
+    "openvino": _open_openvino,
+    "trt": _open_trt,
 }

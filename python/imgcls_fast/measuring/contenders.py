@@ -11,11 +11,11 @@ from ..core import env
 from ..core.bundle import Bundle
 from ..core.errors import ExportError, HardwareError, ImgclsError
 from ..core.exports import Export, demand_own, demand_trusted, list_exports, read_export
-from ..core.flags import RUNTIMES
+from ..core.targets import READS, RUNTIMES
 from ..core.text import command
 from ..engines.base import Engine
 from ..engines.openvino_runtime import quiet_openvino
-from ..engines.runtimes import OPENERS, open_engine, open_export
+from ..engines.runtimes import open_engine, open_export
 from ..engines.trt_plan import require_trt
 
 REFERENCE = "torch"
@@ -133,7 +133,7 @@ def _listed(
     for export in there:
         yield from _of_export(export, bundle, run, runtimes, strict=only is not None, trust=trust)
     targets = {export.meta.get("target") for export in there}
-    for runtime, (target, _) in OPENERS.items():
+    for runtime, target in READS.items():
         if only is None and target not in targets and (not runtimes or runtime in runtimes):
             yield _unexported(runtime, target, run)
 
@@ -147,7 +147,7 @@ def _of_export(
         strict: raise what is wrong with it, because nothing else was asked for.
     """
     target, precision = str(export.meta.get("target")), str(export.meta.get("precision"))
-    readers = [runtime for runtime, (read, _) in OPENERS.items() if read == target]
+    readers = [runtime for runtime, read in READS.items() if read == target]
     if not readers:
         if strict or not runtimes:
             yield Absent(

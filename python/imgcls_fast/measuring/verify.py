@@ -23,6 +23,7 @@ from ..core.exports import list_exports
 from ..core.manifest import Manifest
 from ..core.phases import phase
 from ..core.pixels import Pixels
+from ..core.targets import READS
 from ..core.text import command
 from ..core.undecoded import Undecoded
 from ..engines.as_found import as_found
@@ -43,7 +44,6 @@ MAX_SCORE = 1e-4  # of an engine in FP32
 REFERENCE = "torch"
 REDUCED = (" fp16", " bf16", " int8")  # ends of names
 _BATCH = 32
-_TARGETS = {"onnx": "onnx", "openvino": "onnx", "trt": "trt", "aoti": "aoti"}  # what has to be exported again
 
 
 @dataclass
@@ -175,7 +175,7 @@ def demand_same(result: Mapping[str, Any], *, run: str = "RUN") -> None:
     if kind == "pixels":
         again = "imgcls-fast train DATA --loader torch"
     else:
-        target = _TARGETS.get(first["name"].partition("-")[0])
+        target = READS.get(first["name"].partition("-")[0])
         again = command("export", run, f"--{target}") if target else "imgcls-fast doctor"
     others = ", ".join(entry["name"] for _, entry in failed[1:])
     known = result["pixels"]["known"] if first["name"].startswith("dali") else ""
@@ -212,7 +212,7 @@ def engines_of(bundle: Bundle, exports: Path, device: str, *, trust: bool = Fals
     there = [(export.meta.get("target"), export.meta.get("precision")) for export in list_exports(exports)]
     wanted = [("onnx", "fp32"), ("openvino", "fp32"), ("aoti", "fp32"), ("trt", "fp16")]
     for runtime in ("onnx", "openvino", "aoti", "trt"):
-        wanted += [(runtime, str(precision)) for target, precision in there if target == _TARGETS[runtime]]
+        wanted += [(runtime, str(precision)) for target, precision in there if target == READS[runtime]]
     engines: dict[str, Opened] = {
         f"{runtime} {precision}": opener(runtime, precision)
         for runtime, precision in dict.fromkeys(wanted)
