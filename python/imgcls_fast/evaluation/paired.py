@@ -379,9 +379,18 @@ def _difference(
         p_value, sure = mcnemar_mid(lost, gained), (1 + confidence) / 2
         low, high = tango_lower_bound(gained, lost, n, sure), tango_upper_bound(gained, lost, n, sure)
     return Difference(
-        n, lost, gained, (gained - lost) / n, low, high, p_value, _side(gained - lost, p_value, level), balanced, balanced_p,
+        n,
+        lost,
+        gained,
+        (gained - lost) / n,
+        low,
+        high,
+        p_value,
+        _side(gained - lost, p_value, level),
+        balanced,
+        balanced_p,
         _side(balanced, balanced_p, level),
-    )  # fmt: skip
+    )
 
 
 def _side(gain: float, p_value: float, level: float) -> Side:

@@ -204,9 +204,18 @@ def _hints(axes: Axes) -> None:
 
 def _legend(sheet: Sheet) -> None:
     sheet.figure.legend(
-        loc="upper left", bbox_to_anchor=sheet.legend_at, bbox_transform=sheet.figure.dpi_scale_trans, ncol=4, fontsize=9,
-        frameon=False, borderpad=0, borderaxespad=0, handletextpad=0.3, columnspacing=1.6, labelcolor=INK,
-    )  # fmt: skip
+        loc="upper left",
+        bbox_to_anchor=sheet.legend_at,
+        bbox_transform=sheet.figure.dpi_scale_trans,
+        ncol=4,
+        fontsize=9,
+        frameon=False,
+        borderpad=0,
+        borderaxespad=0,
+        handletextpad=0.3,
+        columnspacing=1.6,
+        labelcolor=INK,
+    )
 
 
 def _notes(area: Area) -> list[str]:

@@ -130,9 +130,13 @@ def _loaders() -> list[Row]:
 
 def _libraries() -> list[Row]:
     extras = {
-        "onnx": "onnx", "onnxscript": "onnx", "onnxruntime": "onnx", "openvino": "openvino", "nvidia-modelopt": "int8",
+        "onnx": "onnx",
+        "onnxscript": "onnx",
+        "onnxruntime": "onnx",
+        "openvino": "openvino",
+        "nvidia-modelopt": "int8",
         "tensorrt": "trt",
-    }  # fmt: skip
+    }
     rows: list[Row] = []
     for name, version in env.versions().items():
         if version is None:

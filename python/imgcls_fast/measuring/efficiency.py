@@ -51,6 +51,7 @@ from ..models.build import ModelSpec, build_model
 from .contenders import KINDS, REFERENCE, Absent, Contender, contenders_of
 from .quality import Sample, accuracy_of, agreement_of, sample_of, why_not
 from .race import PAIRS, PROCESSES, START_S, ratios
+from .tables import efficiency_tables
 from .throughput import data_rates
 
 _LARGEST = 256  # batch of a sweep
@@ -130,11 +131,18 @@ def examine(
     data = data_rates(run, bundle, {c.name: (c, row) for c, row in (timed[0], fastest)}, device, task.threads)
     method["like"] = rows[0]["latency"]["method"]
     found: dict[str, Any] = {
-        "schema": EFFICIENCY_SCHEMA, "run": name, "model": _model(bundle), "engines": rows, "data": data,
-        "absent": [asdict(entry) for entry in [*absent, *missing]], "machine": machine, "method": method,
-        "notices": _notices(rows, sample, machine), "tables": efficiency_tables(rows),
+        "schema": EFFICIENCY_SCHEMA,
+        "run": name,
+        "model": _model(bundle),
+        "engines": rows,
+        "data": data,
+        "absent": [asdict(entry) for entry in [*absent, *missing]],
+        "machine": machine,
+        "method": method,
+        "notices": _notices(rows, sample, machine),
+        "tables": efficiency_tables(rows),
         "undecodable_files": sample.undecoded.to_list(),
-    }  # fmt: skip
+    }
     found = _finite(found)
     for path in (run.efficiency_path, *([] if out is None else [out])):
         write_json(path, found)
@@ -269,9 +277,14 @@ def _sweep(contender: Contender, engine: Engine, task: _Task, one: Any) -> dict[
         timings, ended = timings or [one], "memory"
     best = best_of(timings)
     listed = [
-        {"batch": t.batch, "images_per_s": round(t.images_per_s, 2), "p50_ms": t.end_to_end.p50_ms, "p99_ms": t.end_to_end.p99_ms}
+        {
+            "batch": t.batch,
+            "images_per_s": round(t.images_per_s, 2),
+            "p50_ms": t.end_to_end.p50_ms,
+            "p99_ms": t.end_to_end.p99_ms,
+        }
         for t in timings
-    ]  # fmt: skip
+    ]
     return {
         "sweep": {"timings": listed, "ended": ended},
         "best": {"batch": best.batch, "images_per_s": round(best.images_per_s, 2)},
@@ -391,45 +404,6 @@ def _notices(rows: Iterable[_Row], sample: Sample, machine: dict[str, Any]) -> l
             f"accuracy and agreement are those on {len(sample.truth):,} of {sample.of:,} {sample.split} images"
         )
     return found
-
-
-# ---------------------------------------------------------------- for people
-
-
-def efficiency_tables(rows: list[_Row]) -> list[dict[str, Any]]:
-    """How fast, and worth what: heads and rows of cells."""
-    gated = any(row["gate"] for row in rows)
-    speed = ["engine", "precision", "p50 ms", "p90 ms", "p99 ms", "batch", "images/s", "time/torch"]
-    judged = f"accuracy on {rows[0]['accuracy']['split']}" if rows[0]["accuracy"] else "accuracy"
-    worth = ["engine", judged, "same as torch", "MB"] + ["gate"] * gated
-    return [
-        {"heads": speed, "rows": [_speed(row) for row in rows]},
-        {"heads": worth, "rows": [[*_worth(row), row["gate"] or "-"][: len(worth)] for row in rows]},
-    ]
-
-
-def _speed(row: _Row) -> list[str]:
-    took, ratio, best = row["latency"]["end_to_end"], row["ratio"], row["best"]
-    against = f"{ratio['ratio']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]" if ratio else "-"
-    return [
-        row["name"], row["precision"], *(_ms(took[name]) for name in ("p50_ms", "p90_ms", "p99_ms")), str(best["batch"]),
-        f"{best['images_per_s']:,.0f}", "1" if row["name"] == REFERENCE else against,
-    ]  # fmt: skip
-
-
-def _worth(row: _Row) -> list[str]:
-    worth, agreed = row["accuracy"], row["agreement"]
-    interval = f" [{worth['low']:.3f}, {worth['high']:.3f}]" if worth and math.isfinite(worth["low"]) else ""
-    return [
-        row["name"],
-        f"{worth['accuracy']:.3f}{interval}" if worth else "-",
-        f"{agreed['same_top1']:,} of {agreed['rows']:,}" if agreed else "-",
-        f"{row['bytes'] / 1e6:.3g}" if row["bytes"] else "-",
-    ]
-
-
-def _ms(value: float) -> str:
-    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
 def _finite(value: Any) -> Any:

@@ -42,9 +42,12 @@ def ratios(
         name -> ratio, low, high, confidence, processes, pairs, per_process, cpu_ratio; and why they are missing, if they are.
     """
     task = {
-        "bundle": str(bundle.directory), "device": device, "threads": threads, "pairs": PAIRS,
+        "bundle": str(bundle.directory),
+        "device": device,
+        "threads": threads,
+        "pairs": PAIRS,
         "contenders": [contender.to_task() for contender in contenders],
-    }  # fmt: skip
+    }
     runs: list[dict[str, list[float]]] = []
     for _ in range(PROCESSES):
         ended = child.run("measuring.race", json.dumps(task), options=("-W", "ignore"))
@@ -64,9 +67,11 @@ def summed(runs: Sequence[Sequence[float]]) -> dict[str, Any]:
     wall, cpu = np.array(runs, np.float64).T
     known = cpu[np.isfinite(cpu)]
     return {
-        **asdict(ratio_interval(wall.tolist())), "pairs": PAIRS, "per_process": np.exp(wall).tolist(),
+        **asdict(ratio_interval(wall.tolist())),
+        "pairs": PAIRS,
+        "per_process": np.exp(wall).tolist(),
         "cpu_ratio": math.exp(float(np.median(known))) if len(known) else None,
-    }  # fmt: skip
+    }
 
 
 def _ending(code: int, stderr: str) -> str:

@@ -402,10 +402,19 @@ def figures(c: Contender) -> str:
 def comparison_table(comparison: Comparison) -> list[tuple[str, ...]]:
     """(area, case, contender / rival, before, after, change, bound, adjusted p, verdict) of each row."""
     return [
-        (c.area, c.case, f"{c.contender} / {c.rival}", f"{c.before:.3f}", f"{c.after:.3f}", f"{c.change:.3f}x",
-         f">= {c.low:.3f}x", f"{c.adjusted:.3g}", "slower" if c.flagged else "")
+        (
+            c.area,
+            c.case,
+            f"{c.contender} / {c.rival}",
+            f"{c.before:.3f}",
+            f"{c.after:.3f}",
+            f"{c.change:.3f}x",
+            f">= {c.low:.3f}x",
+            f"{c.adjusted:.3g}",
+            "slower" if c.flagged else "",
+        )
         for c in comparison.changes
-    ]  # fmt: skip
+    ]
 
 
 def markdown(areas: Iterable[Area]) -> str:

@@ -80,9 +80,15 @@ def limit_of(decoded: float, alone: float, both: float) -> str:
 
 
 def _rate(
-    manifest: Manifest, rows: np.ndarray, bundle: Bundle, size: int, backend: str, workers: int, device: str,
+    manifest: Manifest,
+    rows: np.ndarray,
+    bundle: Bundle,
+    size: int,
+    backend: str,
+    workers: int,
+    device: str,
     work: Callable[[Any], Any],
-) -> float | None:  # fmt: skip
+) -> float | None:
     """Images per second from the second batch on."""
     sampler = Sampler(manifest, np.resize(rows, _ROWS), bundle.pixels, size)
     loader = open_loader(sampler, backend, workers=workers, device=device)

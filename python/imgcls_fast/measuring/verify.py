@@ -154,12 +154,16 @@ def compare_run(
         "undecodable_files": left.to_list(),
         "notices": [left.sentence()] if left else [],
         "pixels": {
-            "reference": REFERENCE, "allowed_max": MAX_LEVELS, "allowed_mean": MEAN_LEVELS, "compared": judged,
-            "absent": missing, "known": _known(bundle.pixels),
+            "reference": REFERENCE,
+            "allowed_max": MAX_LEVELS,
+            "allowed_mean": MEAN_LEVELS,
+            "compared": judged,
+            "absent": missing,
+            "known": _known(bundle.pixels),
         },
         "scores": {"reference": REFERENCE, "allowed_max": MAX_SCORE, "compared": scored, "absent": absent},
         "failures": [entry["failure"] for entry in judged + scored if entry["failure"]],
-    }  # fmt: skip
+    }
 
 
 def demand_same(result: Mapping[str, Any], *, run: str = "RUN") -> None:
@@ -359,10 +363,18 @@ def _judge_pixels(one: Compared, manifest: Manifest) -> dict[str, Any]:
             f"{values.mean:.3f} (allowed {MEAN_LEVELS}); {share:.3%} of the values by more than {MAX_LEVELS}; most in {worst}"
         )
     return {
-        "name": one.name, "images": values.images, "max": _finite(max(values.largest, 0.0)), "mean": _finite(values.mean),
-        "share_beyond": share, "unlike": len(one.unlike), "worst": worst, "score_diff": _finite(max(one.scores.largest, 0.0)),
-        "same_top1": one.same, "verdict": "differs" if failure else "same", "failure": failure,
-    }  # fmt: skip
+        "name": one.name,
+        "images": values.images,
+        "max": _finite(max(values.largest, 0.0)),
+        "mean": _finite(values.mean),
+        "share_beyond": share,
+        "unlike": len(one.unlike),
+        "worst": worst,
+        "score_diff": _finite(max(one.scores.largest, 0.0)),
+        "same_top1": one.same,
+        "verdict": "differs" if failure else "same",
+        "failure": failure,
+    }
 
 
 def _judge_scores(one: Compared, manifest: Manifest) -> dict[str, Any]:
@@ -378,9 +390,15 @@ def _judge_scores(one: Compared, manifest: Manifest) -> dict[str, Any]:
         )
     verdict = "differs" if failure else "same" if full else "reduced precision, see the gate"
     return {
-        "name": one.name, "precision": one.precision, "images": values.images, "max": _finite(max(values.largest, 0.0)),
-        "same_top1": one.same, "worst": worst, "verdict": verdict, "failure": failure,
-    }  # fmt: skip
+        "name": one.name,
+        "precision": one.precision,
+        "images": values.images,
+        "max": _finite(max(values.largest, 0.0)),
+        "same_top1": one.same,
+        "worst": worst,
+        "verdict": verdict,
+        "failure": failure,
+    }
 
 
 def _array(value: Any) -> np.ndarray:

@@ -55,11 +55,22 @@ class ConsoleSink:
         self._lock = threading.RLock()  # of the bar and of what goes on: an event changes what the beat shows
         self._beat = Beat(self._alive, BAR_S if _live_terminal(self._stream) else LINE_S)
         self._handlers: dict[str, Callable[[Event], None]] = {
-            "data": self._data, "notice": self._lines, "plan": self._plan, "baseline": self._baseline, "start": self._lines,
-            "phase": self._phase, "progress": self._step, "validate": self._step, "epoch": self._epoch,
-            "stopped_early": self._ended, "warning": self._warning, "quarantine": self._quarantine,
-            "interrupted": self._ended, "failed": self._failed, "done": self._done,
-        }  # fmt: skip
+            "data": self._data,
+            "notice": self._lines,
+            "plan": self._plan,
+            "baseline": self._baseline,
+            "start": self._lines,
+            "phase": self._phase,
+            "progress": self._step,
+            "validate": self._step,
+            "epoch": self._epoch,
+            "stopped_early": self._ended,
+            "warning": self._warning,
+            "quarantine": self._quarantine,
+            "interrupted": self._ended,
+            "failed": self._failed,
+            "done": self._done,
+        }
 
     @cached_property
     def console(self) -> Console:
