@@ -78,21 +78,15 @@ LONG_SKIPS: dict[str, int] = {  # room -> statements over three lines that keep 
     # ----
     "engines": 5,
     # ----
-    "evaluation": 1,
-    # ----
     "exporting": 18,
     # ----
     "graphs": 5,
-    # ----
-    "measuring": 12,
     # ----
     "models": 1,
     # ----
     "ops": 6,
     # ----
     "serving": 1,
-    # ----
-    "tracking": 1,
     # ----
     "training": 18,
 }

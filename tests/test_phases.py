@@ -104,8 +104,8 @@ def test_a_terminal_shows_a_bar_for_a_phase_and_takes_it_away(monkeypatch: pytes
     sink = ConsoleSink(stream)
     with heard_by(sink), phase("writing the report"):
         wait_for(lambda: "writing the report" in ESCAPE.sub("", stream.getvalue()))
-        assert sink._bar is not None
-    assert sink._bar is None
+        assert sink._bar.visible
+    assert not sink._bar.visible
     sink.close()
 
 

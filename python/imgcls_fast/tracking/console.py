@@ -31,6 +31,55 @@ MAX_BOX = 100  # columns: a box as wide as a large terminal is hard to read
 _WHOLE = 10_000  # columns of a pipe, where nothing is wrapped
 
 
+class LiveBar:
+    """Shows the pace of what goes on in the last line of a terminal; other text may be printed above it.
+
+    Args:
+        console: where; asked for when something is shown.
+        lock: held while the bar changes.
+    """
+
+    def __init__(self, console: Callable[[], Console], lock: Any) -> None:
+        self._console, self._lock = console, lock
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._shown: tuple[str, int | None] = ("", None)  # description and total of the task
+
+    @property
+    def visible(self) -> bool:
+        """Whether it is on the screen."""
+        return self._bar is not None
+
+    def show(self, what: str, done: int, total: int | None, facts: str) -> None:
+        """Draw or change the bar."""
+        with self._lock:
+            if self._bar is None:
+                from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
+                columns = (
+                    TextColumn("{task.description}"),
+                    BarColumn(bar_width=None),
+                    TaskProgressColumn(),
+                    TextColumn("{task.fields[facts]}"),
+                )
+                self._bar = Progress(
+                    *columns, console=self._console(), transient=True, refresh_per_second=4, expand=True
+                )
+                self._bar.start()
+            if self._task is None or self._shown != (what, total):  # an update cannot forget a total
+                if self._task is not None:
+                    self._bar.remove_task(self._task)
+                self._task, self._shown = self._bar.add_task(what, total=total, facts=facts), (what, total)
+            self._bar.update(self._task, description=what, completed=done, total=total, facts=facts)
+
+    def stop(self) -> None:
+        """Remove it, if it is there."""
+        with self._lock:
+            if self._bar is not None:
+                self._bar.stop()
+                self._bar = self._task = None
+
+
 class ConsoleSink:
     """What a person sees: the data line, the plan, one line an epoch, a live bar on a terminal, the final box.
 
@@ -48,11 +97,9 @@ class ConsoleSink:
         self._given = console
         self.quiet = quiet
         self.warnings: list[str] = []
-        self._bar: Progress | None = None
-        self._task: TaskID | None = None
-        self._shown: tuple[str, int | None] = ("", None)  # description and total of the task
         self._doing = Doing()
         self._lock = threading.RLock()  # of the bar and of what goes on: an event changes what the beat shows
+        self._bar = LiveBar(lambda: self.console, self._lock)
         self._beat = Beat(self._alive, BAR_S if _live_terminal(self._stream) else LINE_S)
         self._handlers: dict[str, Callable[[Event], None]] = {
             "data": self._data,
@@ -89,13 +136,7 @@ class ConsoleSink:
     def close(self) -> None:
         """Remove the live bar and end the beat, whatever happened."""
         self._beat.close()
-        self._stop_bar()
-
-    def _stop_bar(self) -> None:
-        with self._lock:
-            if self._bar is not None:
-                self._bar.stop()
-                self._bar = self._task = None
+        self._bar.stop()
 
     def _say(self, text: str, style: str = "") -> None:
         """One line that a terminal may wrap but that is never cut: paths and commands stay whole."""
@@ -134,14 +175,14 @@ class ConsoleSink:
 
     def _phase(self, event: Event) -> None:
         if self._doing.quiet:
-            self._stop_bar()
+            self._bar.stop()
         else:
             self._beat.start()
 
     def _step(self, event: Event) -> None:
         self._beat.start()
         if _live_terminal(self._stream):
-            self._live(*self._doing.bar())
+            self._bar.show(*self._doing.bar())
 
     def _alive(self) -> None:
         """Called by the beat when nothing was shown for a while."""
@@ -149,33 +190,14 @@ class ConsoleSink:
             if self._doing.quiet:
                 return
             if _live_terminal(self._stream):
-                self._live(*self._doing.bar())
+                self._bar.show(*self._doing.bar())
             else:
                 self._say(self._doing.line(), "dim")
-
-    def _live(self, what: str, done: int, total: int | None, facts: str) -> None:
-        with self._lock:
-            if self._bar is None:
-                from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
-
-                columns = (
-                    TextColumn("{task.description}"),
-                    BarColumn(bar_width=None),
-                    TaskProgressColumn(),
-                    TextColumn("{task.fields[facts]}"),
-                )
-                self._bar = Progress(*columns, console=self.console, transient=True, refresh_per_second=4, expand=True)
-                self._bar.start()
-            if self._task is None or self._shown != (what, total):  # an update cannot forget a total
-                if self._task is not None:
-                    self._bar.remove_task(self._task)
-                self._task, self._shown = self._bar.add_task(what, total=total, facts=facts), (what, total)
-            self._bar.update(self._task, description=what, completed=done, total=total, facts=facts)
 
     def _epoch(self, event: Event) -> None:
         from rich.text import Text
 
-        self._stop_bar()
+        self._bar.stop()
         width = self.console.width if self.console.is_terminal else 0
         text = Text(epoch_line(event, width))
         text.highlight_regex(r"\*best$", "bold green")
@@ -194,18 +216,18 @@ class ConsoleSink:
         self._say(f"warning: {self.warnings[-1]}", "yellow")
 
     def _ended(self, event: Event) -> None:
-        self._stop_bar()
+        self._bar.stop()
         self._lines(event)
 
     def _failed(self, event: Event) -> None:
         """The error itself is printed by whoever called training."""
-        self._stop_bar()
+        self._bar.stop()
         for line in plain_lines(event):
             if line.startswith(("saved in", "continue with")):
                 self._say(line)
 
     def _done(self, event: Event) -> None:
-        self._stop_bar()
+        self._bar.stop()
         if self.quiet:
             self._say(done_line(event))
             return
