@@ -31,7 +31,7 @@ from imgcls_fast import _C
 from imgcls_fast.core.manifest import LabelSpace, Manifest, PathList
 from imgcls_fast.core.pixels import Pixels
 from imgcls_fast.data.digits import write_digits
-from imgcls_fast.data.scan import pillow_flags, probe
+from imgcls_fast.data.examine import pillow_flags, probe
 from imgcls_fast.loading.augment import Augment
 from imgcls_fast.loading.loader import open_loader
 from imgcls_fast.loading.sampler import Sampler

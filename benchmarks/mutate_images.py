@@ -237,7 +237,8 @@ class _Answers:
 def examine_batch(seed: int, count: int, folder: Path) -> dict[str, Any]:
     """What the four found in one batch, as plain values."""
     from imgcls_fast.core.pixels import Pixels
-    from imgcls_fast.data.scan import ScanOptions, scan
+    from imgcls_fast.data.findings import ScanOptions
+    from imgcls_fast.data.scan import scan
     from imgcls_fast.engines.predictor import Predictor
     from imgcls_fast.loading.augment import Augment
     from imgcls_fast.loading.loader import dali_missing

@@ -12,8 +12,9 @@ from imgcls_fast.core.config import RunConfig
 from imgcls_fast.core.flags import flags_of
 from imgcls_fast.core.settings import build_config
 from imgcls_fast.data.advice import several_labels
+from imgcls_fast.data.findings import DataProblems, ScanOptions
 from imgcls_fast.data.prepare import training_options
-from imgcls_fast.data.scan import DataProblems, ScanOptions, inspect, scan
+from imgcls_fast.data.scan import inspect, scan
 
 
 def images(root: Path, mode: str = "RGB", ending: str = "png", **counts: int) -> Path:

@@ -17,8 +17,9 @@ from PIL import Image
 from imgcls_fast import _C
 from imgcls_fast.core import image_bounds as bounds
 from imgcls_fast.data.decode import READABLE, Undecodable, decode_pixels, largest_file
+from imgcls_fast.data.findings import ScanOptions
 from imgcls_fast.data.proof import prove
-from imgcls_fast.data.scan import ScanOptions, scan
+from imgcls_fast.data.scan import scan
 from imgcls_fast.loading.loader import dali_missing
 
 PICTURE = Image.fromarray(np.random.default_rng(3).integers(0, 256, (16, 24, 3), dtype=np.uint8))

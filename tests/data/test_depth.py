@@ -17,8 +17,9 @@ from imgcls_fast.core.pixels import Pixels
 from imgcls_fast.core.settings import build_config
 from imgcls_fast.data.decode import decode_pixels, scale_to_8
 from imgcls_fast.data.depth import used_bits
+from imgcls_fast.data.findings import ScanOptions
 from imgcls_fast.data.prepare import prepare, statistics
-from imgcls_fast.data.scan import ScanOptions, inspect
+from imgcls_fast.data.scan import inspect
 from imgcls_fast.loading.loader import dali_missing
 from imgcls_fast.training.defaults import Notes
 from imgcls_fast.training.plan_model import Start

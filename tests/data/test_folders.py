@@ -11,10 +11,12 @@ import pytest
 from imgcls_fast.core.errors import DataError
 from imgcls_fast.core.manifest import NO_SPLIT, SPLITS
 from imgcls_fast.data.fetch import open_source
+from imgcls_fast.data.folders import list_folder
+from imgcls_fast.data.listing import Listing
 from imgcls_fast.data.scan import unlabelled
 from imgcls_fast.data.skipped import first_skipped
-from imgcls_fast.data.sources import Listing, list_folder, list_table
 from imgcls_fast.data.spelling import split_of
+from imgcls_fast.data.tables import list_table
 from imgcls_fast.engines.predictor import gather
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from imgcls_fast.core.errors import DataError
-from imgcls_fast.data.sources import Columns, list_table
+from imgcls_fast.data.tables import Columns, list_table
 
 MANY = 120_000
 HOSTILE = {

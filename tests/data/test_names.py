@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from imgcls_fast.data.sources import Columns, Listing, list_folder, list_table
+from imgcls_fast.data.folders import list_folder
+from imgcls_fast.data.listing import Listing
+from imgcls_fast.data.tables import Columns, list_table
 
 
 def images(root: Path, *names: bytes) -> None:

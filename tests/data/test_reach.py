@@ -17,7 +17,9 @@ from PIL import Image
 from imgcls_fast.core.errors import DataError
 from imgcls_fast.data import reach
 from imgcls_fast.data.decode import Undecodable, decode_pixels
-from imgcls_fast.data.scan import Files, ScanOptions, scan
+from imgcls_fast.data.examine import Files
+from imgcls_fast.data.findings import ScanOptions
+from imgcls_fast.data.scan import scan
 from imgcls_fast.loading.loader import dali_missing
 
 needs_dali = pytest.mark.skipif(dali_missing() is not None, reason=str(dali_missing()))

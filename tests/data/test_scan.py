@@ -17,8 +17,10 @@ from imgcls_fast.core.manifest import FLAG_PILLOW, FLAG_SUSPECT, NO_SPLIT, SPLIT
 from imgcls_fast.data import reach
 from imgcls_fast.data import scan as scan_module
 from imgcls_fast.data.decode import decode_pixels
+from imgcls_fast.data.examine import probe
+from imgcls_fast.data.findings import DataProblems, ScanOptions
 from imgcls_fast.data.proof import prove
-from imgcls_fast.data.scan import DataProblems, ScanOptions, probe, scan
+from imgcls_fast.data.scan import scan
 
 
 def picture(path: Path, seed: int, size: tuple[int, int] = (12, 9)) -> Path:

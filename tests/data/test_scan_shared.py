@@ -11,7 +11,8 @@ import pytest
 
 from imgcls_fast.core.manifest import FLAG_PILLOW, SPLITS
 from imgcls_fast.data.decode import decode_pixels
-from imgcls_fast.data.scan import DataProblems, ScanOptions, inspect, scan
+from imgcls_fast.data.findings import DataProblems, ScanOptions
+from imgcls_fast.data.scan import inspect, scan
 
 
 def manifest_rows(shared: Path, name: str) -> list[dict[str, str]]:

@@ -13,7 +13,8 @@ from PIL import Image
 from imgcls_fast.core.errors import DataError
 from imgcls_fast.core.manifest import NO_SPLIT, SPLITS, LabelSpace, Manifest, PathList
 from imgcls_fast.data.duplicates import components, joined, near_units
-from imgcls_fast.data.scan import ScanOptions, scan
+from imgcls_fast.data.findings import ScanOptions
+from imgcls_fast.data.scan import scan
 from imgcls_fast.data.split import make_splits, write_split_csv
 
 

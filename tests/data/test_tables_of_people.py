@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from imgcls_fast.data.sources import Listing, list_table
+from imgcls_fast.data.listing import Listing
+from imgcls_fast.data.tables import list_table
 
 ROWS = [(f"im/{c}/{k}.png", c) for c in ("cat", "dog") for k in range(3)]
 BODY = "".join(f"{path},{label}\n" for path, label in ROWS)

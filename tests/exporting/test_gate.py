@@ -353,7 +353,8 @@ def test_a_simulated_verdict_passes_no_plan_and_says_so(tmp_path):
 
 def test_the_100_validation_photos_are_too_few(shared_data: Path, bundle_of: Callable[..., Any]) -> None:
     from imgcls_fast.core.undecoded import Undecoded
-    from imgcls_fast.data.scan import ScanOptions, scan
+    from imgcls_fast.data.findings import ScanOptions
+    from imgcls_fast.data.scan import scan
     from imgcls_fast.engines.runtimes import open_engine
     from imgcls_fast.loading.images import batches_of as photos_of
 

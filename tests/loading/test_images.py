@@ -13,7 +13,8 @@ from PIL import Image
 from imgcls_fast.core.bundle import Bundle, write_bundle
 from imgcls_fast.core.config import ExportConfig
 from imgcls_fast.core.manifest import Manifest
-from imgcls_fast.data.scan import ScanOptions, scan
+from imgcls_fast.data.findings import ScanOptions
+from imgcls_fast.data.scan import scan
 from imgcls_fast.exporting import session
 from imgcls_fast.exporting.session import Exporter
 from imgcls_fast.loading.images import comparison_rows

@@ -17,7 +17,8 @@ from imgcls_fast.cli.app import parse
 from imgcls_fast.core.batch import Batch
 from imgcls_fast.core.errors import DataError, GateFailed, HardwareError
 from imgcls_fast.core.manifest import Manifest
-from imgcls_fast.data.scan import ScanOptions, scan
+from imgcls_fast.data.findings import ScanOptions
+from imgcls_fast.data.scan import scan
 from imgcls_fast.engines.runtimes import TorchEngine, open_engine
 from imgcls_fast.loading.images import comparison_rows
 from imgcls_fast.loading.loader import dali_missing

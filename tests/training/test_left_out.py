@@ -17,7 +17,7 @@ from imgcls_fast.core.errors import DataError
 from imgcls_fast.core.run import Run
 from imgcls_fast.core.settings import build_config
 from imgcls_fast.core.undecoded import Undecoded
-from imgcls_fast.data import reach, rules
+from imgcls_fast.data import reach, unknown
 from imgcls_fast.training import session
 from imgcls_fast.training.learnt import about_missing
 from imgcls_fast.training.reporting import judged
@@ -273,8 +273,8 @@ def test_the_sentence_counts_all_and_names_three() -> None:
 
 def test_of_many_unknown_classes_only_those_that_are_shown_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
-    monkeypatch.setattr(rules, "near", lambda name, known: asked.append(name) or "")
-    unknown = {f"K{k}": 5_000 - k for k in range(5_000)}
-    problem = rules._no_known_class(unknown, ["k0", "other"], "photos")
+    monkeypatch.setattr(unknown, "near", lambda name, known: asked.append(name) or "")
+    counts = {f"K{k}": 5_000 - k for k in range(5_000)}
+    problem = unknown.no_known_class(counts, ["k0", "other"], "photos")
     assert problem.try_ == "rename K0 to k0" and "K0 5,000 (perhaps the model's k0)" in problem.message
     assert len(set(asked)) < 20

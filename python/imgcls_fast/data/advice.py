@@ -5,20 +5,16 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from imgcls_fast.core.manifest import FLAG_WIDE
-from imgcls_fast.core.pixels import FULL_BITS
-from imgcls_fast.core.text import command
-
+from ..core.manifest import FLAG_WIDE
+from ..core.pixels import FULL_BITS
+from ..core.text import command
 from . import decode
 from .depth import LOOKED_AT, bits_of
+from .examine import Files
 from .listing import Problem
-
-if TYPE_CHECKING:
-    from .scan import Files
 
 FEW = 20  # images of a class, below which its figures mean little
 UNEVEN = 5.0  # largest class / smallest class
@@ -171,12 +167,14 @@ def _vary(found: list[list[str]], alone: set[str]) -> bool:
 def _refusal(joined: list[str], images: int, labels: list[str], columns: set[str], source: str) -> Problem:
     own = next((label for label in labels if label in columns), None)
     more = f" and {len(joined) - _SHOWN:,} more" if len(joined) > _SHOWN else ""
+    fix = "rename the folders: each is one class"
+    if columns:
+        fix = "write one label per image, or name a column that has one with --label-col"
     return Problem(
-        "D017", "several labels in one",
+        "D017",
+        "several labels in one",
         f"{images:,} images of {source} have several labels in one: {', '.join(map(repr, joined[:_SHOWN]))}{more}; "
         f"the labels are {', '.join(labels[: 2 * _SHOWN])}",
         why="each image belongs to exactly one class here; a class of its own for each combination is hardly what is meant",
-        try_=command("data", "check", source, "--label-col", own) if own
-        else "rename the folders: each is one class" if not columns
-        else "write one label per image, or name a column that has one with --label-col",
-    )  # fmt: skip
+        try_=command("data", "check", source, "--label-col", own) if own else fix,
+    )

@@ -6,9 +6,8 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from imgcls_fast.core.manifest import FLAG_WIDE, Manifest
-from imgcls_fast.core.pixels import FULL_BITS
-
+from ..core.manifest import FLAG_WIDE, Manifest
+from ..core.pixels import FULL_BITS
 from .decode import Undecodable, decode_pixels
 
 LOOKED_AT = 100  # images

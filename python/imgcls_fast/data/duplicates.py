@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 from PIL import Image
 
-from imgcls_fast.core.manifest import NO_SPLIT, SPLITS
+from ..core.manifest import NO_SPLIT, SPLITS
 
 NEAR_BITS = 4  # of 64; rescaled and recompressed copies differ by 0 to 3, different photos by about 32
 _RANK = np.zeros(256, np.uint8)

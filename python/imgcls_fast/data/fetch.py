@@ -19,13 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from imgcls_fast.core import bounds
-from imgcls_fast.core.errors import DataError, HardwareError, near
-from imgcls_fast.core.files import explained_write, lack_of, sha256_file
-from imgcls_fast.core.text import command
-from imgcls_fast.core.zips import HostileZip, ZipBounds, check_zip
-
+from ..core import bounds
+from ..core.errors import DataError, HardwareError, near
+from ..core.files import explained_write, lack_of, sha256_file
 from ..core.phases import phase
+from ..core.text import command
+from ..core.zips import HostileZip, ZipBounds, check_zip
 from .spelling import split_of
 from .tar import HostileTar, TarMember, open_tar, read_members
 
@@ -252,10 +251,15 @@ def _writing(place: Path, name: str) -> Iterator[None]:
 def _unpack_zip(path: Path, work: Path, counter: _Counter, member: list[str]) -> None:
     limits = counter.limits
     with open(path, "rb") as file:
-        check_zip(file, ZipBounds(
-            min(limits.entries, bounds.ZIP_ENTRIES), bounds.ZIP_DIRECTORY_BYTES, limits.total_bytes, limits.ratio,
-            limits.ratio_from_bytes, bounds.ARCHIVE_NAME_BYTES,
-        ))  # fmt: skip
+        allowed = ZipBounds(
+            min(limits.entries, bounds.ZIP_ENTRIES),
+            bounds.ZIP_DIRECTORY_BYTES,
+            limits.total_bytes,
+            limits.ratio,
+            limits.ratio_from_bytes,
+            bounds.ARCHIVE_NAME_BYTES,
+        )
+        check_zip(file, allowed)
     with zipfile.ZipFile(path) as archive:
         for info in archive.infolist():
             name = member[0] = _zip_name(info)

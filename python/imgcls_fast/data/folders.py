@@ -7,11 +7,10 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
-from imgcls_fast.core.errors import DataError
-from imgcls_fast.core.manifest import NO_SPLIT
-from imgcls_fast.core.places import RUN_NAMES, ours
-from imgcls_fast.core.text import command, some
-
+from ..core.errors import DataError
+from ..core.manifest import NO_SPLIT
+from ..core.places import RUN_NAMES, ours
+from ..core.text import command, some
 from .fetch import is_ignored
 from .listing import Listing, Problem, is_named_as_image, is_table
 from .spelling import alike, class_name, split_of
@@ -161,12 +160,13 @@ def _unsorted_splits(listing: Listing, found: list[str]) -> Problem:
     """Split folders without class folders in them: the classes must be written elsewhere."""
     tables = [f for f in _entries(listing.root, listing)[1] if is_table(Path(f)) and not f.lower().endswith(".txt")]
     return Problem(
-        "D002", "no class folders",
+        "D002",
+        "no class folders",
         f"the folders {_names(found)} of {listing.root} are splits, and hold no class folders",
         where=listing.root,
         why="each split needs one folder of images per class, or a table that names the class of each image",
         try_=command("data", "check", os.path.join(listing.root, tables[0])) if tables else "",
-    )  # fmt: skip
+    )
 
 
 def _list_splits(listing: Listing, classes: dict[str, int], folders: list[str], splits: dict[str, int]) -> None:
@@ -228,12 +228,13 @@ def _splits_inside(listing: Listing, folders: list[str]) -> dict[str, dict[str, 
 def _odd_classes(listing: Listing, whole: list[str], odd: list[str]) -> Problem:
     """Classes that are not split, beside others that are: whether their images are of the test is not known."""
     return Problem(
-        "D002", "class folder without splits",
+        "D002",
+        "class folder without splits",
         f"{len(whole):,} class folders of {listing.root} are split inside ({_names(whole)}), and {_names(odd)} not",
         where=os.path.join(listing.root, odd[0]),
         why="images outside of the splits could be of any of them",
         try_=f"move the images of {odd[0]!r} into folders of the same names, as in {whole[0]!r}",
-    )  # fmt: skip
+    )
 
 
 def _note_equal_folders(listing: Listing, folders: list[str]) -> None:

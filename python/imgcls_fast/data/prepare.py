@@ -22,7 +22,8 @@ from . import fetch, reach
 from .decode import Color, Undecodable, decode_pixels
 from .depth import used_bits
 from .digits import write_digits
-from .scan import ScanOptions, ScanResult, scan
+from .findings import ScanOptions, ScanResult
+from .scan import scan
 from .split import make_splits
 
 _STATISTICS_IMAGES = 500
@@ -80,10 +81,15 @@ def training_options(config: RunConfig, cache: Path | None = None) -> ScanOption
     """The scan's options for a training run, with what has been asked for and so need not be suggested."""
     pixels = config.pixels
     return scan_options(
-        config.data, pixels.exif, cache or _cache_for(config.data.source), advice=config.data.source is not None, color=pixels.color,
-        weighted=config.loss.class_weights != "none", pretrained=config.model.init not in ("auto", "scratch"),
+        config.data,
+        pixels.exif,
+        cache or _cache_for(config.data.source),
+        advice=config.data.source is not None,
+        color=pixels.color,
+        weighted=config.loss.class_weights != "none",
+        pretrained=config.model.init not in ("auto", "scratch"),
         bits=None if pixels.bits == "auto" else pixels.bits,
-    )  # fmt: skip
+    )
 
 
 def _cache_for(source: Path | str | None) -> Path | None:
@@ -117,8 +123,12 @@ def require_splits(prepared: Prepared) -> None:
     splits = prepared.facts()["splits"]
     for name in ("train", "val"):
         if not splits[name]:
-            raise DataError("D008", f"there are no {name} images in {prepared.manifest.source}", why=f"splits: {splits}",
-                            try_="imgcls-fast data split DATA")  # fmt: skip
+            raise DataError(
+                "D008",
+                f"there are no {name} images in {prepared.manifest.source}",
+                why=f"splits: {splits}",
+                try_="imgcls-fast data split DATA",
+            )
 
 
 @phase("checking that no image has changed")

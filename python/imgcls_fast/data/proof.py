@@ -57,7 +57,7 @@ def compiled():  # type: ignore[no-untyped-def]  # a module
         HardwareError: H004 when there is none.
     """
     try:
-        from imgcls_fast import _C
+        from .. import _C
     except ImportError as error:
         raise HardwareError(
             "H004",

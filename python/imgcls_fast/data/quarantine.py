@@ -21,12 +21,11 @@ from pathlib import Path
 from subprocess import PIPE
 from typing import BinaryIO
 
-from imgcls_fast.core import child
-from imgcls_fast.core.bounds import QUARANTINE_BYTES
-from imgcls_fast.core.errors import DataError
-from imgcls_fast.core.files import explained_write, read_bounded, write_whole
-from imgcls_fast.core.text import to_csv
-
+from ..core import child
+from ..core.bounds import QUARANTINE_BYTES
+from ..core.errors import DataError
+from ..core.files import explained_write, read_bounded, write_whole
+from ..core.text import to_csv
 from . import reach, shelter
 from .decode import Undecodable, full_decode
 
@@ -59,12 +58,12 @@ def examine(path: Path | str, max_megapixels: float = 50.0) -> Verdict:
     """Decode one file completely, in this process. Never raises on account of the file, nor of its disk."""
     try:
         width, height, orientation = full_decode(path, max_megapixels=max_megapixels)
-    except Undecodable as fault:
-        return Verdict(False, fault.reason)
-    except DataError as fault:
-        return Verdict(False, fault.message, unreachable=True)
-    except Exception as fault:  # noqa: BLE001 (the place for it, see above)
-        return Verdict(False, f"decoder failed: {type(fault).__name__}: {fault}")
+    except Undecodable as error:
+        return Verdict(False, error.reason)
+    except DataError as error:
+        return Verdict(False, error.message, unreachable=True)
+    except Exception as error:  # noqa: BLE001 (the place for it, see above)
+        return Verdict(False, f"decoder failed: {type(error).__name__}: {error}")
     return Verdict(True, "", width, height, orientation)
 
 
@@ -230,13 +229,13 @@ def read_quarantine(path_csv: Path) -> list[BadFile]:
             BadFile(row["path"], row["reason"], row["split"], row["label"], int(row["size_bytes"]), row["found"])
             for row in csv.DictReader(io.StringIO(whole, newline=""), strict=True)
         ]
-    except (OSError, ValueError, KeyError, TypeError, csv.Error) as fault:
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
         raise DataError(
             "D016",
-            f"{path_csv} is no readable list of bad images: {fault}",
+            f"{path_csv} is no readable list of bad images: {error}",
             where=str(path_csv),
             try_="bring it back from a copy, or begin a new run",
-        ) from fault
+        ) from error
 
 
 if __name__ == "__main__":

@@ -7,8 +7,7 @@ import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from imgcls_fast.core.text import some
-
+from ..core.text import some
 from .decode import sniff, why_not
 from .listing import is_named_as_image
 

@@ -8,11 +8,12 @@ from collections.abc import Iterable
 from functools import lru_cache
 
 # what people call the three splits, without the words around it; codes of core.manifest.SPLITS
-SPLIT_NAMES = {
-    "train": 0, "training": 0, "trn": 0, "trainval": 0,
-    "val": 1, "valid": 1, "validation": 1, "validate": 1, "dev": 1, "devel": 1, "development": 1, "eval": 1, "evaluation": 1,
-    "test": 2, "testing": 2, "tst": 2, "holdout": 2, "heldout": 2,
-}  # fmt: skip
+_SPLIT_WORDS = (
+    "train training trn trainval",
+    "val valid validation validate dev devel development eval evaluation",
+    "test testing tst holdout heldout",
+)
+SPLIT_NAMES = {word: code for code, words in enumerate(_SPLIT_WORDS) for word in words.split()}
 _AROUND = re.compile(r"^(?:seg|img|imgs|images?|data)(?=.)|(?<=.)(?:sets?|data|dataset|images?|imgs?|split|folder)$")
 _LETTERS = re.compile(r"[^\W\d_]+")
 _BLANK = re.compile(r"(?<=\w)[\s_-]+(?=\w)")

@@ -10,11 +10,10 @@ from typing import BinaryIO
 
 import numpy as np
 
-from imgcls_fast.core.errors import DataError, UsageError
-from imgcls_fast.core.files import read_start, write_whole
-from imgcls_fast.core.manifest import NO_SPLIT, SPLITS, Manifest
-from imgcls_fast.core.text import to_csv
-
+from ..core.errors import DataError, UsageError
+from ..core.files import read_start, write_whole
+from ..core.manifest import NO_SPLIT, SPLITS, Manifest
+from ..core.text import to_csv
 from .duplicates import crossing, joined, same_bytes
 
 TRAIN, VAL, TEST = range(3)

@@ -1,184 +1,236 @@
-"""Records of a CSV, TSV or JSONL file, read line by line within bounds (`core.bounds.TABLE_...`)."""
+"""Labels from a table: each record of a CSV, TSV or JSONL file becomes a row of the listing, or a problem."""
 
 from __future__ import annotations
 
-import csv
-import json
-import re
+import os
+import unicodedata
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
 
-from imgcls_fast.core.bounds import (
-    TABLE_BYTES,
-    TABLE_COLUMNS,
-    TABLE_LINE_CHARACTERS,
-    TABLE_ROWS,
-)
-from imgcls_fast.core.errors import DataError
-from imgcls_fast.core.files import parse_json
+from ..core.bounds import TABLE_PATH_CHARACTERS, TABLE_PROBLEMS
+from ..core.errors import DataError, near, shortened
+from ..core.manifest import NO_SPLIT
+from ..core.places import RUN_NAMES, is_run_folder
+from .listing import Listing, Problem
+from .records import COLUMNS, FAULT, read_table
+from .spelling import SPLIT_NAMES, alike, as_windows, class_name, is_text, split_of
 
-COLUMNS = {
-    "path": (
-        "path", "file", "filename", "file_name", "filepath", "image", "image_path", "img", "file_path", "imagepath", "image_name",
-        "imagename", "image_file", "img_path", "img_name", "paths", "files", "filenames", "images",
-    ),
-    "label": (
-        "label", "class", "target", "category", "class_name", "classname", "label_name", "category_name", "labels", "classes",
-        "targets", "categories",
-    ),
-    "split": ("split", "subset", "set", "partition"),
-    "group": ("group",),
-}  # fmt: skip
-_DELIMITERS = ",;\t|"
-_SEPARATOR = re.compile(r'"?sep=(.)"?\r?\n?')  # the first line of a table that Excel is to split at this
-_EDGES = " \t\r\n\xa0\u200b\ufeff"  # blanks around the name of a column, seen or not
-FAULT = "\0error"  # key of a record that could not be read; no table has a column of this name
+_EDGES = " \t\r\n\xa0\u200b\u200c\u200d\u2060\ufeff"  # blanks around a path, seen or not
 
 
-def read_table(path: Path) -> Iterator[tuple[int, list[str] | dict[str, str]]]:
-    """(0, names of the columns) and then (line, record) for each row; a faulty row is {FAULT: reason}.
+@dataclass(frozen=True)
+class Columns:
+    """Names of a table's columns: None finds them, "" says that there is none."""
+
+    path: str | None = None
+    label: str | None = None
+    split: str | None = None
+    group: str | None = None
+
+
+def list_table(path: Path, columns: Columns = Columns(), *, labelled: bool = True) -> Listing:
+    """Rows of a CSV, TSV or JSONL file; relative paths are relative to its folder.
 
     Raises:
-        DataError: D004 when the file as a whole is no table, or goes beyond its bounds; with line and column.
-        OSError, UnicodeError: it cannot be read.
+        DataError: D004 when the file cannot be read as a table at all. Faults of single rows are collected.
     """
-    size = path.stat().st_size
-    if size > TABLE_BYTES:
-        raise _refused(path, f"it has {size:,} bytes; at most {TABLE_BYTES:,} are read")
-    rows = _json_rows(path) if path.suffix.lower() in (".jsonl", ".ndjson") else _csv_rows(path)
-    for count, row in enumerate(rows):
-        if count > TABLE_ROWS:
-            raise _refused(path, f"it has more than {TABLE_ROWS:,} rows", row[0])
-        yield row
+    listing = Listing(root=os.path.abspath(path.parent), explicit=True)
+    reader = _TableReader(listing, path.name, labelled)
+    try:
+        for line, record in read_table(path):
+            if isinstance(record, list):
+                reader.start(record, columns)
+            else:
+                reader.add(line, record)
+    except OSError as error:
+        raise DataError("D004", f"{path} cannot be read: {error.strerror}", where=str(path)) from error
+    except UnicodeError as error:
+        raise DataError("D004", f"{path} is not a readable table: {error}", where=str(path)) from error
+    listing.classes = reader.class_names()
+    if reader.has_groups:
+        listing.groups = reader.groups
+    return listing.sorted()
 
 
-def _refused(path: Path, reason: str, line: int = 0, column: int = 0) -> DataError:
-    place = (f", line {line}" if line else "") + (f", column {column}" if column else "")
-    return DataError("D004", f"{path} is not a readable table: {reason}", where=f"{path}{place}")
+class _TableReader:
+    """Turns records into rows of a listing and collects what is wrong with them."""
 
+    def __init__(self, listing: Listing, name: str, labelled: bool) -> None:
+        self.listing, self.name, self.labelled = listing, name, labelled
+        self.classes: dict[str, int] = {}
+        self.groups: list[str] = []
+        self.seen: dict[str, int] = {}  # path -> row
+        self.column: dict[str, str] = {}
+        self.labels: dict[str, int] = {}  # cell -> class, so that a name is looked at once and not in each row
+        self.in_run: dict[str, bool] = {}  # folder -> whether it is a run's own
+        self.bytes_on_disk = (
+            False  # a path that is not UTF-8 is there, byte by byte: the table is written as the disk is
+        )
 
-def _encoding(path: Path) -> str:
-    with open(path, "rb") as file:
-        head = file.read(64)
-    if head[:4] in (b"\xff\xfe\0\0", b"\0\0\xfe\xff"):
-        return "utf-32"
-    if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        return "utf-16"
-    even, odd = head[::2], head[1::2]  # without a mark: the names of columns are ASCII, so every other byte is 0
-    if len(odd) > 3 and all(even) and not any(odd):
-        return "utf-16-le"
-    return "utf-16-be" if len(odd) > 3 and all(odd) and not any(even) else "utf-8-sig"
+    @property
+    def has_groups(self) -> bool:
+        return "group" in self.column
 
+    def start(self, names: list[str], columns: Columns) -> None:
+        """Find the columns, from the header's names."""
+        self.listing.columns = names
+        for role in ("path", "label", "split", "group"):
+            wanted = getattr(columns, role)
+            if wanted:
+                wanted = next((name for name in names if as_windows(name) == wanted), wanted)
+                if wanted not in names:
+                    hint = near(wanted, names)
+                    raise self._no_column(role, wanted, names, f"--{role}-col {hint}" if hint else "")
+                self.column[role] = wanted
+            elif wanted is None:
+                known = [n for n in names if n.strip().lower() in COLUMNS[role]]
+                if known:
+                    self.column[role] = min(known, key=lambda n: COLUMNS[role].index(n.strip().lower()))
+        needed = ("path", "label") if self.labelled else ("path",)
+        for role in needed:
+            if role not in self.column:
+                raise self._no_column(role, "", names, f"--{role}-col NAME")
+        for role, name in self.column.items():
+            if names.count(name) > 1:
+                where = os.path.join(self.listing.root, self.name)
+                raise DataError(
+                    "D004",
+                    f"{self.name} has {names.count(name)} columns that are called {name!r}",
+                    where=f"{where}, line 1",
+                    try_=f"rename all but one of them, or name another with --{role}-col",
+                )
 
-class _Lines(Iterator[str]):
-    """Lines of a text file, numbered from 1, none longer than its bound."""
+    def _no_column(self, role: str, wanted: str, names: list[str], hint: str) -> DataError:
+        what = f"no column {wanted!r}" if wanted else f"no column for the {role} ({', '.join(COLUMNS[role])})"
+        where = os.path.join(self.listing.root, self.name)
+        return DataError("D004", f"{self.name} has {what}; its columns are: {shortened(', '.join(names), 400)}", where=where, try_=hint)
 
-    def __init__(self, path: Path, file: TextIO) -> None:
-        self.path, self.file, self.number, self.ended = path, file, 0, False
+    def add(self, line: int, record: dict[str, str]) -> None:
+        if FAULT in record:
+            return self._problem("D004", "malformed row", line, record[FAULT])
+        cell = {role: record.get(name) or "" for role, name in self.column.items()}
+        if not all(map(is_text, cell.values())):  # "\\ud800" in a JSON table
+            return self._problem("D004", "malformed row", line, "a cell holds half of a character (a lone surrogate)")
+        path = self._path(line, cell["path"])
+        if path is None:
+            return None
+        code = self._label(line, path, cell.get("label", ""))
+        if code is None:
+            return None
+        split = self._split(line, path, cell.get("split", "").strip())
+        return None if split is None else self._row(line, path, code, split, cell.get("group", "").strip())
 
-    def __next__(self) -> str:
-        line = self.file.readline(TABLE_LINE_CHARACTERS + 1)
-        self.number += 1
-        if not line:
-            self.ended = True
-            raise StopIteration
-        if len(line) > TABLE_LINE_CHARACTERS:
-            raise _refused(self.path, f"the line has more than {TABLE_LINE_CHARACTERS:,} characters", self.number)
-        if "\0" in line:
-            why = "a NUL character (is it UTF-16 without a byte order mark?)"
-            raise _refused(self.path, why, self.number, line.index("\0") + 1)
-        return line
+    def _label(self, line: int, path: str, cell: str) -> int | None:
+        """The class of a cell, -1 where there is none and none is needed; None: a problem."""
+        code = self.labels.get(cell)
+        if code is not None:
+            return code
+        label = class_name(cell.strip())
+        if len(label) > TABLE_PATH_CHARACTERS:
+            self._problem("D004", "label too long", line, f"a label of {len(label):,} characters: {label[:60]}...")
+            return None
+        if not label and self.labelled:
+            self._problem("D004", "empty label", line, f"{path} has no label")
+            return None
+        code = self.classes.setdefault(label, len(self.classes)) if label else -1
+        if label:
+            self.listing.spellings.add(label, cell)
+        self.labels[cell] = code
+        return code
 
+    def _split(self, line: int, path: str, cell: str) -> int | None:
+        if not cell:
+            return NO_SPLIT
+        code = split_of(cell) if len(cell) < TABLE_PATH_CHARACTERS else None
+        if code is None:
+            hint = near(cell, tuple(SPLIT_NAMES)) if len(cell) < TABLE_PATH_CHARACTERS else ""
+            meant = f", did you mean {hint!r}?" if hint else ", expected train, val or test"
+            self._problem("D004", "unknown split", line, f"{path} has split {shortened(repr(cell))}{meant}")
+        return code
 
-def _csv_rows(path: Path) -> Iterator[tuple[int, list[str] | dict[str, str]]]:
-    """The delimiter is the one that the first line names (sep=;), else the one that splits the header into known names."""
-    with open(path, encoding=_encoding(path), errors="surrogateescape", newline="") as file:
-        lines = _Lines(path, file)
-        first = next(lines, "")
-        if named := _SEPARATOR.fullmatch(first):
-            yield from _delimited(path, lines, named[1])
+    def _row(self, line: int, path: str, label: int, split: int, group: str) -> None:
+        if path in self.seen:
+            row = self.seen[path]
+            if (self.listing.labels[row], self.listing.splits[row]) != (label, split):
+                self._problem("D004", "contradicting rows", line, f"{path} is listed again with another label or split")
             return
-        file.seek(0)
-        yield from _delimited(path, _Lines(path, file), max(_DELIMITERS, key=lambda d: _known(first, d)))
+        self.seen[path] = len(self.listing.paths)
+        self.listing.add(path, label, split)
+        if self.has_groups:
+            self.groups.append(group)
+
+    def _path(self, line: int, text: str) -> str | None:
+        """The path as the manifest keeps it: normal, relative to the table's folder or absolute; None: a problem."""
+        if not text.strip() or "\0" in text:
+            self._problem("D004", "empty path", line, "the row has no path")
+            return None
+        if len(text) > TABLE_PATH_CHARACTERS:
+            self._problem("D004", "path too long", line, f"a path of {len(text):,} characters: {text[:60]}...")
+            return None
+        for candidate in _spelled(text):
+            path = os.path.normpath(candidate)
+            if not os.path.isabs(path) and path.split("/", 1)[0] == "..":
+                self._problem(
+                    "D004",
+                    "path leaves the folder",
+                    line,
+                    f"{text} climbs out of {self.listing.root}; absolute paths are allowed",
+                )
+                return None
+            full = os.path.join(self.listing.root, path)
+            if os.path.isfile(full):
+                self.bytes_on_disk |= as_windows(path) != path
+                return path if not self._of_run(line, path) else None
+        what = "is a folder, not a file" if os.path.isdir(full) else "does not exist"
+        self._problem("D001", "missing file", line, f"{text} {what}")
+        return None
+
+    def _of_run(self, line: int, path: str) -> bool:
+        """Whether a picture is one that a run has drawn; it is then a problem."""
+        folder = os.path.dirname(path)
+        found = self.in_run.get(folder)
+        if found is None:
+            parts = Path(self.listing.root, folder).parts
+            found = self.in_run[folder] = any(
+                name in RUN_NAMES and is_run_folder(Path(*parts[:k])) for k, name in enumerate(parts) if k
+            )
+        if found:
+            self._problem("D004", "picture of a run", line, f"{path} was drawn by a run, and is no image to learn from")
+        return found
+
+    def class_names(self) -> list[str]:
+        """The name of each class; where the table is not UTF-8 but the disk is, it came from Windows, and so do the names."""
+        named = [name if self.bytes_on_disk else class_name(as_windows(name)) for name in self.classes]
+        for name, spelled in zip(named, self.classes, strict=True):
+            if name != spelled:
+                self.listing.spellings.rename(spelled, name)
+        changed = [name for name, spelled in zip(named, self.classes, strict=True) if name != spelled]
+        if changed:
+            self.listing.notices.append(
+                f"{self.name} is not UTF-8: {len(changed):,} class names are read as Windows-1252, the first as {changed[0]!r}; "
+                "if that is wrong, save the table as UTF-8"
+            )
+        self.listing.notices += self.listing.spellings.notices() + alike(dict.fromkeys(named))
+        return named
+
+    def _problem(self, code: str, kind: str, line: int, message: str) -> None:
+        where = f"{self.name}, line {line}"
+        if len(self.listing.problems) >= TABLE_PROBLEMS:
+            raise DataError(
+                "D004", f"{self.name} has more than {TABLE_PROBLEMS:,} faulty rows; the last that was read: {message}", where=where
+            )
+        self.listing.problems.append(Problem(code, kind, message, where=where))
 
 
-def _delimited(path: Path, lines: _Lines, delimiter: str) -> Iterator[tuple[int, list[str] | dict[str, str]]]:
-    begin = lines.number + 1
-    try:
-        reader = csv.reader(lines, delimiter=delimiter)
-        names = [n.strip(_EDGES) for n in next(reader, [])]
-        if not any(names):
-            raise DataError("D004", f"{path} is empty", where=str(path))
-        _check_columns(path, len(names), lines.number)
-        yield 0, names
-        begin, width = lines.number + 1, len(names)
-        for row in reader:  # a cell is bounded by the module: csv.field_size_limit() is TABLE_CELL_CHARACTERS
-            if lines.ended:  # a whole row never needs the line after it
-                raise _refused(path, "a quote is opened and never closed", begin)
-            if len(row) > width and not "".join(row[width:]).strip():
-                del row[width:]  # a comma at the end of each row
-            if len(row) == width:
-                if "".join(row).strip():  # spreadsheets end in rows of empty cells
-                    yield lines.number, dict(zip(names, row, strict=True))
-            elif "".join(row).strip():
-                yield lines.number, {FAULT: f"{len(row)} fields, expected {width}"}
-            begin = lines.number + 1
-    except csv.Error as error:
-        hint = " (a quote that is never closed?)" if "field larger" in str(error) else ""
-        raise _refused(path, f"{error}{hint}", begin) from error
-
-
-def _check_columns(path: Path, count: int, line: int) -> None:
-    if count > TABLE_COLUMNS:
-        raise _refused(path, f"it has {count:,} columns; at most {TABLE_COLUMNS:,} are read", line)
-
-
-def _known(header: str, delimiter: str) -> tuple[int, int]:
-    """How many of the header's names are known, and how many there are."""
-    try:
-        names = next(csv.reader([header], delimiter=delimiter), [])
-    except csv.Error:  # with this delimiter it is one cell that is too long
-        return 0, 0
-    every = {n for known in COLUMNS.values() for n in known}
-    return sum(n.strip().lower() in every for n in names), len(names)
-
-
-def _json_rows(path: Path) -> Iterator[tuple[int, list[str] | dict[str, str]]]:
-    """The names are the keys of the first object; numbers become text."""
-    with open(path, encoding=_encoding(path), errors="surrogateescape") as file:
-        yield from _objects(path, _Lines(path, file))
-
-
-def _objects(path: Path, lines: _Lines) -> Iterator[tuple[int, list[str] | dict[str, str]]]:
-    started = False
-    for text in lines:
-        line = lines.number
-        if not text.strip():
-            continue
-        record = _json_record(text)
-        if FAULT not in record:
-            _check_columns(path, len(record), line)
-        if not started and FAULT not in record:
-            started = True
-            yield 0, list(record)
-        if not started:
-            raise DataError("D004", f"{path.name}, line {line}: {record[FAULT]}", where=str(path))
-        yield line, record
-    if not started:
-        raise DataError("D004", f"{path} is empty", where=str(path))
-
-
-def _json_record(text: str) -> dict[str, str]:
-    try:
-        value = parse_json(text)
-    except ValueError as error:
-        return {FAULT: f"not JSON: {error}"}
-    if not isinstance(value, dict):
-        return {FAULT: f"expected an object with the keys path and label, got {type(value).__name__}"}
-    nested = [
-        k for k, v in value.items() if isinstance(v, list | dict) and k.lower() in COLUMNS["label"] + COLUMNS["path"]
-    ]
-    if nested:
-        return {FAULT: f"{nested[0]!r} must be text or a number, got {type(value[nested[0]]).__name__}"}
-    return {k: v if isinstance(v, str) else "" if v is None else json.dumps(v) for k, v in value.items()}
+def _spelled(text: str) -> Iterator[str]:
+    """A path as it stands, and where there is no such file as Windows, macOS and people at a spreadsheet write it."""
+    yield text
+    seen = {text}
+    for form in (text, as_windows(text)):
+        slashed = form.replace("\\", "/")
+        bare = slashed.strip(_EDGES)
+        for other in (slashed, bare, unicodedata.normalize("NFC", bare), unicodedata.normalize("NFD", bare)):
+            if other not in seen:
+                seen.add(other)
+                yield other

@@ -19,7 +19,7 @@ from pathlib import Path
 from tarfile import HeaderError, ReadError
 from typing import IO, Any
 
-from imgcls_fast.core.bounds import TAR_HEADER_BYTES, XZ_MEMORY_BYTES
+from ..core.bounds import TAR_HEADER_BYTES, XZ_MEMORY_BYTES
 
 BLOCK = 512
 _MANY = 1 << 20

@@ -16,7 +16,7 @@ from ..core.run import Run
 from ..core.text import command, some
 from ..core.undecoded import Undecoded
 from ..data.prepare import changed_files, scan_to_judge
-from ..data.rules import about_unknown
+from ..data.unknown import about_unknown
 from ..engines.base import Engine
 from .learnt import about_missing, about_parents, learnt_before, splits_seen
 from .quarantined import Quarantined
