@@ -1,6 +1,6 @@
 """Networks of torchvision, timm and our own behind one class that takes uint8 pixels."""
 
-from imgcls_fast.models.build import (
+from .build import (
     Classifier,
     LoadReport,
     ModelSpec,

@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from imgcls_fast.core.errors import ConfigError
-from imgcls_fast.ops.cbam import cbam, cbam_refusal
-from imgcls_fast.ops.library import autocast_dtype
+from ..core.errors import ConfigError
+from ..ops.cbam import cbam, cbam_refusal
+from ..ops.library import autocast_dtype
 
 # Hidden layers are never thinner. Behind positive maps a ReLU unit is dead for all images in half of the draws,
 # so that with 64 / 16 = 4 units one gate in 16 could never learn. Coordinate attention has the same least width.

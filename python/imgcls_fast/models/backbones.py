@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from imgcls_fast.core.errors import ConfigError
-from imgcls_fast.models.names import SMALL_CNN
+from ..core.errors import ConfigError
+from .names import SMALL_CNN
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -117,10 +117,10 @@ def make_backbone(spec: ModelSpec) -> nn.Module:
     makers = {"": _make_small_cnn, "torchvision": _make_torchvision, "timm": _make_timm}
     try:
         return makers[library](spec, name)
-    except (TypeError, ValueError, AssertionError) as exc:
+    except (TypeError, ValueError, AssertionError) as error:
         asked = {"drop_rate": spec.drop_rate, "drop_path": spec.drop_path, "image_size": spec.image_size}
         asked = {k: v for k, v in asked.items() if v is not None} | spec.arch_args
-        raise ConfigError("C004", f"{spec.arch} does not accept {asked}: {exc}") from exc
+        raise ConfigError("C004", f"{spec.arch} does not accept {asked}: {error}") from error
 
 
 def resolve_args(arch: str, args: Mapping[str, Any]) -> dict[str, Any]:
@@ -130,14 +130,14 @@ def resolve_args(arch: str, args: Mapping[str, Any]) -> dict[str, Any]:
     """
     if arch != SMALL_CNN:
         return dict(args)
-    from imgcls_fast.models.small_cnn import SmallCNN
+    from .small_cnn import SmallCNN
 
     parameters = inspect.signature(SmallCNN).parameters
     return {"width": parameters["width"].default, "depths": list(parameters["depths"].default), **args}
 
 
 def _make_small_cnn(spec: ModelSpec, name: str) -> nn.Module:
-    from imgcls_fast.models.small_cnn import SmallCNN
+    from .small_cnn import SmallCNN
 
     if spec.drop_path:
         raise ValueError(f"{SMALL_CNN} has no stochastic depth")
@@ -316,10 +316,10 @@ def check_image_size(spec: ModelSpec) -> None:
             network(pixels)
     except NotImplementedError:
         return  # An operator without a shape rule: only the real network can tell.
-    except (RuntimeError, ValueError, AssertionError) as exc:
+    except (RuntimeError, ValueError, AssertionError) as error:
         size, own = spec.image_size, own_image_size(spec.arch)
         raise ConfigError(
             "C004",
-            f"{spec.arch} cannot take images of {size} x {size} pixels: {str(exc).splitlines()[0]}",
+            f"{spec.arch} cannot take images of {size} x {size} pixels: {str(error).splitlines()[0]}",
             try_=f"an image size of {own}",
-        ) from exc
+        ) from error

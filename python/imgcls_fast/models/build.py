@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from imgcls_fast.core.errors import ConfigError, ModelError
-from imgcls_fast.models.backbones import (
+from ..core.errors import ConfigError, ModelError
+from .backbones import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     ModelSpec,
@@ -19,12 +19,12 @@ from imgcls_fast.models.backbones import (
     resolve_args,
     weightless,
 )
-from imgcls_fast.models.classifier import Classifier
-from imgcls_fast.models.names import list_models, resolve_arch
-from imgcls_fast.models.outline import outline_of
-from imgcls_fast.models.placement import attention_to_train, insert_attention
-from imgcls_fast.models.published import fetch_published, pretrained_available, published_weights
-from imgcls_fast.models.weights import LoadReport, load_weights, matching_classes, read_state
+from .classifier import Classifier, LoadReport
+from .names import list_models, resolve_arch
+from .outline import outline_of
+from .placement import attention_to_train, insert_attention
+from .published import fetch_published, pretrained_available, published_weights
+from .weights import load_weights, matching_classes, read_state
 
 __all__ = [
     "Classifier",

@@ -6,12 +6,12 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-from imgcls_fast.core.errors import ModelError
-from imgcls_fast.core.text import command
-from imgcls_fast.models.backbones import ModelSpec, weightless
-from imgcls_fast.models.build import pretrained_pixels
-from imgcls_fast.models.names import SMALL_CNN, list_models, nearest_model, resolve_arch
-from imgcls_fast.models.published import published_weights
+from ..core.errors import ModelError
+from ..core.text import command
+from .backbones import ModelSpec, weightless
+from .build import pretrained_pixels
+from .names import SMALL_CNN, list_models, nearest_model, resolve_arch
+from .published import published_weights
 
 OUTPUTS = 1000  # parameters are counted with a head of so many classes, as the libraries state them
 _MOST_COUNTED = 20  # networks newer than the table that are sketched for one listing; each takes up to a second

@@ -3,30 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from imgcls_fast.core.errors import ConfigError
-from imgcls_fast.core.manifest import LabelSpace
-from imgcls_fast.models.backbones import (
+from ..core.errors import ConfigError
+from ..core.manifest import LabelSpace
+from .backbones import (
     INCEPTION_AUX_SIDE,
     ModelSpec,
     head_modules,
     is_auxiliary,
     own_image_size,
 )
-from imgcls_fast.models.placement import is_attention
-from imgcls_fast.models.stages import STAGES, module_stages, stage_of
-
-if TYPE_CHECKING:
-    from imgcls_fast.models.weights import LoadReport
+from .placement import is_attention
+from .stages import STAGES, module_stages, stage_of
 
 # Weight of each auxiliary loss. GoogLeNet: Szegedy et al. 2015, section 5. Inception v3: the paper (Szegedy
 # et al. 2016) gives no number; 0.4 is the one of the authors' training code (TensorFlow-Slim).
 _AUX_WEIGHTS = {"torchvision/googlenet": 0.3, "torchvision/inception_v3": 0.4}
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of each tensor, by its name within the backbone.
+
+    Args:
+        loaded: copied from the file, adapted ones included.
+        fresh: tensors of the model that stay as initialised.
+        ignored: tensors of the file that are not used.
+        adapted: loaded in another shape than the file's (input channels, position embeddings).
+    """
+
+    loaded: tuple[str, ...]
+    fresh: tuple[str, ...]
+    ignored: tuple[str, ...]
+    adapted: tuple[str, ...]
 
 
 class Classifier(nn.Module):
@@ -215,8 +230,8 @@ class Classifier(nn.Module):
                 try:
                     known = module_stages(self.backbone, self.spec.channels, size, is_attention)
                     return {n: STAGES if is_auxiliary(n) else stage_of(n, known) for n in names}
-                except (RuntimeError, ValueError, AssertionError) as exc:
-                    failure = str(exc)
+                except (RuntimeError, ValueError, AssertionError) as error:
+                    failure = str(error)
         finally:
             self.train(training)
         raise ConfigError(

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imgcls_fast.core.errors import ModelError
-from imgcls_fast.core.text import quoted, some
+from ..core.errors import ModelError
+from ..core.text import quoted, some
 
 State = dict[str, Tensor]
 

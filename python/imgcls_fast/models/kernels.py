@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from imgcls_fast.core.errors import ConfigError
-from imgcls_fast.models.attention import CBAM
-from imgcls_fast.ops.library import autocast_dtype
-from imgcls_fast.ops.window_attention import Layout, known_faster, refusal, window_attention
+from ..core.errors import ConfigError
+from ..ops.library import autocast_dtype
+from ..ops.window_attention import Layout, known_faster, refusal, window_attention
+from .attention import CBAM
 
 MODES = ("proven", "on", "off")
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
-from imgcls_fast.core.errors import ModelError
-from imgcls_fast.core.text import command
+from ..core.errors import ModelError
+from ..core.text import command
 
 SMALL_CNN = "small-cnn"
 

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from imgcls_fast.models.backbones import ModelSpec, is_auxiliary, weightless
-from imgcls_fast.models.placement import insert_attention
+from .backbones import ModelSpec, is_auxiliary, weightless
+from .placement import insert_attention
 
 # oneDNN's AVX-512 kernel copies vectors of 16 floats; what it writes for fewer channels goes past its buffer.
 _SAFE_CHANNELS = 16

@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from imgcls_fast.core.errors import ConfigError, near
-from imgcls_fast.models.attention import MODULES
-from imgcls_fast.models.names import SMALL_CNN
-from imgcls_fast.models.stages import STAGES
+from ..core.errors import ConfigError, near
+from .attention import MODULES
+from .names import SMALL_CNN
+from .stages import STAGES
 
 if TYPE_CHECKING:
-    from imgcls_fast.models.backbones import ModelSpec
+    from .backbones import ModelSpec
 
 ALIASES: dict[str, str] = {
     "a2": "double",
@@ -174,9 +174,9 @@ def _arguments(name: str, text: str) -> dict[str, int | float]:
         kind = type(defaults[key])
         try:
             arguments[key] = kind(value)
-        except ValueError as exc:
+        except ValueError as error:
             wanted = "a whole number" if kind is int else "a number"
-            raise _refuse(f"{key} of attention module {name} must be {wanted}, got {value!r}") from exc
+            raise _refuse(f"{key} of attention module {name} must be {wanted}, got {value!r}") from error
     with torch.device("meta"):  # a value out of range is refused here, without a draw from any generator
         _build(name, STAGES, arguments)
     return arguments
@@ -185,8 +185,8 @@ def _arguments(name: str, text: str) -> dict[str, int | float]:
 def _build(name: str, channels: int, arguments: dict[str, Any]) -> nn.Module:
     try:
         return MODULES[name](channels, **arguments)
-    except ValueError as exc:
-        raise _refuse(f"attention module {name}: {exc}") from exc
+    except ValueError as error:
+        raise _refuse(f"attention module {name}: {error}") from error
 
 
 def _refuse(message: str, *, why: str = "", try_: str = _TRY) -> ConfigError:
@@ -363,7 +363,7 @@ def _ends_by_size(blocks: list[str], shapes: dict[str, torch.Size]) -> list[str]
 
 def _output_shapes(network: nn.Module, spec: ModelSpec, names: list[str]) -> dict[str, torch.Size]:
     """The shape of what each module gives for an image of the architecture's own size; nothing is computed."""
-    from imgcls_fast.models.backbones import own_image_size
+    from .backbones import own_image_size
 
     shapes: dict[str, torch.Size] = {}
 

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from imgcls_fast.core.errors import ModelError
-from imgcls_fast.core.files import sha256_file
-from imgcls_fast.core.text import quoted
-from imgcls_fast.models.names import SMALL_CNN
-from imgcls_fast.models.weights import read_state
+from ..core.errors import ModelError
+from ..core.files import sha256_file
+from ..core.text import quoted
+from .names import SMALL_CNN
+from .weights import read_state
 
 # torchvision states a licence for some of its files alone; the rest is under the library's, on ImageNet's terms
 _TORCHVISION_LICENCE = "BSD-3-Clause"
@@ -175,9 +175,9 @@ def _download(found: Published) -> Path:
         digest = _HASH.search(found.place.name)
         download_url_to_file(found.url, str(found.place), digest.group(1) if digest else None, progress=False)
         return found.place
-    except (OSError, RuntimeError, HfHubHTTPError) as exc:
-        reason = (str(exc).splitlines() or [type(exc).__name__])[0]
-        raise _absent(found, f"cannot download the pretrained weights of {found.arch}: {reason}") from exc
+    except (OSError, RuntimeError, HfHubHTTPError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise _absent(found, f"cannot download the pretrained weights of {found.arch}: {reason}") from error
 
 
 @lru_cache(maxsize=64)

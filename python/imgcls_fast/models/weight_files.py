@@ -17,9 +17,9 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from imgcls_fast.core.bounds import PICKLE_STEPS
-from imgcls_fast.core.errors import ModelError
-from imgcls_fast.core.tensorfiles import check_safetensors as check_header
+from ..core.bounds import PICKLE_STEPS
+from ..core.errors import ModelError
+from ..core.tensorfiles import check_safetensors as check_header
 
 _MOST_DIRECTORY = 8 << 20  # bytes of a zip's list of records: as many
 _SHARED_DEPTH = 32  # how deep tuples may be built of tuples that are used again; hashing takes 2 to the power of it

@@ -8,20 +8,19 @@ import re
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from imgcls_fast.core.errors import ModelError
-from imgcls_fast.core.files import lack_of, plain_path
-from imgcls_fast.core.hints import worded
-from imgcls_fast.core.text import quoted, some
-from imgcls_fast.models.backbones import input_keys, is_auxiliary
-from imgcls_fast.models.classifier import Classifier
-from imgcls_fast.models.contents import (
+from ..core.errors import ModelError
+from ..core.files import lack_of, plain_path
+from ..core.hints import worded
+from ..core.text import quoted, some
+from .backbones import input_keys, is_auxiliary
+from .classifier import Classifier, LoadReport
+from .contents import (
     Contents,
     averages_beside,
     check_finite,
@@ -29,8 +28,8 @@ from imgcls_fast.models.contents import (
     split_part,
     without_prefix,
 )
-from imgcls_fast.models.placement import is_attention
-from imgcls_fast.models.weight_files import DAMAGE, check_safetensors, check_tensors, check_torch
+from .placement import is_attention
+from .weight_files import DAMAGE, check_safetensors, check_tensors, check_torch
 
 State = dict[str, Tensor]
 
@@ -50,20 +49,6 @@ _PREFIXES = ("module.", "_orig_mod.", "backbone.")
 _COUNTERS = ("num_batches_tracked", "n_averaged")
 
 _LISTED = 8  # names of each kind in the error about weights that do not fit
-
-
-@dataclass(frozen=True)
-class LoadReport:
-    """What became of each tensor, by its name within the backbone.
-
-    loaded: copied, adapted ones included. fresh: of the model, left as initialised. ignored: of the file,
-    unused. adapted: changed in shape on the way (input channels, position embeddings).
-    """
-
-    loaded: tuple[str, ...]
-    fresh: tuple[str, ...]
-    ignored: tuple[str, ...]
-    adapted: tuple[str, ...]
 
 
 def read_state(path: Path) -> State:
@@ -105,21 +90,21 @@ def _read_safetensors(path: Path) -> Any:
     check_safetensors(path)
     try:
         return load_file(plain_path(path))
-    except (SafetensorError, *DAMAGE) as exc:
-        raise ModelError("M003", f"{path} is damaged or not a safetensors file: {exc}") from exc
+    except (SafetensorError, *DAMAGE) as error:
+        raise ModelError("M003", f"{path} is damaged or not a safetensors file: {error}") from error
 
 
 def _read_torch(path: Path) -> Any:
     check_torch(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, *DAMAGE) as exc:
-        raise ModelError("M003", f"{path} is damaged or not a weights file: {_sentence(exc)}") from exc
+    except (pickle.UnpicklingError, *DAMAGE) as error:
+        raise ModelError("M003", f"{path} is damaged or not a weights file: {_sentence(error)}") from error
 
 
-def _sentence(exc: Exception) -> str:
+def _sentence(error: Exception) -> str:
     """The line of torch's long advice that names the refused object, or else the first."""
-    lines = str(exc).splitlines() or [type(exc).__name__]
+    lines = str(error).splitlines() or [type(error).__name__]
     return next((line.strip() for line in lines if "GLOBAL" in line), lines[0].strip())
 
 
