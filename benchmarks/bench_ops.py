@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from imgcls_fast import _C
 from imgcls_fast.engines.timing import Prepared
-from imgcls_fast.models.attention import CBAM
+from imgcls_fast.models.map_attention import CBAM
 from imgcls_fast.ops import cbam as cbam_ops
 from imgcls_fast.ops.window_attention import (
     Layout,

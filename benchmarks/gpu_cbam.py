@@ -21,7 +21,7 @@ from gpu_rows import (
 )
 from torch import Tensor
 
-from imgcls_fast.models.attention import CBAM
+from imgcls_fast.models.map_attention import CBAM
 from imgcls_fast.ops import cbam as cbam_ops
 
 GATES = {torch.bfloat16: (4e-3, 1e-2), torch.float32: (2e-6, 1e-5)}  # output, gradients; as tests/ops

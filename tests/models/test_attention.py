@@ -21,7 +21,8 @@ from imgcls_fast.cli.app import main
 from imgcls_fast.core.errors import ConfigError, ModelError
 from imgcls_fast.core.settings import build_config
 from imgcls_fast.models import ModelSpec, build_model, load_weights
-from imgcls_fast.models.attention import LEAST_GROUP, MODULES
+from imgcls_fast.models.attention import MODULES
+from imgcls_fast.models.attention_parts import LEAST_GROUP
 from imgcls_fast.models.backbones import make_backbone
 from imgcls_fast.models.placement import (
     ALIASES,

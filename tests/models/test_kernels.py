@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from imgcls_fast.core.errors import ConfigError
-from imgcls_fast.models.attention import CBAM
 from imgcls_fast.models.build import ModelSpec, build_model
 from imgcls_fast.models.kernels import use_kernels
+from imgcls_fast.models.map_attention import CBAM
 
 #         name, side, number of attention modules
 MODELS = [

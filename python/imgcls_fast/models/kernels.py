@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from ..core.errors import ConfigError
 from ..ops.library import autocast_dtype
 from ..ops.window_attention import Layout, known_faster, refusal, window_attention
-from .attention import CBAM
+from .map_attention import CBAM
 
 MODES = ("proven", "on", "off")
 
