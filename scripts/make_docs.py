@@ -1,25 +1,32 @@
 #!/usr/bin/env python3
-"""Writes the pages of the documentation that are copies of tables in the code: docs/cli.md and docs/configuration.md.
+"""Writes what is a copy of tables in the code: core/setting_flags.py, docs/cli.md and docs/configuration.md.
 
     python scripts/make_docs.py            write them
     python scripts/make_docs.py --check    exit 1 when one is not current
 
-A test runs the check, so a changed flag or setting cannot leave its page behind.
+A test runs the check, so a changed flag or setting cannot leave its page behind. A setting declares its flag in the schema
+(`core/config.py`); setting_flags.py holds the rows without pydantic, so that `--help` answers at once.
 """
 
 from __future__ import annotations
 
+import json
+import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from imgcls_fast.cli.old import OLD_NAMES, modernize
-from imgcls_fast.core.config import RunConfig, Section, bits_settings, free_settings
+from imgcls_fast.core.config import RunConfig, bits_settings, flag_rows, free_settings
 from imgcls_fast.core.env import runs_dir
 from imgcls_fast.core.errors import UsageError
-from imgcls_fast.core.flags import LATER_FLAGS, LATER_VERBS, VERBS, Flag, Verb, flags_of, setting_flags
+from imgcls_fast.core.options import LATER_FLAGS, flags_of, setting_flags
+from imgcls_fast.core.schema import Section
+from imgcls_fast.core.verbs import LATER_VERBS, VERBS, Flag, Verb
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
 NOTE = "<!-- written by scripts/make_docs.py; edit the table in the code instead -->"
 
 # An example of each option of the codebase that this one replaces; what it becomes is computed, not written.
@@ -273,21 +280,56 @@ def configuration_page() -> str:
     return "\n\n".join(parts) + "\n"
 
 
-PAGES = {"cli.md": cli_page, "configuration.md": configuration_page}
+# ---------------------------------------------------------------- flags of settings
+
+
+def setting_flags_module() -> str:
+    """core/setting_flags.py."""
+    lines = [
+        '"""Flags of settings, as the fields of the schema declare them. Written by scripts/make_docs.py; edit core/config.py instead."""',
+        "",
+        "from typing import Any",
+        "",
+        "ROWS: tuple[dict[str, Any], ...] = (",
+    ]
+    for row in flag_rows():
+        lines.append("    {")
+        line = ""
+        for item in (f"{_quoted(key)}: {_quoted(value)}," for key, value in row.items()):
+            if line and len(line) + len(item) > 110:
+                lines.append(line)
+                line = ""
+            line = f"{line} {item}" if line else f"        {item}"
+        lines += [line, "    },"]
+    return "\n".join([*lines, ")", ""])
+
+
+def _quoted(value: object) -> str:
+    """A value as Python source, texts in double quotes."""
+    if isinstance(value, tuple):
+        return "(" + ", ".join(map(_quoted, value)) + (",)" if len(value) == 1 else ")")
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)
+    return repr(value)
+
+
+WRITTEN: dict[Path, Callable[[], str]] = {
+    ROOT / "python" / "imgcls_fast" / "core" / "setting_flags.py": setting_flags_module,
+    DOCS / "cli.md": cli_page,
+    DOCS / "configuration.md": configuration_page,
+}
 
 
 def main(arguments: list[str]) -> int:
-    """Write the pages, or with --check say which are not current."""
-    stale = []
-    for name, make in PAGES.items():
-        path, text = DOCS / name, make()
-        if path.exists() and path.read_text("utf-8") == text:
-            continue
-        stale.append(name)
-        if "--check" not in arguments:
-            path.write_text(text, "utf-8")
-    if stale:
-        print(("not current: " if "--check" in arguments else "written: ") + ", ".join(stale))
+    """Write the files, or with --check list those that are not current."""
+    stale = [path for path, make in WRITTEN.items() if not path.exists() or path.read_text("utf-8") != make()]
+    for path in stale if "--check" not in arguments else ():
+        path.write_text(WRITTEN[path](), "utf-8")
+        print(f"written: {path.relative_to(ROOT)}", flush=True)
+        if path.suffix == ".py":  # the pages are made of it, and it is loaded already
+            return subprocess.call([sys.executable, __file__, *arguments])
+    if stale and "--check" in arguments:
+        print("not current: " + ", ".join(str(path.relative_to(ROOT)) for path in stale))
     return int(bool(stale) and "--check" in arguments)
 
 

@@ -27,8 +27,9 @@ from imgcls_fast.core.errors import (
     ModelError,
     UsageError,
 )
-from imgcls_fast.core.flags import LATER_VERBS, VERBS, flags_of
+from imgcls_fast.core.options import flags_of
 from imgcls_fast.core.settings import build_config
+from imgcls_fast.core.verbs import LATER_VERBS, VERBS
 
 Capture = pytest.CaptureFixture[str]
 MACHINE: dict[str, Any] = {

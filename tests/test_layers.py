@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import imgcls_fast
-from imgcls_fast.core.flags import VERBS
+from imgcls_fast.core.verbs import VERBS
 
 PACKAGE = Path(imgcls_fast.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -44,8 +44,6 @@ MAY_LOAD_EXTENSION = {"data/proof.py", "core/env.py"}
 MAY_CATCH_EVERYTHING = {"cli/app.py", "tracking/sinks.py", "data/quarantine.py"}
 # What the rules of the house do not hold yet. An entry goes when it is mended (a test fails until it has gone); none is added.
 CIRCLES: list[set[str]] = [
-    {"core/errors.py", "core/flags.py", "core/hints.py"},
-    # models
     # engines
     {"engines/aoti_runtime.py", "engines/runtimes.py"},
     # data
@@ -69,7 +67,7 @@ LONG_SKIPS: dict[str, int] = {  # room -> statements over three lines that keep 
     # ----
     "cli": 3,
     # ----
-    "core": 16,
+    "core": 14,
     # ----
     "engines": 5,
     # ----

@@ -9,19 +9,12 @@ import pytest
 
 from imgcls_fast.cli.app import main, parse
 from imgcls_fast.cli.old import OLD_NAMES
-from imgcls_fast.core.config import RunConfig, setting_names
+from imgcls_fast.core.config import RunConfig, describe, flag_rows, setting_names
 from imgcls_fast.core.errors import ConfigError, ImgclsError, UsageError
-from imgcls_fast.core.flags import (
-    FLAGS,
-    LATER_FLAGS,
-    LATER_VERBS,
-    VERBS,
-    flags_of,
-    overrides,
-    python_overrides,
-    setting_flags,
-)
+from imgcls_fast.core.flags import overrides, python_overrides
+from imgcls_fast.core.options import FLAGS, LATER_FLAGS, flags_of, setting_flags
 from imgcls_fast.core.settings import build_config, preset_names
+from imgcls_fast.core.verbs import LATER_VERBS, VERBS, Flag
 
 
 def field_of(name: str) -> Any:
@@ -47,6 +40,13 @@ def settings(*words: str) -> dict[str, Any]:
 
 def test_every_flag_writes_a_setting_of_the_schema() -> None:
     assert {flag.setting for flag in FLAGS if flag.setting} <= set(setting_names())
+
+
+def test_flags_of_settings_are_those_that_the_schema_declares() -> None:
+    declared = [Flag(**row) for row in flag_rows()]
+    assert sorted(flag for flag in FLAGS if flag.setting) == sorted(declared), "run python scripts/make_docs.py"
+    for flag in declared:
+        assert flag.help.startswith(describe(str(flag.setting))), flag.long
 
 
 def test_no_setting_has_two_flags() -> None:

@@ -13,8 +13,9 @@ import pytest
 import imgcls_fast as ic
 from imgcls_fast.cli.app import main
 from imgcls_fast.core.errors import ConfigError, DataError, UsageError, near
-from imgcls_fast.core.flags import VERBS, setting_flags
 from imgcls_fast.core.hints import for_a_shell, in_python, worded
+from imgcls_fast.core.options import setting_flags
+from imgcls_fast.core.verbs import VERBS
 
 PACKAGE = Path(__file__).parents[2] / "python" / "imgcls_fast"
 

@@ -15,9 +15,10 @@ import imgcls_fast as ic
 from imgcls_fast.cli.app import main
 from imgcls_fast.core import outputs
 from imgcls_fast.core.errors import HardwareError, UsageError
-from imgcls_fast.core.flags import VERBS, flags_of
+from imgcls_fast.core.options import flags_of
 from imgcls_fast.core.outputs import claim_file, claim_folder
 from imgcls_fast.core.places import others_files
+from imgcls_fast.core.verbs import VERBS
 
 FOREIGN = "id,name\n1,mine\n"
 EARLIER = [  # kind, name, content of an earlier output, content that only looks like one

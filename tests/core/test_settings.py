@@ -11,10 +11,13 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from imgcls_fast.core import other_names
-from imgcls_fast.core.config import ExportConfig, RunConfig, describe, free_settings, parse_seconds, setting_names
+from imgcls_fast.core.config import RunConfig, describe, free_settings, setting_names
+from imgcls_fast.core.config_verbs import ExportConfig
 from imgcls_fast.core.errors import ConfigError
-from imgcls_fast.core.flags import FLAGS, VERBS
+from imgcls_fast.core.options import FLAGS
+from imgcls_fast.core.schema import parse_seconds
 from imgcls_fast.core.settings import build_config, flatten, preset_names, replace_settings, save_config, to_yaml
+from imgcls_fast.core.verbs import VERBS
 
 
 def written(folder: Path, text: str) -> Path:

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from imgcls_fast.core.config import RunConfig
-from imgcls_fast.core.flags import flags_of
+from imgcls_fast.core.options import flags_of
 from imgcls_fast.core.settings import build_config
 from imgcls_fast.data.advice import several_labels
 from imgcls_fast.data.findings import DataProblems, ScanOptions

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from imgcls_fast.core.config import ExportConfig
+from imgcls_fast.core.config_verbs import ExportConfig
 from imgcls_fast.core.errors import ConfigError, ExportError, GateFailed
 from imgcls_fast.core.exports import find_export
 from imgcls_fast.core.files import read_sealed, write_sealed

@@ -15,7 +15,7 @@ import torch
 
 import imgcls_fast as ic
 from imgcls_fast.core.bundle import Bundle, read_bundle, write_bundle
-from imgcls_fast.core.config import ExportConfig
+from imgcls_fast.core.config_verbs import ExportConfig
 from imgcls_fast.core.errors import ConfigError, GateFailed, HardwareError
 from imgcls_fast.core.exports import list_exports
 from imgcls_fast.core.run import Run

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from imgcls_fast.core.config import ExportConfig
+from imgcls_fast.core.config_verbs import ExportConfig
 from imgcls_fast.core.env import install_hint
 from imgcls_fast.core.errors import ConfigError, ExportError, HardwareError, Interrupted
 from imgcls_fast.core.files import sha256_file

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from imgcls_fast.core.config import ExportConfig
+from imgcls_fast.core.config_verbs import ExportConfig
 from imgcls_fast.core.errors import ExportError, GateFailed
 from imgcls_fast.core.exports import Export
 from imgcls_fast.engines.predictor import Predictor

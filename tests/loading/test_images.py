@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from imgcls_fast.core.bundle import Bundle, write_bundle
-from imgcls_fast.core.config import ExportConfig
+from imgcls_fast.core.config_verbs import ExportConfig
 from imgcls_fast.core.manifest import Manifest
 from imgcls_fast.data.findings import ScanOptions
 from imgcls_fast.data.scan import scan

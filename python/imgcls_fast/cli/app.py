@@ -18,11 +18,12 @@ from typing import Any, NoReturn
 
 from ..core.env import calm_threads, distrust_folder, lend_home
 from ..core.errors import HardwareError, ImgclsError, Interrupted, UsageError, near
-from ..core.flags import LATER_VERBS, VERBS, Flag, Verb, flags_of
 from ..core.hints import for_a_shell
+from ..core.options import flags_of
 from ..core.other_names import setting_meant, value_meant, verb_meant
 from ..core.phases import heard_by, phase
 from ..core.text import command, printable
+from ..core.verbs import LATER_VERBS, VERBS, Flag, Verb
 from .answer import Answer, Request, Session
 from .hints import check_count, check_options, check_words, verbs_with, without_repetition
 from .old import is_old, modernize

@@ -82,7 +82,7 @@ def _duration(request: Request) -> float:
     Raises:
         UsageError: U002 for anything but a length of time.
     """
-    from ..core.config import parse_seconds
+    from ..core.schema import parse_seconds
 
     text = request.get("duration", "3s")
     seconds = parse_seconds(text)

@@ -8,9 +8,10 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from ..core.errors import ImgclsError, UsageError, near
-from ..core.flags import LATER_FLAGS, VERBS, Flag, Verb, flags_of, setting_flags
+from ..core.options import LATER_FLAGS, flags_of, setting_flags
 from ..core.other_names import not_needed, plain_name, setting_meant
 from ..core.text import command
+from ..core.verbs import VERBS, Flag, Verb
 
 _COUNTS = ("-e", "-b", "-k")  # short options whose value is a number
 _TARGETS = {"onnx": "onnx", "engine": "trt", "tensorrt": "trt", "trt": "trt", "torchscript": "torchscript", "pt2": "pt2"}

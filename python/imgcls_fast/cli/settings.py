@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import ConfigError, UsageError
-from ..core.flags import flags_of, overrides
+from ..core.flags import overrides
+from ..core.options import flags_of
 from .answer import Request
 
 if TYPE_CHECKING:

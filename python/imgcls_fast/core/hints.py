@@ -11,8 +11,9 @@ import re
 import shlex
 from collections.abc import Iterator, Sequence
 
-from .flags import FLAGS, VERBS, Flag, flags_of
+from .options import FLAGS, flags_of
 from .targets import PRECISIONS, TARGETS
+from .verbs import VERBS, Flag
 
 _PROGRAM = "imgcls-fast"
 # verb -> function and the keywords of its positional words; the rest of many goes to the last one

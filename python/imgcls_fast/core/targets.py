@@ -5,7 +5,19 @@ Apart from `exports`, because help lists them: with `exports` it would import ha
 
 from __future__ import annotations
 
-TARGETS = ("onnx", "trt", "pt2", "aoti", "torchscript", "triton")
+TARGETS = {  # name -> what the file is
+    "onnx": "an ONNX file (the default)",
+    "trt": "a TensorRT engine",
+    "pt2": "a program of torch.export",
+    "aoti": "a package compiled by AOTInductor, for this kind of machine",
+    "torchscript": "a TorchScript file; deprecated by PyTorch",
+    "triton": "a model repository for Triton Inference Server",
+}
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 RUNTIMES = ("auto", "torch", "compile", "aoti", "onnx", "openvino", "trt")
-READS = {"aoti": "aoti", "onnx": "onnx", "openvino": "onnx", "trt": "trt"}  # runtime -> target of the export that it opens
+READS = {
+    "aoti": "aoti",
+    "onnx": "onnx",
+    "openvino": "onnx",
+    "trt": "trt",
+}  # runtime -> target of the export that it opens

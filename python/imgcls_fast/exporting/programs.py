@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..core import env
 from ..core.bundle import Bundle
-from ..core.config import ExportConfig
+from ..core.config_verbs import ExportConfig
 from ..core.errors import ConfigError, ExportError, near
 from ..core.exports import Export, choose, export_key, find_key, finish, new_export
 from ..core.phases import phase

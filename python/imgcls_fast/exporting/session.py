@@ -15,7 +15,7 @@ import torch
 
 from ..core import env
 from ..core.bundle import Bundle, read_bundle
-from ..core.config import ExportConfig
+from ..core.config_verbs import ExportConfig
 from ..core.errors import ConfigError, GateFailed
 from ..core.exports import GATE, Export, choose, common_meta, export_key, find_key, finish, list_exports, new_export
 from ..core.files import explained_write, plain_path, sha256_file, sync_directory, write_sealed

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ..core import env
-from ..core.config import ExportConfig
+from ..core.config_verbs import ExportConfig
 from ..core.errors import ConfigError, ExportError, HardwareError
 from ..core.files import sha256_file, write_whole
 from ..core.onnx_bytes import check_onnx as check_bytes

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..core import env
 from ..core.bundle import Bundle
-from ..core.config import ExportConfig
+from ..core.config_verbs import ExportConfig
 from ..core.errors import ExportError, GateFailed
 from ..core.exports import Export, choose, export_key, find_key, finish, new_export
 from ..core.manifest import LabelSpace
