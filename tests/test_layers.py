@@ -49,14 +49,10 @@ CIRCLES: list[set[str]] = [
     # data
     {"data/decode.py", "data/shelter.py"},
     # data
-    # loading
-    {"loading/dali.py", "loading/loader.py", "loading/torch_loader.py"},
 ]
 LARGE_CLASSES: set[str] = {
     "Run",
     # data
-    # loading
-    "DaliLoader",
     # training
     "Fit",
     # exporting

@@ -192,13 +192,13 @@ def test_files_exchanged_after_the_scan_neither_end_the_process_nor_reach_dali_u
         CHANGES[change](manifest.path(row))
     loader = kit.open(sampler, "dali-cpu", 2)
     seen: list[bytes] = []
-    real = loader._arguments
+    real = loader._graph.arguments
 
     def watched(request: Any, files: dict[int, bytes]) -> Any:
         seen.extend(files.values())
         return real(request, files)
 
-    monkeypatch.setattr(loader, "_arguments", watched)
+    monkeypatch.setattr(loader._graph, "arguments", watched)
     batches = kit.epochs(loader, 0, 1)
     loader.close()
     assert seen and all(prove(content).sound for content in seen)
@@ -218,7 +218,7 @@ def test_a_png_is_inflated_for_proof_by_the_scan_and_not_again_while_its_bytes_a
         photo(k).save(tmp_path / "ab"[k % 2] / f"{k}.png")
     manifest = scan(tmp_path).manifest
     proven: list[bytes] = []
-    monkeypatch.setattr("imgcls_fast.loading.dali.prove", lambda content: proven.append(content) or prove(content))
+    monkeypatch.setattr("imgcls_fast.loading.reading.prove", lambda content: proven.append(content) or prove(content))
     sampler = kit.sampler(manifest, 4)
     clean = kit.run(sampler, "dali-cpu", 1)
     assert not proven
@@ -235,12 +235,12 @@ def test_what_dali_refuses_although_it_was_proven_goes_to_pillow_and_the_rest_is
     sampler = kit.sampler(manifest, 8, kit.plain)
     clean = kit.run(sampler, "dali-cpu", 2)
     loader = kit.open(sampler, "dali-cpu", 2)
-    real = type(loader)._for_dali
+    real = type(loader._reader).is_for_dali
 
     def careless(self: Any, row: int, content: bytes) -> bool:
-        return row not in self._pillow and (row == 5 or real(self, row, content))
+        return row not in self.refused and (row == 5 or real(self, row, content))
 
-    monkeypatch.setattr(type(loader), "_for_dali", careless)
+    monkeypatch.setattr(type(loader._reader), "is_for_dali", careless)
     path = manifest.path(5)
     path.write_bytes(path.read_bytes()[:20] + b"junk" + path.read_bytes()[20:])
     batches = kit.epochs(loader, 0)

@@ -356,16 +356,18 @@ def test_the_100_validation_photos_are_too_few(shared_data: Path, bundle_of: Cal
     from imgcls_fast.data.findings import ScanOptions
     from imgcls_fast.data.scan import scan
     from imgcls_fast.engines.runtimes import open_engine
-    from imgcls_fast.loading.images import batches_of as photos_of
+    from imgcls_fast.loading.loader import read_rows
 
     manifest = scan(shared_data / "photos", ScanOptions(threads=2)).manifest
     bundle = bundle_of(size=32, classes=5)
     data = gate_data(manifest, "val")
     assert len(data) == 100
     left = Undecoded()
-    gate = Gate(
-        data, open_engine(bundle), lambda rows: photos_of(bundle, data.manifest, rows, left), max_drop_pp=0.5, fraction=0.0
-    )
+
+    def photos(rows: np.ndarray) -> Iterator[Batch]:
+        return read_rows(data.manifest, rows, bundle.pixels, on_bad=left.of(data.manifest))
+
+    gate = Gate(data, open_engine(bundle), photos, max_drop_pp=0.5, fraction=0.0)
     got = gate.verdict("onnx-fp16", open_engine(bundle), simulated=False)
     assert (got.rows, got.agreement, got.verdict) == (100, 1.0, "underpowered")
     with pytest.raises(GateFailed) as refused:

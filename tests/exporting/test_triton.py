@@ -607,7 +607,7 @@ def test_what_training_would_not_see_alike_is_refused_before_it_is_decoded():
 def test_an_extreme_shape_is_the_centre_of_the_resized_whole_which_is_never_built():
     """16,000 x 2 pixels, resized whole, would be two million pixels wide. The loaders cut such shapes first, and are off by that."""
     from imgcls_fast.exporting.triton_decode import decode_pipeline, run_pipeline
-    from imgcls_fast.loading.torch_loader import resize_region
+    from imgcls_fast.loading.render import resize_region
 
     def slope(width: int, height: int) -> np.ndarray:
         return np.repeat(np.linspace(0, 255, width).astype(np.uint8)[None, :, None], 3, 2).repeat(height, 0)

@@ -17,7 +17,7 @@ from imgcls_fast.data.findings import ScanOptions
 from imgcls_fast.data.scan import scan
 from imgcls_fast.exporting import session
 from imgcls_fast.exporting.session import Exporter
-from imgcls_fast.loading.images import comparison_rows
+from imgcls_fast.loading.loader import comparison_rows
 
 CLASSES = ("anthracite", "basalt", "chalk")  # two dark ones, and the last one white
 

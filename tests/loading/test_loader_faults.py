@@ -333,7 +333,7 @@ def test_a_failure_that_no_file_explains_is_not_blamed_on_one(kit, photos, monke
     listener = Listener()
     loader = kit.open(kit.sampler(manifest, BATCH, kit.plain), "dali-cpu", 1, on_bad=listener)
     monkeypatch.setattr(
-        type(loader), "_arguments", lambda self, request, encoded: [[np.zeros(1, np.uint8)] * BATCH] * 4
+        type(loader._graph), "arguments", lambda self, request, encoded: [[np.zeros(1, np.uint8)] * BATCH] * 4
     )
     with pytest.raises(RuntimeError, match="every file of the batch is readable"):
         list(loader.epoch(0))

@@ -13,8 +13,9 @@ from imgcls_fast.core.errors import ConfigError, HardwareError
 from imgcls_fast.core.manifest import FLAG_PILLOW
 from imgcls_fast.core.pixels import CHANNELS
 from imgcls_fast.data.decode import decode_pixels
-from imgcls_fast.loading.loader import dali_missing, make_batch, open_loader
-from imgcls_fast.loading.torch_loader import render
+from imgcls_fast.loading.backend import make_batch
+from imgcls_fast.loading.loader import dali_missing, open_loader
+from imgcls_fast.loading.render import render
 
 dali = pytest.param("dali-cpu", 2, marks=pytest.mark.skipif(dali_missing() is not None, reason=str(dali_missing())))
 needs_dali = pytest.mark.skipif(dali_missing() is not None, reason=str(dali_missing()))

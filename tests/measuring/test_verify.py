@@ -20,8 +20,7 @@ from imgcls_fast.core.manifest import Manifest
 from imgcls_fast.data.findings import ScanOptions
 from imgcls_fast.data.scan import scan
 from imgcls_fast.engines.runtimes import TorchEngine, open_engine
-from imgcls_fast.loading.images import comparison_rows
-from imgcls_fast.loading.loader import dali_missing
+from imgcls_fast.loading.loader import comparison_rows, dali_missing
 from imgcls_fast.loading.sampler import Sampler
 from imgcls_fast.measuring import verify
 from imgcls_fast.measuring.verify import (

@@ -16,7 +16,8 @@ from imgcls_fast.core.manifest import LabelSpace, Manifest, PathList
 from imgcls_fast.core.pixels import CHANNELS, Pixels
 from imgcls_fast.data.examine import pillow_flags, probe
 from imgcls_fast.loading.augment import Augment
-from imgcls_fast.loading.loader import Loader, open_loader
+from imgcls_fast.loading.backend import Loader
+from imgcls_fast.loading.loader import open_loader
 from imgcls_fast.loading.sampler import Sampler
 
 

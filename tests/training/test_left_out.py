@@ -232,7 +232,7 @@ def test_a_run_before_that_is_gone_is_named_where_its_images_cannot_be_left_out(
 
 def test_a_bench_sample_and_calibration_images_name_what_they_left_out(spoiled: tuple[Run, list[str]]) -> None:
     from imgcls_fast.core.bundle import read_bundle
-    from imgcls_fast.loading.images import pixels_of
+    from imgcls_fast.loading.loader import pixels_of
     from imgcls_fast.measuring.quality import sample_of
 
     run, paths = spoiled

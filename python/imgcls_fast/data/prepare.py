@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +13,13 @@ import numpy as np
 from PIL import Image
 
 from ..core import env
+from ..core.bundle import Bundle
 from ..core.config import DataConfig, RunConfig
 from ..core.errors import DataError
 from ..core.manifest import SPLITS, LabelSpace, Manifest
 from ..core.phases import phase
 from ..core.pixels import CHANNELS, FULL_BITS, Pixels
+from ..core.undecoded import Undecoded
 from . import fetch, reach
 from .decode import Color, Undecodable, decode_pixels
 from .depth import used_bits
@@ -244,3 +246,12 @@ def scan_to_judge(data: DataConfig, source: Path, pixels: Pixels, labels: LabelS
         DataError: as `scan`.
     """
     return scan(source, scan_options(data, pixels.exif, _cache_for(source), purpose="judge", classes=labels.classes))
+
+
+def more_rows(data: DataConfig, source: Path, bundle: Bundle, say: Callable[[str], None]) -> Manifest:
+    """Labelled images of elsewhere, with the classes of a model; what the scan leaves out is reported through `say`."""
+    found = scan_to_judge(data, source, bundle.pixels, bundle.labels)
+    bad = Undecoded({file.path: file.reason for file in found.quarantine})
+    for sentence in filter(None, (bad.sentence(), *found.notices)):
+        say(f"{source}: {sentence}")
+    return found.manifest

@@ -19,7 +19,7 @@ from ..core.pixels import evaluation_geometry
 from ..data import inputs, skipped
 from ..data.decode import Undecodable, decode_pixels, read_file
 from ..data.scan import unlabelled
-from ..loading.torch_loader import evaluation_view
+from ..loading.render import evaluation_view
 from .base import Engine
 
 _NOTICES = 3  # of folders, in one line

@@ -23,6 +23,7 @@ from ..core.manifest import Manifest
 from ..core.run import Run
 from ..core.settings import replace_settings
 from ..core.undecoded import Undecoded
+from ..data.prepare import more_rows
 from ..engines.as_found import as_found
 from ..engines.base import Engine
 from ..engines.onnx_runtime import OnnxEngine
@@ -33,7 +34,7 @@ from ..graphs.half import beyond_half
 from ..graphs.lint import demand_clean, lint
 from ..graphs.onnx_graph import Precision, export_onnx, graph_facts, scorer_of, verify_graph
 from ..graphs.quantize import autocast, calibration_facts, calibration_rows, quantize
-from ..loading.images import batches_of, comparison_rows, more_rows, pixels_of
+from ..loading.loader import comparison_rows, pixels_of, read_rows
 from .gate import Gate, GateData, counts_as_passed, demand, gate_data, gate_report, plain_int8_loses, rows_digest
 from .pareto import search_plot
 
@@ -117,7 +118,7 @@ class Exporter:
         return Gate(
             self.gate_data,
             self.reference,
-            lambda rows: batches_of(self.bundle, manifest, rows, self.undecoded["gate"]),
+            lambda rows: read_rows(manifest, rows, self.bundle.pixels, on_bad=self.undecoded["gate"].of(manifest)),
             max_drop_pp=self.settings.max_drop,
             seed=self.seed,
             fraction=fraction,
@@ -477,9 +478,8 @@ def export_run(
     run.demand_own_places()
     bundle = read_bundle(run.bundle_path)
     config = replace_settings(run.config, dict(changes))
-    extra = None
-    if source := config.export.gate_data:
-        extra = more_rows(config.data, Path(source), bundle, say)
+    source = config.export.gate_data
+    extra = more_rows(config.data, Path(source), bundle, say) if source else None
     exporter = Exporter(
         bundle, run.manifest, plain_path(run.directory) / run.exports.name, config.export, seed=config.train.seed, extra=extra,
         strict="export.max_drop" in changes, run=str(run.directory), say=say, progress=progress,

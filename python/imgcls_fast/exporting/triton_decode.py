@@ -27,7 +27,7 @@ from PIL import Image
 
 from ..core.pixels import FULL_BITS, Pixels, evaluation_geometry
 from ..data.decode import ORIENTATION, decode_pixels
-from ..loading.torch_loader import evaluation_view
+from ..loading.render import evaluation_view
 
 INPUT = "encoded"
 # Operators of arithmetic were renamed in DALI 2.0: a pipeline of a 2.x version does not load in a 1.x
@@ -84,7 +84,7 @@ def _graph(pixels: Pixels, gpu: bool) -> Any:
     encoded = _refuse(encoded, shape, pixels.max_megapixels)
     options = {"device": "mixed", "jpeg_fancy_upsampling": True} if gpu else {"device": "cpu"}
     images = fn.decoders.image(encoded, output_type=types.RGB, adjust_orientation=turn, **options)
-    if pixels.color == "gray":  # from RGB, not from the JPEG's luma: see loading/dali.py
+    if pixels.color == "gray":  # from RGB, not from the JPEG's luma: see loading/dali_graph.py
         images = fn.color_space_conversion(images, image_type=types.RGB, output_type=types.GRAY)
     return _view(images, _part(shape, 0, 2), pixels)
 

@@ -1,60 +1,23 @@
-"""The contract of every loader backend, and the choice between them."""
+"""The choice of a loader, and the ways to read some rows once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from collections.abc import Generator
 
 import numpy as np
 
+from ..core import env
 from ..core.batch import Batch
+from ..core.bundle import Bundle
 from ..core.errors import ConfigError, HardwareError
 from ..core.manifest import Manifest
+from ..core.phases import phase
 from ..core.pixels import Pixels
-from .sampler import Request, Sampler
+from ..core.undecoded import Undecoded
+from .backend import Loader, OnBad
+from .sampler import Sampler
 
 BACKENDS = ("torch", "dali-cpu", "dali-gpu")
-OnBad = Callable[[int, str, int], None]  # row, reason, epoch
-
-
-class Loader(Protocol):
-    """Delivers the batches of a Sampler, in order, as uint8 NHWC of constant size.
-
-    A file that turns out to be undecodable keeps its place with weight 0 and row -1, is remembered in `bad`, and is
-    reported once through the `on_bad` callback. It is never replaced by another image.
-
-    A file that cannot be reached is not a bad file: it is tried again for some seconds, then `epoch` raises D015 in
-    place of the batch, and nothing is remembered of it.
-    """
-
-    sampler: Sampler
-    bad: dict[int, str]
-
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of one epoch from index `start` on."""
-        ...
-
-    def hurry(self) -> None:
-        """Wait no more for files that are out of reach: D015 follows at once. A signal handler may call this."""
-        ...
-
-    def close(self) -> None:
-        """Stop workers and free memory; the loader cannot be used afterwards."""
-        ...
-
-
-def make_batch(manifest: Manifest, request: Request, pixels: Any) -> Batch:
-    """The Batch of a request whose pixels (B, H, W, C) uint8 are ready; CPU torch tensors, pixels on any device."""
-    import torch
-
-    known = np.where(request.rows >= 0, request.rows, 0)
-    targets = manifest.targets(known) * request.weight[:, None]
-    return Batch(
-        pixels=torch.from_numpy(pixels) if isinstance(pixels, np.ndarray) else pixels,
-        targets=torch.from_numpy(targets),
-        weight=torch.from_numpy(request.weight),
-        rows=torch.from_numpy(request.rows),
-    )
 
 
 def dali_missing() -> str | None:
@@ -84,11 +47,11 @@ def open_loader(
     """Build a loader.
 
     Args:
-        sampler: what to deliver.
-        backend: who decodes.
+        sampler: order and crops of the images to deliver.
+        backend: image loader to use, one of BACKENDS.
         workers: processes (torch; 0: in this process) or threads (DALI).
         bad: rows known to be bad, with reasons.
-        on_bad: told about each newly found bad row.
+        on_bad: called for each newly found bad row.
         device: where the pixels are wanted; `dali-gpu` delivers them there.
         once: a single epoch will be read, so nothing of a following one is prepared.
 
@@ -129,3 +92,66 @@ def require_loader(backend: str, color: str, device: str) -> None:
         )
     if backend == "dali-gpu" and not device.startswith("cuda"):
         raise HardwareError("H001", f"the loader dali-gpu delivers to a GPU, not to {device}", try_="--loader dali-cpu")
+
+
+# ---------------------------------------------------------------- some rows, once
+
+
+def read_rows(
+    manifest: Manifest,
+    rows: np.ndarray,
+    pixels: Pixels,
+    *,
+    batch_size: int = 32,
+    backend: str | None = None,
+    workers: int | None = None,
+    device: str = "cpu",
+    bad: dict[int, str] | None = None,
+    on_bad: OnBad | None = None,
+) -> Generator[Batch, None, None]:
+    """Read some rows once, in their order, as evaluation sees them; padding has weight 0. Ends its loader, however it ends.
+
+    Args:
+        backend: image loader to use; None: `usual_loader`. On the CPU `dali-gpu` becomes `dali-cpu`.
+        workers: processes or threads; None: at most two.
+        bad, on_bad, device: as in `open_loader`.
+
+    Raises:
+        ValueError: there are no rows.
+        DataError: D015 when a file cannot be reached.
+        HardwareError, ConfigError: as `open_loader`.
+    """
+    backend = backend or usual_loader(pixels, device)
+    if backend == "dali-gpu" and device == "cpu":
+        backend = "dali-cpu"
+    count = min(2, env.usable_cpus()) if workers is None else workers
+    sampler = Sampler(manifest, rows, pixels, batch_size)
+    loader = open_loader(sampler, backend, workers=count, bad=bad, on_bad=on_bad, device=device, once=True)
+    try:
+        yield from loader.epoch(0)
+    finally:
+        loader.close()
+
+
+@phase("reading images")
+def pixels_of(
+    bundle: Bundle, manifest: Manifest, rows: np.ndarray, left: Undecoded, *, batch_size: int = 32
+) -> list[np.ndarray]:
+    """(n, S, S, C) uint8 arrays of some rows, without padding; undecodable ones are left out, into `left`."""
+    found = []
+    for batch in read_rows(manifest, rows, bundle.pixels, batch_size=batch_size, on_bad=left.of(manifest)):
+        keep = np.asarray(batch.weight) > 0
+        if keep.any():
+            found.append(np.ascontiguousarray(np.asarray(batch.pixels)[keep]))
+    return found
+
+
+def comparison_rows(manifest: Manifest, images: int) -> np.ndarray:
+    """(n,) int64, at most `images` rows to compare on: test, then val, then train, each in fair order.
+
+    So that whoever looks at the first few only (the reference evaluator of BF16) sees a sample as well.
+    """
+    picked: list[np.ndarray] = []
+    for split in ("test", "val", "train"):
+        picked.append(manifest.fair_order(manifest.rows(split))[: max(0, images - sum(map(len, picked)))])
+    return np.concatenate(picked)

@@ -12,156 +12,23 @@ import threading
 import warnings
 import weakref
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data import Sampler as KeySampler
 
 from ..core.batch import Batch
 from ..core.errors import DataError, HardwareError
-from ..core.pixels import EXTREME_ASPECT, Pixels
 from ..data import reach
-from ..data.decode import Undecodable, decode_pixels, read_file
 from ..data.quarantine import examine_isolated
 from . import handover
-from .augment import apply_color
-from .loader import OnBad, make_batch
-from .sampler import Request, Sampler
+from .backend import OnBad, decode_batch, make_batch, report
+from .sampler import Sampler
 
-_FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 _PATIENCE = 3  # deaths of workers in a row that no file explains
 _DEATH = re.compile(r"DataLoader worker \(pid")
 _log = logging.getLogger("imgcls_fast")
-_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-
-
-def resize_region(image: np.ndarray, size: tuple[int, int], pixels: Pixels) -> np.ndarray:
-    """Antialiased resize of (H, W, C) uint8 to (height, width); alpha is resized like a colour channel."""
-    channels = image.shape[2]
-    picture = Image.fromarray(image[:, :, 0] if channels == 1 else image, _MODES[channels])
-    if channels == 4:  # Pillow would premultiply RGBA; the model wants the four planes as they are
-        planes = [plane.resize(size[::-1], _FILTERS[pixels.interpolation]) for plane in picture.split()]
-        return np.stack([np.asarray(plane) for plane in planes], 2)
-    resized = np.asarray(picture.resize(size[::-1], _FILTERS[pixels.interpolation]))
-    return resized[:, :, None] if channels == 1 else resized
-
-
-def evaluation_view(image: np.ndarray, resize: np.ndarray, pixels: Pixels) -> np.ndarray:
-    """Resize the short side and take the centre: (H, W, C) uint8 -> (size, size, C) uint8, as torchvision does it.
-
-    An extreme shape (beyond 12:1) is cut to the region around the centre first, because the resized whole would be far
-    larger than the crop; edge pixels then differ by the filter's support.
-    """
-    high, wide, top, left = (int(v) for v in resize)
-    size = pixels.size
-    height, width = image.shape[:2]
-    if max(height, width) > EXTREME_ASPECT * min(height, width):
-        y0, y1 = _source_span(top, size, high, height)
-        x0, x1 = _source_span(left, size, wide, width)
-        return resize_region(np.ascontiguousarray(image[y0:y1, x0:x1]), (size, size), pixels)
-    return resize_region(image, (high, wide), pixels)[top : top + size, left : left + size]
-
-
-def _source_span(offset: int, size: int, resized: int, source: int) -> tuple[int, int]:
-    first = int(offset * source / resized)
-    return first, max(first + 1, min(source, round((offset + size) * source / resized)))
-
-
-def render(image: np.ndarray, request: Request, position: int, pixels: Pixels) -> np.ndarray:
-    """One decoded image (H, W, C) uint8 as its batch wants it: (size, size, C) uint8."""
-    if request.crop is not None:
-        top, left, high, wide = (int(v) for v in request.crop[position])
-        region = np.ascontiguousarray(image[top : top + high, left : left + wide])
-        out = resize_region(region, (pixels.size, pixels.size), pixels)
-    else:
-        assert request.resize is not None
-        out = evaluation_view(image, request.resize[position], pixels)
-    if request.flip[position]:
-        out = out[:, ::-1]
-    if request.color is not None:
-        out = apply_color(np.ascontiguousarray(out), request.color[position])
-    return out
-
-
-def decode_batch(
-    sampler: Sampler, request: Request, threads: int = 1, patience: reach.Patience | None = None
-) -> tuple[np.ndarray, Request, dict[int, str]]:
-    """Decode a request with Pillow: pixels (B, S, S, C) uint8, the request as delivered, row -> reason of failures.
-
-    Args:
-        patience: shared with other batches; None: the files of this one are waited for together.
-
-    Raises:
-        DataError: D015 when a file cannot be reached.
-    """
-    pixels, size = sampler.pixels, len(request.rows)
-    shared = patience or reach.Patience()
-    out = np.zeros((size, pixels.size, pixels.size, pixels.channels), np.uint8)
-
-    def reason_against(k: int) -> str | None:
-        try:
-            path = sampler.manifest.path(int(request.rows[k]))
-            out[k] = decode_row(sampler, request, k, read_file(path, pixels.max_megapixels, patience=shared))
-        except Undecodable as error:
-            return error.reason
-        return None
-
-    positions = np.flatnonzero(request.rows >= 0).tolist()
-    if threads > 1 and len(positions) > 1:
-        with ThreadPoolExecutor(threads) as pool:  # Pillow lets go of Python's lock while it decodes and resizes
-            reasons = list(pool.map(reason_against, positions))
-    else:
-        reasons = [reason_against(k) for k in positions]
-    failed = {int(request.rows[k]): reason for k, reason in zip(positions, reasons, strict=True) if reason is not None}
-    wrong = np.zeros(size, bool)
-    wrong[[k for k, reason in zip(positions, reasons, strict=True) if reason is not None]] = True
-    delivered = request.refilled(wrong)
-    return fill(out, delivered), delivered, failed
-
-
-def decode_row(sampler: Sampler, request: Request, position: int, content: bytes | None = None) -> np.ndarray:
-    """One image as its batch wants it, by Pillow: (size, size, C) uint8.
-
-    Args:
-        position: in the request.
-        content: the file, when it has been read already.
-
-    Raises:
-        Undecodable: a bad image, or one of another size than at the scan.
-        DataError: D015 when the file cannot be reached.
-    """
-    pixels, row = sampler.pixels, int(request.rows[position])
-    path = sampler.manifest.path(row)
-    image = decode_pixels(
-        path if content is None else content,
-        color=pixels.color,
-        exif=pixels.exif,
-        max_megapixels=pixels.max_megapixels,
-        name=str(path),
-        bits=pixels.bits,
-    )
-    _check_size(sampler, row, image)
-    return render(image, request, position, pixels)
-
-
-def fill(out: Any, delivered: Request) -> Any:
-    """Copy the pixels of good positions into padded ones, in place, by the sampler's filler rule."""
-    good = np.flatnonzero(delivered.rows >= 0)
-    for k in np.flatnonzero(delivered.rows < 0) if len(good) else ():
-        out[k] = out[good[k % len(good)]]
-    return out
-
-
-def _check_size(sampler: Sampler, row: int, image: np.ndarray) -> None:
-    expected = (int(sampler.height[row]), int(sampler.width[row]))
-    if image.shape[:2] != expected:
-        (was_high, was_wide), (high, wide) = expected, image.shape[:2]
-        reason = f"changed since the scan: {wide} x {high} pixels, was {was_wide} x {was_high}"
-        raise Undecodable(str(sampler.manifest.path(row)), reason)
 
 
 class _Batches(Dataset):
@@ -206,7 +73,7 @@ class _Keys(KeySampler):
 
 
 class TorchLoader:
-    """Pillow decoding in `workers` processes that live as long as the loader. See `loader.Loader`.
+    """Pillow decoding in `workers` processes that live as long as the loader. See `backend.Loader`.
 
     A worker that dies, of an image or otherwise, is survived: the files of the batches in flight are examined one by
     one in a child, what is bad is named, and new workers go on at the batch that was not delivered.
@@ -311,15 +178,8 @@ class TorchLoader:
         if isinstance(made, dict):
             raise DataError(made["code"], made["message"], where=made["where"], why=made["why"], try_=made["try"])
         batch, failed = made
-        self._report(failed, epoch)
+        report(failed, epoch, self.bad, self._on_bad)
         return handover.received(batch, self._way, pin=self._pin)
-
-    def _report(self, failed: dict[int, str], epoch: int) -> None:
-        for row, reason in failed.items():
-            if row not in self.bad:
-                self.bad[row] = reason
-                if self._on_bad:
-                    self._on_bad(row, reason, epoch)
 
     def _find_culprits(self, epoch: int, index: int) -> bool:
         """Examine what the workers may have been at; whether a file was found bad.
@@ -336,7 +196,7 @@ class TorchLoader:
             if verdict.unreachable:
                 raise reach.unreachable(path, OSError(verdict.reason))
         found = {row: verdict.reason for row, verdict in zip(sorted(rows), verdicts, strict=True) if not verdict.ok}
-        self._report(found, epoch)
+        report(found, epoch, self.bad, self._on_bad)
         return bool(found)
 
     def _restart(self, error: Exception, deaths: int) -> None:

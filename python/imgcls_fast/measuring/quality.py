@@ -13,7 +13,7 @@ from ..core.errors import DataError
 from ..core.run import Run
 from ..core.undecoded import Undecoded
 from ..evaluation.metrics import accuracy_interval
-from ..loading.images import batches_of
+from ..loading.loader import read_rows
 from .contenders import Contender
 from .verify import MAX_SCORE
 
@@ -44,7 +44,7 @@ def sample_of(run: Run, bundle: Bundle) -> Sample:
     picked = manifest.spread(rows, take)
     pixels, truth, left = [], [], Undecoded()
     try:
-        for batch in batches_of(bundle, manifest, picked, left) if take else ():
+        for batch in read_rows(manifest, picked, bundle.pixels, on_bad=left.of(manifest)) if take else ():
             keep = np.asarray(batch.weight) > 0
             pixels.append(np.ascontiguousarray(np.asarray(batch.pixels)[keep]))
             truth.append(manifest.label[np.asarray(batch.rows)[keep]])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,7 @@ from ..core import env
 from ..core.bundle import Bundle
 from ..core.manifest import Manifest
 from ..core.run import Run
-from ..loading.loader import open_loader, usual_loader
-from ..loading.sampler import Sampler
+from ..loading.loader import read_rows, usual_loader
 from .contenders import Contender
 
 _DURATION_S = 2.0  # of each timing
@@ -90,10 +90,10 @@ def _rate(
     work: Callable[[Any], Any],
 ) -> float | None:
     """Images per second from the second batch on."""
-    sampler = Sampler(manifest, np.resize(rows, _ROWS), bundle.pixels, size)
-    loader = open_loader(sampler, backend, workers=workers, device=device)
-    try:
-        stream = loader.epoch(0)
+    again = np.resize(rows, _ROWS)
+    with closing(
+        read_rows(manifest, again, bundle.pixels, batch_size=size, backend=backend, workers=workers, device=device)
+    ) as stream:
         first = next(stream)
         if not (np.asarray(first.weight) > 0).any():
             return None
@@ -105,8 +105,6 @@ def _rate(
             images, batches = images + int((np.asarray(batch.weight) > 0).sum()), batches + 1
             elapsed = time.perf_counter() - began
         return round(images / elapsed, 1) or None
-    finally:
-        loader.close()
 
 
 def _line(facts: Mapping[str, Any]) -> str:

@@ -30,8 +30,8 @@ from ..engines.as_found import as_found
 from ..engines.base import Engine
 from ..engines.predictor import Predictor
 from ..engines.runtimes import open_engine
-from ..loading.images import comparison_rows
-from ..loading.loader import dali_missing, make_batch, open_loader
+from ..loading.backend import make_batch
+from ..loading.loader import comparison_rows, dali_missing, read_rows
 from ..loading.sampler import Sampler
 
 Opened = Engine | Callable[[], Engine] | str  # str: why it is absent
@@ -248,11 +248,8 @@ def loader_source(backend: str, left: Undecoded | None = None) -> Source:
         device = "cuda" if backend == "dali-gpu" else "cpu"
         workers = 0 if backend == "torch" else min(2, env.usable_cpus())
         on_bad = None if left is None else left.of(sampler.manifest)
-        loader = open_loader(sampler, backend, workers=workers, device=device, once=True, on_bad=on_bad)
-        try:
-            yield from loader.epoch(0)
-        finally:
-            loader.close()
+        how: dict[str, Any] = {"batch_size": sampler.batch_size, "workers": workers, "device": device, "on_bad": on_bad}
+        yield from read_rows(sampler.manifest, sampler.rows, sampler.pixels, backend=backend, **how)
 
     return batches
 

@@ -20,7 +20,8 @@ from ..core.run import Run
 from ..engines.base import predict
 from ..engines.runtimes import AUTOCAST, TorchEngine
 from ..evaluation.metrics import Metrics, judge
-from ..loading.loader import Loader, open_loader
+from ..loading.backend import Loader
+from ..loading.loader import open_loader
 from ..loading.sampler import Sampler, forward_passes
 from ..models.build import Classifier
 from ..models.kernels import use_kernels
