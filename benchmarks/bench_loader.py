@@ -202,7 +202,7 @@ def manifest_of(paths: list[Path]) -> Manifest:
     n = len(paths)
     return Manifest(
         root=Path("/"), paths=PathList.of(str(path.resolve()) for path in paths), labels=LabelSpace.single(["image"]),
-        label=np.zeros(n, np.int32), split=np.zeros(n, np.uint8), group=np.full(n, -1, np.int32),
+        answers=(np.zeros(n, np.int32),), split=np.zeros(n, np.uint8), group=np.full(n, -1, np.int32),
         width=np.asarray(head["width"], np.int32), height=np.asarray(head["height"], np.int32),
         orientation=np.asarray(head["orientation"], np.uint8), digest=np.zeros((n, 16), np.uint8), flags=pillow_flags(head),
     )  # fmt: skip

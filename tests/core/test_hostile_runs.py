@@ -25,7 +25,7 @@ def manifest(n: int = 4) -> Manifest:
     paths, labels = PathList.of([f"{k}.jpg" for k in range(n)]), LabelSpace.single(["a", "b"])
     small = ones.astype(np.uint8)
     return Manifest(
-        Path("/d"), paths, labels, ones, small, -ones, ones, ones, small, np.zeros((n, 16), np.uint8), small
+        Path("/d"), paths, labels, (ones,), small, -ones, ones, ones, small, np.zeros((n, 16), np.uint8), small
     )
 
 

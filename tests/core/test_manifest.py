@@ -35,7 +35,7 @@ def example(n: int = 7, paths: list[str] | None = None) -> Manifest:
         root=Path("/some/where"),
         paths=PathList.of(paths or ODD_NAMES[:n]),
         labels=LabelSpace.single(["cat", "dog", "käse"]),
-        label=rng.integers(-1, 3, n).astype(np.int32),
+        answers=(rng.integers(-1, 3, n).astype(np.int32),),
         split=rng.choice([0, 1, 2, NO_SPLIT], n).astype(np.uint8),
         group=rng.integers(-1, 3, n).astype(np.int32),
         width=rng.integers(1, 4000, n).astype(np.int32),
@@ -179,7 +179,7 @@ def test_the_fingerprint_changes_with_every_part_of_the_content():
         for row in range(5):
             column = getattr(manifest, name).copy()
             column[row] ^= 1
-            changed.append(replace(manifest, **{name: column}))
+            changed.append(replace(manifest, **({"answers": (column,)} if name == "label" else {name: column})))
     prints = {m.fingerprint for m in changed}
     assert len(prints) == len(changed) and manifest.fingerprint not in prints
 
@@ -225,12 +225,12 @@ def test_turned_size_swaps_width_and_height_for_orientations_5_to_8():
 def test_rows_counts_and_targets_follow_labels_and_splits():
     manifest = replace(
         example(6),
-        label=np.array([0, 2, -1, 2, 1, 0], np.int32),
+        answers=(np.array([0, 2, -1, 2, 1, 0], np.int32),),
         split=np.array([0, 0, 1, 2, NO_SPLIT, 2], np.uint8),
     )
     assert [manifest.rows(s).tolist() for s in ("train", "val", "test")] == [[0, 1], [2], [3, 5]]
     assert manifest.counts().tolist() == [2, 1, 2] and manifest.counts("test").tolist() == [1, 0, 1]
-    expected = np.array([[1, 0, 0], [0, 0, 0], [0, 0, 1]], np.float32)
+    expected = np.array([[1, 0, 0], [np.nan] * 3, [0, 0, 1]], np.float32)
     np.testing.assert_array_equal(manifest.targets(np.array([0, 2, 3])), expected)
 
 
@@ -243,7 +243,7 @@ def test_rows_are_renumbered_by_take_and_paths_are_joined_to_the_root():
 
 def test_labels_survive_json_and_number_the_columns_of_all_tasks():
     labels = LabelSpace((Task("kind", ("a", "b")), Task("marks", ("x", "y", "z"), "any_of")))
-    assert labels.classes == ("a", "b", "x", "y", "z") and labels.size == 5
+    assert labels.classes == ("kind: a", "kind: b", "marks: x", "marks: y", "marks: z") and labels.size == 5
     assert LabelSpace.from_dict(labels.to_dict()) == labels
 
 
@@ -255,7 +255,7 @@ def test_a_spread_of_rows_is_sorted_leaves_no_class_out_and_keeps_the_shares(
     labels: list[int], n: int, seed: int
 ) -> None:
     manifest = example(3).take(np.zeros(len(labels) + 2, np.int64))
-    manifest = replace(manifest, label=np.array([0, 0, *labels], np.int32))
+    manifest = replace(manifest, answers=(np.array([0, 0, *labels], np.int32),))
     rows = np.arange(2, len(labels) + 2)
     got = manifest.spread(rows, n)
     assert len(got) == min(max(n, 0), len(rows)) and (np.diff(got) > 0).all() and set(got) <= set(rows)
@@ -269,7 +269,7 @@ def test_a_spread_of_rows_is_sorted_leaves_no_class_out_and_keeps_the_shares(
 
 
 def test_a_spread_of_sorted_rows_is_not_their_beginning() -> None:
-    manifest = replace(example(1).take(np.zeros(1000, np.int64)), label=np.repeat(np.arange(4), 250).astype(np.int32))
+    manifest = replace(example(1).take(np.zeros(1000, np.int64)), answers=(np.repeat(np.arange(4), 250).astype(np.int32),))
     got = manifest.spread(np.arange(1000), 200)
     assert np.bincount(manifest.label[got]).tolist() == [50] * 4
     assert got.max() > 900 and np.diff(got).max() < 60, "within a class as well"

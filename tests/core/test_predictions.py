@@ -24,7 +24,7 @@ def example(targets: np.ndarray | None) -> Predictions:
 def test_what_is_saved_is_loaded_with_odd_names_and_unknown_labels(tmp_path, labelled):
     targets = np.eye(3, dtype=np.float32)[[2, 0, 1, 2]]
     if labelled == "some":
-        targets[2] = 0
+        targets[2] = np.nan
     ours = example(None if labelled == "none" else targets)
     ours.save(tmp_path)
     theirs = Predictions.load(tmp_path)

@@ -40,8 +40,8 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def manifest() -> Manifest:
     one = np.ones(2, np.int32)
     return Manifest(
-        Path("/data"), PathList.of(["a.jpg", "b.jpg"]), LabelSpace.single(("x", "y")), np.arange(2, dtype=np.int32), np.zeros(2, np.uint8),
-        -one, one, one, np.ones(2, np.uint8), np.zeros((2, 16), np.uint8), np.zeros(2, np.uint8),
+        Path("/data"), PathList.of(["a.jpg", "b.jpg"]), LabelSpace.single(("x", "y")), (np.arange(2, dtype=np.int32),),
+        np.zeros(2, np.uint8), -one, one, one, np.ones(2, np.uint8), np.zeros((2, 16), np.uint8), np.zeros(2, np.uint8),
     )  # fmt: skip
 
 

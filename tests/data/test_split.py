@@ -26,7 +26,7 @@ def manifest_of(label, split=None, group=None, digest=None, paths=None) -> Manif
         root=Path("/data"),
         paths=PathList.of(paths or [f"{i:05d}.png" for i in range(n)]),
         labels=LabelSpace.single([f"c{k}" for k in range(max(label, default=0) + 1)]),
-        label=np.array(label, np.int32),
+        answers=(np.array(label, np.int32),),
         split=np.full(n, NO_SPLIT, np.uint8) if split is None else np.array(split, np.uint8),
         group=np.full(n, -1, np.int32) if group is None else np.array(group, np.int32),
         width=np.ones(n, np.int32),

@@ -45,7 +45,7 @@ def manifest_of(n: int, split: str | list[str] = "val", *, first: int = 0, root:
         root=root,
         paths=PathList.of([f"{k}.jpg" for k in number]),
         labels=LabelSpace.single(CLASSES),
-        label=(np.arange(n) % 3).astype(np.int32),
+        answers=((np.arange(n) % 3).astype(np.int32),),
         split=np.array([codes[name] for name in splits], np.uint8),
         group=np.full(n, -1, np.int32),
         width=np.full(n, 8, np.int32),

@@ -347,7 +347,8 @@ def manifest_of(counts: dict[str, list[int]]) -> Manifest:
     digest = np.random.default_rng(0).integers(0, 256, (n, 16), np.uint8)
     return Manifest(
         Path("/nowhere"), PathList.of([f"{k}.jpg" for k in range(n)]), LabelSpace.single([f"c{k}" for k in range(classes)]),
-        np.array(label, np.int32), np.array(split, np.uint8), -ones, ones, ones, ones.astype(np.uint8), digest, 0 * ones.astype(np.uint8),
+        (np.array(label, np.int32),), np.array(split, np.uint8), -ones, ones, ones, ones.astype(np.uint8), digest,
+        0 * ones.astype(np.uint8),
     )  # fmt: skip
 
 

@@ -32,7 +32,7 @@ STRONG = Augment((0.08, 1.0), brightness=0.4, contrast=0.4, saturation=0.4, hue=
 def listing(n: int, width: int = 60, height: int = 40, **columns: np.ndarray) -> Manifest:
     """A manifest of files that nobody opens."""
     values = {
-        "label": np.arange(n, dtype=np.int32) % 3,
+        "answers": (np.arange(n, dtype=np.int32) % 3,),
         "split": np.zeros(n, np.uint8),
         "group": np.full(n, -1, np.int32),
         "width": np.full(n, width, np.int32),

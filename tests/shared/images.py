@@ -53,7 +53,7 @@ class Kit:
             root=root,
             paths=PathList.of(listed),
             labels=LabelSpace.single(["a", "b", "c"]),
-            label=np.arange(n, dtype=np.int32) % 3,
+            answers=(np.arange(n, dtype=np.int32) % 3,),
             split=np.zeros(n, np.uint8),
             group=np.full(n, -1, np.int32),
             width=np.asarray(head["width"], np.int32),

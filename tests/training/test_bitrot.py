@@ -48,7 +48,7 @@ def run(bundle_of: Callable[..., Any]) -> Path:
     n, draw = 12, np.random.default_rng(0)
     column = lambda dtype: draw.integers(0, 3, n).astype(dtype)  # noqa: E731
     manifest = Manifest(
-        Path("/data"), PathList.of([f"{k}.jpg" for k in range(n)]), bundle.labels, column(np.int32), column(np.uint8),
+        Path("/data"), PathList.of([f"{k}.jpg" for k in range(n)]), bundle.labels, (column(np.int32),), column(np.uint8),
         column(np.int32), column(np.int32), column(np.int32), column(np.uint8), draw.integers(0, 256, (n, 16)).astype(np.uint8),
         column(np.uint8), "photos", ("one",),
     )  # fmt: skip

@@ -37,7 +37,7 @@ def images(n: int = 1000, side: int = 400, flags: int = 0) -> Manifest:
     column = np.full(n, side, np.int32)
     return Manifest(
         Path("/nowhere"), PathList.of(f"{k}.jpg" for k in range(n)), LabelSpace.single(("a", "b", "c")),
-        (np.arange(n) % 3).astype(np.int32),
+        ((np.arange(n) % 3).astype(np.int32),),
         split, np.full(n, -1, np.int32), column, column, np.ones(n, np.uint8), np.zeros((n, 16), np.uint8), np.full(n, flags, np.uint8),
     )  # fmt: skip
 

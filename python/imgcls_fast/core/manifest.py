@@ -9,18 +9,21 @@ import struct
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from . import bounds
 from .errors import DataError
 from .files import parse_json, read_bounded, write_whole
+from .labels import LabelSpace, Task, demand_answers, hard_answers, task_targets
 from .zips import ZipBounds, check_zip
+
+__all__ = ["FLAG_PILLOW", "FLAG_SUSPECT", "FLAG_WIDE", "NO_SPLIT", "SPLITS", "LabelSpace", "Manifest", "PathList", "Task"]
 
 SPLITS = ("train", "val", "test")  # codes 0, 1, 2 in Manifest.split
 NO_SPLIT = 255
@@ -28,44 +31,6 @@ NO_SPLIT = 255
 FLAG_PILLOW = 1  # the loader must decode this row with Pillow (GIF, 16 bit, ...): DALI has no equal decoder
 FLAG_SUSPECT = 2  # no end marker, but a full decode succeeded
 FLAG_WIDE = 4  # gray of more than 8 bits: how many of them are used is measured
-
-
-@dataclass(frozen=True)
-class Task:
-    """One question about an image: its name, its classes, and whether exactly one or any number of them holds."""
-
-    name: str
-    classes: tuple[str, ...]
-    kind: Literal["one_of", "any_of"] = "one_of"
-
-
-@dataclass(frozen=True)
-class LabelSpace:
-    """What each column of a score matrix means: the classes of all tasks, one task after the other."""
-
-    tasks: tuple[Task, ...]
-
-    @classmethod
-    def single(cls, classes: Sequence[str]) -> LabelSpace:
-        """The usual case: every image belongs to exactly one class."""
-        return cls((Task("label", tuple(classes)),))
-
-    @cached_property
-    def classes(self) -> tuple[str, ...]:
-        """The name of every column."""
-        return tuple(name for task in self.tasks for name in task.classes)
-
-    @property
-    def size(self) -> int:
-        """K, the number of columns."""
-        return len(self.classes)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"tasks": [{"name": t.name, "classes": list(t.classes), "kind": t.kind} for t in self.tasks]}
-
-    @classmethod
-    def from_dict(cls, value: dict[str, Any]) -> LabelSpace:
-        return cls(tuple(Task(t["name"], tuple(t["classes"]), t["kind"]) for t in value["tasks"]))
 
 
 class PathList(Sequence[str]):
@@ -100,13 +65,14 @@ class Manifest:
     """N images. A row's number is its identity everywhere: in batches, predictions and checkpoints.
 
     Sizes are as stored in the file; `orientation` (EXIF 1..8) says how to turn it. Paths are relative to `root`, or
-    absolute. `label` is -1 where unknown; `split` is an index into SPLITS or NO_SPLIT.
+    absolute. `split` is an index into SPLITS or NO_SPLIT. `answers` holds one array per task: (N,) int32 classes of a `one_of`
+    task (-1: unknown) or (N, K_t) float32 probabilities (NaN: unknown), (N, K_t) int8 of an `any_of` task (0, 1, -1: unknown).
     """
 
     root: Path
     paths: PathList
     labels: LabelSpace
-    label: np.ndarray  # (N,) int32
+    answers: tuple[np.ndarray, ...]  # one per task
     split: np.ndarray  # (N,) uint8
     group: np.ndarray  # (N,) int32, rows of one group never part; -1: a group of its own
     width: np.ndarray  # (N,) int32 pixels
@@ -122,6 +88,9 @@ class Manifest:
         for name in _COLUMNS:
             if len(getattr(self, name)) != n:
                 raise ValueError(f"column {name} has {len(getattr(self, name))} rows, expected {n}")
+        if len(self.answers) != len(self.labels.tasks) or any(len(answer) != n for answer in self.answers):
+            lengths = [len(answer) for answer in self.answers]
+            raise ValueError(f"{len(self.labels.tasks)} tasks need as many answers of {n} rows, got {lengths}")
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -134,13 +103,39 @@ class Manifest:
         """(n,) int64 row numbers of one split, in order."""
         return np.flatnonzero(self.split == SPLITS.index(split)).astype(np.int64)
 
+    @cached_property
+    def label(self) -> np.ndarray:
+        """(N,) int32 class of each row of one-label data (of soft labels the most probable one), -1 where unknown.
+
+        Raises:
+            ValueError: the rows have labels of another kind: see `targets`, `stratum` and `labelled`.
+        """
+        if not self.labels.is_single:
+            raise ValueError("only one-label data have one class per row")
+        return hard_answers(self.answers[0], "one_of")
+
+    @cached_property
+    def labelled(self) -> np.ndarray:
+        """(N,) bool: the rows of which any answer is known."""
+        seen = [hard_answers(answer, task.kind) >= 0 for task, answer in zip(self.labels.tasks, self.answers, strict=True)]
+        return np.logical_or.reduce([part if part.ndim == 1 else part.any(1) for part in seen])
+
+    @cached_property
+    def stratum(self) -> np.ndarray:
+        """(N,) int64: rows with the same answers to everything share a number, -1 where nothing is known; one-label data: `label`."""
+        if self.labels.is_single:
+            return self.label.astype(np.int64)
+        hard = [hard_answers(answer, task.kind) for task, answer in zip(self.labels.tasks, self.answers, strict=True)]
+        together = np.concatenate([part.reshape(len(self), -1).astype(np.int32) for part in hard], axis=1)
+        if not len(together):
+            return np.zeros(0, np.int64)
+        number = np.unique(together, axis=0, return_inverse=True)[1].reshape(-1)
+        return np.where(self.labelled, number, -1).astype(np.int64)
+
     def targets(self, rows: np.ndarray) -> np.ndarray:
-        """(n, K) float32 one-hot targets of `rows`; all zero where the label is unknown."""
-        hot = np.zeros((len(rows), self.labels.size), np.float32)
-        label = self.label[rows]
-        known = np.flatnonzero(label >= 0)
-        hot[known, label[known]] = 1
-        return hot
+        """(n, K) float32 targets of `rows`: one-hot, 0 and 1, or probabilities; NaN where unknown."""
+        parts = [task_targets(task, answer[rows]) for task, answer in zip(self.labels.tasks, self.answers, strict=True)]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
 
     def fair_order(self, rows: np.ndarray, seed: int = 0) -> np.ndarray:
         """(n,) int64 `rows` in an order of which every beginning is a sample: one row of each class first, then by share.
@@ -148,8 +143,9 @@ class Manifest:
         Rows lie sorted by path, so a slice of them is one class and one folder. Unknown labels count as a class.
         """
         shuffled = np.random.default_rng(seed).permutation(np.asarray(rows, np.int64))
-        by_class = np.argsort(self.label[shuffled], kind="stable")
-        _, first, size = np.unique(self.label[shuffled][by_class], return_index=True, return_counts=True)
+        stratum = self.stratum[shuffled]
+        by_class = np.argsort(stratum, kind="stable")
+        _, first, size = np.unique(stratum[by_class], return_index=True, return_counts=True)
         place = np.arange(len(shuffled)) - np.repeat(first, size)  # within the class
         rank = np.empty(len(shuffled))
         rank[by_class] = place / np.repeat(size, size)
@@ -160,9 +156,26 @@ class Manifest:
         return np.sort(self.fair_order(rows)[: max(0, n)])
 
     def counts(self, split: str | None = None) -> np.ndarray:
-        """(K,) int64 images of each class, in one split or in all."""
-        label = self.label if split is None else self.label[self.rows(split)]
-        return np.bincount(label[label >= 0], minlength=self.labels.size)
+        """(K,) int64 images of each class, in one split or in all; soft labels count by their most probable class."""
+        return self._count(split, lambda part: part == 1, lambda label, k: np.bincount(label[label >= 0], minlength=k))
+
+    def known_counts(self, split: str | None = None) -> np.ndarray:
+        """(K,) int64 images of which it is known whether they belong to the class, in one split or in all."""
+        return self._count(split, lambda part: part >= 0, lambda label, k: np.full(k, (label >= 0).sum()))
+
+    def _count(
+        self,
+        split: str | None,
+        holds: Callable[[np.ndarray], np.ndarray],
+        count: Callable[[np.ndarray, int], np.ndarray],
+    ) -> np.ndarray:
+        """Counts per column: `holds` of the entries of `any_of` tasks, `count` of the classes of `one_of` tasks."""
+        rows = slice(None) if split is None else self.rows(split)
+        found = []
+        for task, answer in zip(self.labels.tasks, self.answers, strict=True):
+            part = hard_answers(answer[rows], task.kind)
+            found.append(count(part, len(task.classes)) if part.ndim == 1 else holds(part).sum(0))
+        return np.concatenate(found).astype(np.int64)
 
     def turned_size(self) -> tuple[np.ndarray, np.ndarray]:
         """(width, height), each (N,) int64, after the EXIF rotation has been applied."""
@@ -176,7 +189,7 @@ class Manifest:
     def fingerprint(self) -> str:
         """Hex digest of content: classes and every row's path, label, split, group and bytes. The root does not matter."""
         h = hashlib.sha256(json.dumps(self.labels.to_dict(), sort_keys=True).encode("utf-8"))
-        for part in (self.paths.blob, self.paths.offsets, self.label, self.split, self.digest):
+        for part in (self.paths.blob, self.paths.offsets, *self.answers, self.split, self.digest):
             h.update(np.ascontiguousarray(part).tobytes())
         if (self.group >= 0).any():  # data without groups keep the digest that earlier versions gave them
             h.update(np.ascontiguousarray(self.group).tobytes())
@@ -190,18 +203,21 @@ class Manifest:
     def take(self, rows: np.ndarray) -> Manifest:
         """Some of the rows, renumbered from 0."""
         columns = {name: getattr(self, name)[rows] for name in _COLUMNS}
-        return replace(self, paths=PathList.of(self.paths[np.asarray(rows)]), **columns)
+        answers = tuple(answer[rows] for answer in self.answers)
+        return replace(self, paths=PathList.of(self.paths[np.asarray(rows)]), answers=answers, **columns)
 
     def save(self, path: Path) -> None:
         """Write as .npz, whole, without pickle."""
+        usual = self.labels.is_single and self.answers[0].ndim == 1  # as earlier versions wrote and read them
         head = {
-            "schema": 1,
+            "schema": 1 if usual else 2,
             "root": str(self.root),
             "labels": self.labels.to_dict(),
             "source": self.source,
             "group_names": list(self.group_names),
         }
         columns = {name: getattr(self, name) for name in _COLUMNS}
+        columns |= dict(zip(["label"] if usual else _answer_names(self.labels), self.answers, strict=True))
         columns |= {"path_blob": self.paths.blob, "path_offsets": self.paths.offsets}
         head["sha256"] = _sealed(head, columns)
         columns["head"] = np.frombuffer(json.dumps(head).encode("utf-8"), np.uint8)
@@ -223,12 +239,20 @@ class Manifest:
             digest = head.pop("sha256", None)
             if digest is not None and digest != _sealed(head, columns):
                 raise ValueError("its content does not have the SHA-256 that it was written with")
-            _demand_sound(columns, LabelSpace.from_dict(head["labels"]).size)
+            labels = LabelSpace.from_dict(head["labels"])
+            if head["schema"] > 2:
+                raise ValueError(f"a newer imgcls-fast wrote it (schema {head['schema']}, this one reads 2)")
+            names = ["label"] if head["schema"] == 1 else _answer_names(labels)
+            answers = tuple(columns.pop(name) for name in names)
+            for task, answer in zip(labels.tasks, answers, strict=True):
+                demand_answers(task, answer)
+            _demand_sound(columns)
             paths = PathList(columns.pop("path_blob"), columns.pop("path_offsets"))
             return cls(
                 root=Path(head["root"]),
                 paths=paths,
-                labels=LabelSpace.from_dict(head["labels"]),
+                labels=labels,
+                answers=answers,
                 source=head["source"],
                 group_names=tuple(head["group_names"]),
                 **columns,
@@ -248,8 +272,13 @@ def _sealed(head: dict[str, Any], columns: dict[str, np.ndarray]) -> str:
     return h.hexdigest()
 
 
-def _demand_sound(columns: dict[str, np.ndarray], classes: int) -> None:
-    """Refuse columns that no scan writes: a label beyond the classes would size a table elsewhere.
+def _answer_names(labels: LabelSpace) -> list[str]:
+    """Columns of the file that hold the answers to each task."""
+    return [f"answers_{k}" for k in range(len(labels.tasks))]
+
+
+def _demand_sound(columns: dict[str, np.ndarray]) -> None:
+    """Refuse columns that no scan writes: sizes beyond reason would size a table elsewhere.
 
     Raises:
         ValueError: with the column's name.
@@ -268,7 +297,6 @@ def _demand_sound(columns: dict[str, np.ndarray], classes: int) -> None:
         if column.dtype.kind not in "iu" or column.ndim != (2 if name == "digest" else 1):
             raise ValueError(f"column {name} is {column.dtype} with {column.ndim} dimensions")
     for name, low, high in (
-        ("label", -1, classes - 1),
         ("split", 0, NO_SPLIT),
         ("width", 0, 1 << 20),
         ("height", 0, 1 << 20),
@@ -300,4 +328,4 @@ _DAMAGE = (
     zlib.error,
     zipfile.BadZipFile,
 )
-_COLUMNS = ("label", "split", "group", "width", "height", "orientation", "digest", "flags")
+_COLUMNS = ("split", "group", "width", "height", "orientation", "digest", "flags")

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from .errors import DataError
 from .files import read_sealed, sha256_file, write_sealed, write_text, write_whole
-from .manifest import LabelSpace
+from .labels import THRESHOLD, LabelSpace, Task, known
 from .text import to_csv
 
 
@@ -24,10 +24,11 @@ class Predictions:
     Args:
         rows: (n,) int64 row numbers, strictly increasing.
         scores: (n, K) float32 probabilities.
-        targets: (n, K) float32 (one-hot for one_of tasks), or None where labels are not known.
+        targets: (n, K) float32: one-hot, 0 and 1, or probabilities; NaN where unknown. None where no labels are known at all.
         labels: what column k means.
         paths: n file names, in the order of `rows`.
         fingerprint: of the manifest that the rows belong to.
+        thresholds: (K,) float32, least scores of the classes of `any_of` tasks; None: 0.5.
 
     Raises:
         ValueError: lengths disagree, or rows are not strictly increasing.
@@ -39,6 +40,7 @@ class Predictions:
     labels: LabelSpace
     paths: tuple[str, ...]
     fingerprint: str = ""
+    thresholds: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         n = len(self.rows)
@@ -49,9 +51,16 @@ class Predictions:
             raise ValueError(f"targets {self.targets.shape} do not fit scores {self.scores.shape}")
         if n and (np.diff(self.rows) <= 0).any():
             raise ValueError("rows must be strictly increasing: each row counts exactly once")
+        if self.thresholds is not None and self.thresholds.shape != (self.labels.size,):
+            raise ValueError(f"{self.labels.size} columns need as many thresholds, got {self.thresholds.shape}")
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @cached_property
+    def answers(self) -> np.ndarray:
+        """(n, K) bool: what the scores stand for, see `LabelSpace.decide`."""
+        return self.labels.decide(self.scores, self.thresholds)
 
     @cached_property
     def predicted(self) -> np.ndarray:
@@ -83,11 +92,12 @@ class Predictions:
         labels: LabelSpace,
         path_of: Sequence[str],
         fingerprint: str = "",
+        thresholds: np.ndarray | None = None,
     ) -> Predictions:
         """Join the batches of one or several workers: padding (row -1) goes, rows are sorted, each row is kept once.
 
         Args:
-            rows, scores, targets: one array a batch.
+            rows, scores, targets: one array per batch.
             path_of: file name of each row of the manifest (indexed by row number).
         """
         row = np.concatenate(rows) if rows else np.zeros(0, np.int64)
@@ -102,33 +112,71 @@ class Predictions:
             labels=labels,
             paths=tuple(path_of[i] for i in row[first]),
             fingerprint=fingerprint,
+            thresholds=thresholds,
         )
 
     def take(self, keep: np.ndarray) -> Predictions:
         """Some of the rows, by an (n,) bool mask."""
         targets = None if self.targets is None else self.targets[keep]
         paths = tuple(path for path, stays in zip(self.paths, keep, strict=True) if stays)
-        return Predictions(self.rows[keep], self.scores[keep], targets, self.labels, paths, self.fingerprint)
+        return replace(self, rows=self.rows[keep], scores=self.scores[keep], targets=targets, paths=paths)
+
+    def of_task(self, k: int) -> Predictions:
+        """The predictions of one task: its columns, and the rows of which its answer is known (all, without labels)."""
+        task, part = self.labels.parts[k]
+        one = self if self.targets is None else self.take(known(self.targets, part))
+        return replace(
+            one,
+            scores=np.ascontiguousarray(one.scores[:, part]),
+            targets=None if one.targets is None else np.ascontiguousarray(one.targets[:, part]),
+            labels=LabelSpace((task,)),
+            thresholds=None if one.thresholds is None else one.thresholds[part],
+        )
+
+    @property
+    def _usual(self) -> bool:
+        """Whether one name per row holds all that is known, as in one-label data without probabilities."""
+        return self.labels.is_single and (self.targets is None or not ((self.targets > 0) & (self.targets < 1)).any())
 
     def save(self, directory: Path) -> None:
-        """Write scores.npy (row-aligned), predictions.csv for people and predictions.json (labels, fingerprint)."""
+        """Write scores.npy (row-aligned), predictions.csv for people and predictions.json (labels, fingerprint).
+
+        Labels that one name per row cannot hold are in targets.npy.
+        """
         directory.mkdir(parents=True, exist_ok=True)
-        write_whole(directory / "scores.npy", lambda file: np.save(file, self.scores, allow_pickle=False))
+        arrays = {"scores.npy": self.scores}
+        if self.targets is not None and not self._usual:
+            arrays["targets.npy"] = self.targets
+        for name, array in arrays.items():
+            write_whole(directory / name, partial(_write_array, array))
         write_text(directory / "predictions.csv", self.to_csv())
         meta: dict[str, Any] = {"labels": self.labels.to_dict(), "fingerprint": self.fingerprint}
         meta["has_targets"] = self.targets is not None
-        meta["digests"] = {name: sha256_file(directory / name) for name in ("scores.npy", "predictions.csv")}
+        if self.thresholds is not None:
+            meta["thresholds"] = self.thresholds.tolist()
+        meta["digests"] = {name: sha256_file(directory / name) for name in (*arrays, "predictions.csv")}
         write_sealed(directory / "predictions.json", meta)
 
     def to_csv(self) -> str:
-        """One line a row: row, path, label (if known), pred, confidence, then one probability a class."""
-        classes = self.labels.classes
-        lines: list[list[Any]] = [["row", "path", "label", "pred", "confidence", *[f"p:{name}" for name in classes]]]
+        """One line per row: row, path; label (if known), pred, confidence of each task; then one probability per class.
+
+        Several tasks have their names before these columns ("color: label"). Several classes of one image are joined by "|";
+        `any_of` tasks have no confidence.
+        """
+        tasks = self.labels.parts
+        head: list[Any] = ["row", "path"]
+        for task, _ in tasks:
+            names = ["label", "pred"] if task.kind == "any_of" else ["label", "pred", "confidence"]
+            head += names if len(tasks) == 1 else [f"{task.name}: {name}" for name in names]
+        lines: list[list[Any]] = [[*head, *[f"p:{name}" for name in self.labels.classes]]]
         for i, row in enumerate(self.rows):
-            label = "" if self.targets is None or not self.targets[i].any() else classes[self.truth[i]]
-            name = classes[self.predicted[i]]
-            scores = [f"{s:.6g}" for s in self.scores[i]]
-            lines.append([row, self.paths[i], label, name, f"{self.confidence[i]:.6g}", *scores])
+            line = [row, self.paths[i]]
+            for task, part in tasks:
+                line.append("" if self.targets is None else _named(task, self.targets[i, part]))
+                line.append("|".join(task.classes[c] for c in np.flatnonzero(self.answers[i, part])))
+                if task.kind == "one_of":
+                    line.append(f"{self.scores[i, part].max():.6g}")
+            lines.append([*line, *[f"{s:.6g}" for s in self.scores[i]]])
         return to_csv(lines)
 
     @classmethod
@@ -149,13 +197,31 @@ class Predictions:
                 table = list(csv.DictReader(file))
             labels = LabelSpace.from_dict(meta["labels"])
             targets = None
-            if meta["has_targets"]:
+            if "targets.npy" in meta.get("digests", {}):
+                targets = np.array(np.load(directory / "targets.npy", mmap_mode="r", allow_pickle=False))
+            elif meta["has_targets"]:
                 column = {name: k for k, name in enumerate(labels.classes)}
-                known = [k for k, line in enumerate(table) if line["label"]]
+                named = [k for k, line in enumerate(table) if line["label"]]
                 targets = np.zeros_like(scores)
-                targets[known, [column[table[k]["label"]] for k in known]] = 1
+                targets[[k for k, line in enumerate(table) if not line["label"]]] = np.nan
+                targets[named, [column[table[k]["label"]] for k in named]] = 1
+            least = meta.get("thresholds")
+            thresholds = None if least is None else np.array(least, np.float32)
             rows = np.array([int(line["row"]) for line in table], np.int64)
-            return cls(rows, scores, targets, labels, tuple(line["path"] for line in table), meta["fingerprint"])
+            return cls(rows, scores, targets, labels, tuple(line["path"] for line in table), meta["fingerprint"], thresholds)
         except (OSError, ValueError, LookupError, TypeError, EOFError, AttributeError, csv.Error) as error:
             message = f"no readable predictions in {directory}: {error}"
             raise DataError("D001", message, try_="imgcls-fast eval RUN") from error
+
+
+def _write_array(array: np.ndarray, file: BinaryIO) -> None:
+    np.save(file, array, allow_pickle=False)
+
+
+def _named(task: Task, targets: np.ndarray) -> str:
+    """The true classes of one row of a task, joined by "|"; the most probable one of a soft label; "" where unknown."""
+    if np.isnan(targets).all():
+        return ""
+    if task.kind == "one_of":
+        return task.classes[int(np.nanargmax(targets))] if (targets > 0).any() else ""
+    return "|".join(name for name, value in zip(task.classes, targets, strict=True) if value >= THRESHOLD)

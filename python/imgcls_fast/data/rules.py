@@ -330,7 +330,7 @@ def _manifest(draft: Draft) -> Manifest:
         root=Path(draft.listing.root),
         paths=PathList.of(draft.listing.paths[r] for r in rows.tolist()),
         labels=LabelSpace.single(draft.classes),
-        label=draft.label[rows],
+        answers=(draft.label[rows],),
         split=draft.split[rows],
         group=group.astype(np.int32),
         width=head["width"][rows].astype(np.int32),

@@ -431,12 +431,7 @@ def _flipped_signs(change: np.ndarray, group: np.ndarray, draws: int = 9999) -> 
 
 def _labelled(targets: np.ndarray, labels: LabelSpace) -> bool:
     """Whether every row has its class in every one_of task."""
-    first = 0
-    for task in labels.tasks:
-        if task.kind == "one_of" and not targets[:, first : first + len(task.classes)].any(1).all():
-            return False
-        first += len(task.classes)
-    return True
+    return all((targets[:, part] > 0).any(1).all() for task, part in labels.parts if task.kind == "one_of")
 
 
 def _answers(scores: np.ndarray, labels: LabelSpace) -> np.ndarray:

@@ -20,6 +20,7 @@ import numpy as np
 from ..core.batch import Batch
 from ..core.errors import DataError, GateFailed
 from ..core.files import sha256_json
+from ..core.labels import task_targets
 from ..core.manifest import Manifest, PathList
 from ..core.phases import phase
 from ..core.predictions import Predictions
@@ -98,7 +99,7 @@ def gate_data(
         refused = np.isin(keys, digests) & keep
         counts[reason] = int(refused.sum())
         keep &= ~refused
-    unlabelled = (whole.label < 0) & keep
+    unlabelled = ~whole.labelled & keep
     keep &= ~unlabelled
     repeated = keep.copy()
     kept = np.flatnonzero(keep)
@@ -138,11 +139,15 @@ def rows_digest(digests: np.ndarray) -> str:
 
 def _joined(first: Manifest, second: Manifest) -> Manifest:
     """Two manifests as one: the rows of the second come last, with absolute paths."""
-    names = ("label", "split", "group", "width", "height", "orientation", "digest", "flags")
+    names = ("split", "group", "width", "height", "orientation", "digest", "flags")
     columns: dict[str, Any] = {name: np.concatenate([getattr(first, name), getattr(second, name)]) for name in names}
     columns["group"] = np.full(len(columns["group"]), -1, np.int32)  # numbers of two scans mean different groups
+    answers = tuple(
+        np.concatenate([mine, its] if mine.dtype == its.dtype else [task_targets(task, mine), task_targets(task, its)])
+        for task, mine, its in zip(first.labels.tasks, first.answers, second.answers, strict=True)
+    )
     paths = [*first.paths, *(str(second.path(row).absolute()) for row in range(len(second)))]
-    return replace(first, paths=PathList.of(paths), group_names=(), **columns)
+    return replace(first, paths=PathList.of(paths), group_names=(), answers=answers, **columns)
 
 
 def _keys(digests: np.ndarray) -> np.ndarray:
@@ -244,7 +249,7 @@ class Gate:
         fraction: float = 0.5,
     ) -> None:
         self.data, self.max_drop_pp, self.seed, self.fraction = data, max_drop_pp, seed, fraction
-        self.rows = split_rows(data.manifest.label, seed, fraction)
+        self.rows = split_rows(data.manifest.stratum, seed, fraction)
         self.history: list[dict[str, Any]] = []
         self._reference, self._batches = reference, batches
         self._said: dict[str, Predictions] = {}

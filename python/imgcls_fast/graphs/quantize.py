@@ -163,7 +163,7 @@ def calibration_rows(manifest: Manifest, n: int, seed: int) -> np.ndarray:
 
 def calibration_facts(manifest: Manifest, rows: np.ndarray, seed: int) -> dict[str, Any]:
     """What meta.json says about calibration rows: split, count, seed, rows of each class, and a hash of their files' digests."""
-    label = manifest.label[rows]
+    label = manifest.stratum[rows]
     return {
         "split": "train",
         "rows": len(rows),

@@ -36,7 +36,7 @@ class Sample:
 def sample_of(run: Run, bundle: Bundle) -> Sample:
     """Test rows, else val rows, spread over the classes; noise where the run has neither, or their files are gone."""
     manifest = run.manifest
-    labelled = {split: manifest.rows(split)[manifest.label[manifest.rows(split)] >= 0] for split in ("test", "val")}
+    labelled = {split: manifest.rows(split)[manifest.labelled[manifest.rows(split)]] for split in ("test", "val")}
     split = next((name for name, rows in labelled.items() if len(rows)), "")
     rows = labelled.get(split, np.zeros(0, np.int64))
     side, channels = bundle.pixels.size, bundle.pixels.channels
