@@ -16,13 +16,13 @@ from torchvision.transforms import RandomResizedCrop
 from imgcls_fast.core.manifest import FLAG_PILLOW, LabelSpace, Manifest, PathList
 from imgcls_fast.core.pixels import Pixels, evaluation_geometry
 from imgcls_fast.loading.augment import (
-    DRAWS,
     NO_COLOR_CHANGE,
     Augment,
     apply_color,
     color_factors,
     random_resized_crops,
 )
+from imgcls_fast.loading.draws import COLUMNS, DRAW, DRAW_LAYOUT, Draws
 from imgcls_fast.loading.sampler import Request, Sampler, random_stream
 
 PIXELS = Pixels(32, 0.875, "bilinear", "rgb", "apply", (0.5,) * 3, (0.5,) * 3)
@@ -103,9 +103,20 @@ def test_every_place_in_the_order_is_as_likely_for_every_row():
 @given(st.integers(1, 40), st.integers(0, 2**64 - 1), st.integers(0, 50))
 def test_the_draws_of_a_batch_are_a_slice_of_the_draws_of_the_epoch(batch, seed, epoch):
     sampler = Sampler(listing(120), np.arange(120), PIXELS, batch, seed=seed, augment=STRONG)
-    whole = random_stream(seed, epoch, 1).random((120, DRAWS))
+    whole = random_stream(seed, epoch, 1).random((120, COLUMNS))
     for index in {0, 1, sampler.steps - 1} & set(range(sampler.steps)):
         np.testing.assert_array_equal(sampler.draws(epoch, index), whole[index * batch : (index + 1) * batch])
+
+
+def test_no_two_changes_share_a_column_and_the_columns_fill_whole_blocks_of_the_generator():
+    taken = [k for part in DRAW for k in (range(COLUMNS)[part] if isinstance(part, slice) else [part])]
+    assert len(taken) == len(set(taken)) and max(taken) < COLUMNS and COLUMNS % 4 == 0
+    assert len(range(COLUMNS)[DRAW.area]) == len(range(COLUMNS)[DRAW.ratio]) and len(range(COLUMNS)[DRAW.color]) == 4
+
+
+def test_the_number_of_a_layout_stands_for_one_table_of_draws():
+    tables = {1: (Draws(slice(0, 20, 2), slice(1, 20, 2), 20, 21, 22, slice(23, 27)), 28)}
+    assert tables[DRAW_LAYOUT] == (DRAW, COLUMNS)  # a table that changes needs the next number, and a line here
 
 
 def test_a_position_keeps_its_crop_whatever_the_batch_size():
@@ -245,7 +256,7 @@ SCALES = [((0.08, 1.0), (3 / 4, 4 / 3)), ((0.35, 1.0), (3 / 4, 4 / 3)), ((0.9, 1
     st.integers(0, 2**32),
 )
 def test_crops_are_never_empty_and_always_inside_the_image(width, height, low, span, aspect, seed):
-    u = np.random.default_rng(seed).random((64, DRAWS))
+    u = np.random.default_rng(seed).random((64, COLUMNS))
     u[0], u[1] = 0, np.nextafter(1, 0)
     scale, ratio = (low, low + span * (1 - low)), (aspect, aspect * 1.5)
     top, left, high, wide = random_resized_crops(u, np.full(64, width), np.full(64, height), scale, ratio).T
@@ -265,7 +276,7 @@ def test_crops_have_the_distribution_of_torchvisions_random_resized_crop(shape, 
         theirs = np.array([RandomResizedCrop.get_params(image, list(scale), list(ratio)) for _ in range(n)])
     finally:
         torch.random.set_rng_state(state)
-    u = random_stream(1, 0, 1).random((n, DRAWS))
+    u = random_stream(1, 0, 1).random((n, COLUMNS))
     ours = random_resized_crops(u, np.full(n, width), np.full(n, height), scale, ratio)
     for name, mine, other in _statistics(ours, theirs):
         assert stats.ks_2samp(mine, other).pvalue > 1e-4, name
@@ -282,7 +293,7 @@ def _statistics(ours: np.ndarray, theirs: np.ndarray) -> Iterable[tuple[str, np.
 @pytest.mark.parametrize("shape", [(2000, 10), (10, 2000), (30, 20)], ids=str)
 def test_after_ten_misses_the_crop_is_torchvisions_largest_legal_one(shape):
     width, height = shape
-    never = np.ones((3, DRAWS)) * 0.999999
+    never = np.ones((3, COLUMNS)) * 0.999999
     scale, ratio = (3.0, 4.0), (0.75, 4 / 3)  # three times the area of the image never fits
     theirs = RandomResizedCrop.get_params(torch.empty(1, height, width), list(scale), list(ratio))
     ours = random_resized_crops(never, np.full(3, width), np.full(3, height), scale, ratio)
@@ -315,7 +326,7 @@ def test_no_colour_strength_means_no_colour_work():
 
 
 def test_colour_factors_are_uniform_within_their_strength():
-    u = random_stream(0, 0, 1).random((5000, DRAWS))
+    u = random_stream(0, 0, 1).random((5000, COLUMNS))
     factors = color_factors(u, Augment((0.5, 1.0), brightness=0.4, contrast=0.3, saturation=0.2, hue=0.1))
     for k, (middle, reach) in enumerate([(1, 0.4), (1, 0.3), (1, 0.2), (0, 36)]):
         assert stats.kstest(factors[:, k], stats.uniform(middle - reach, 2 * reach).cdf).pvalue > 1e-3
@@ -352,7 +363,7 @@ def test_colour_changes_equal_dalis_color_twist(channels):
     from nvidia.dali import fn, types
     from nvidia.dali.pipeline import Pipeline
 
-    u = random_stream(3, 0, 1).random((64, DRAWS))
+    u = random_stream(3, 0, 1).random((64, COLUMNS))
     strong = Augment((0.5, 1.0), brightness=0.9, contrast=0.9, saturation=0.9, hue=0.5)
     factors = np.concatenate([color_factors(u, strong), NO_COLOR_CHANGE[None]])
     pixels = np.random.default_rng(1).integers(0, 256, (len(factors), 48, 48, channels), dtype=np.uint8)

@@ -217,13 +217,14 @@ class TestWhatMayChange:
             session.resume(broken, {})
         assert refused.value.code == "M006"
 
-    @pytest.mark.parametrize("what", ["sampler", "augmentation"])
+    @pytest.mark.parametrize("what", ["sampler", "draws", "augmentation"])
     def test_another_layout_of_random_numbers_is_refused_by_name(
         self, broken: Run, what: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         from imgcls_fast.training import identity
 
-        monkeypatch.setattr(identity, "SAMPLER_LAYOUT" if what == "sampler" else "AUGMENT_LAYOUT", 99)
+        name = {"sampler": "SAMPLER_LAYOUT", "draws": "DRAW_LAYOUT", "augmentation": "AUGMENT_LAYOUT"}[what]
+        monkeypatch.setattr(identity, name, 99)
         with pytest.raises(ModelError, match=f"layout of the {what} was 1 and is now 99"):
             session.resume(broken, {})
 
@@ -231,6 +232,7 @@ class TestWhatMayChange:
         def forget(environment: dict[str, Any]) -> None:
             del environment["trajectory"]["optim.gamma"]  # a setting with a default, which the run has
             del environment["trajectory"]["plan spec.drop_path"]
+            del environment["trajectory"]["layout of the draws"]  # the first one, until it was recorded
 
         facts = broken.read_json("model.json")
         forget(facts)

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-DRAWS = 28  # uniform numbers a sample: 20 crop attempts, 2 offsets, flip, 4 colour, 1 spare; a multiple of 4
+from .draws import DRAW
+
 LAYOUT = 1  # another number when the same draws give other pixels
-_ATTEMPTS = 10
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def random_resized_crops(
     """Crops as torchvision's RandomResizedCrop draws them, for a whole batch.
 
     Args:
-        u: (n, >= 22) float64 uniform numbers.
+        u: (n, COLUMNS) float64 uniform numbers, laid out by `draws.DRAW`.
         width, height: (n,) int64 pixels.
         scale: area as fractions of the image.
         ratio: width / height.
@@ -64,16 +64,16 @@ def random_resized_crops(
     centred crop with a legal ratio).
     """
     w, h = width[:, None].astype(np.float64), height[:, None].astype(np.float64)
-    area = w * h * (scale[0] + u[:, 0:20:2] * (scale[1] - scale[0]))
-    aspect = np.exp(np.log(ratio[0]) + u[:, 1:20:2] * (np.log(ratio[1]) - np.log(ratio[0])))
+    area = w * h * (scale[0] + u[:, DRAW.area] * (scale[1] - scale[0]))
+    aspect = np.exp(np.log(ratio[0]) + u[:, DRAW.ratio] * (np.log(ratio[1]) - np.log(ratio[0])))
     try_w = np.rint(np.sqrt(area * aspect)).astype(np.int64)
     try_h = np.rint(np.sqrt(area / aspect)).astype(np.int64)
     fits = (try_w > 0) & (try_w <= width[:, None]) & (try_h > 0) & (try_h <= height[:, None])
     first = fits.argmax(1)
     pick = np.arange(len(u))
     crop_w, crop_h = try_w[pick, first], try_h[pick, first]
-    top = np.floor(u[:, 21] * (height - crop_h + 1)).astype(np.int64)
-    left = np.floor(u[:, 20] * (width - crop_w + 1)).astype(np.int64)
+    top = np.floor(u[:, DRAW.top] * (height - crop_h + 1)).astype(np.int64)
+    left = np.floor(u[:, DRAW.left] * (width - crop_w + 1)).astype(np.int64)
     none = ~fits.any(1)
     if none.any():
         last_h, last_w = _largest_legal(width[none], height[none], ratio)
@@ -96,7 +96,7 @@ def color_factors(u: np.ndarray, augment: Augment) -> np.ndarray | None:
     """(n, 4) float32 brightness, contrast, saturation factors and hue in degrees; None without any colour change."""
     if not augment.has_color:
         return None
-    spread = 2 * u[:, 23:27] - 1
+    spread = 2 * u[:, DRAW.color] - 1
     strength = np.array([augment.brightness, augment.contrast, augment.saturation, augment.hue * 360])
     return (NO_COLOR_CHANGE + spread * strength).astype(np.float32)
 

@@ -15,9 +15,10 @@ import numpy as np
 
 from ..core.manifest import FLAG_PILLOW, Manifest
 from ..core.pixels import EXTREME_ASPECT, Pixels, evaluation_geometry
-from .augment import DRAWS, Augment, color_factors, random_resized_crops
+from .augment import Augment, color_factors, random_resized_crops
+from .draws import COLUMNS, DRAW
 
-LAYOUT = 1  # of order and draws: another number when the same seed gives other batches
+LAYOUT = 1  # another number when the same seed gives the rows in another order
 _ORDER, _DRAWS = 0, 1  # streams of random numbers
 
 
@@ -138,9 +139,9 @@ class Sampler:
         return self.order(epoch)[index * self.batch_size : (index + 1) * self.batch_size]
 
     def draws(self, epoch: int, index: int) -> np.ndarray:
-        """(B, DRAWS) float64 in [0, 1): the random numbers of each position of a batch."""
+        """(B, COLUMNS) float64 in [0, 1): the random numbers of each position of a batch."""
         first = index * self.batch_size
-        return random_stream(self.seed, epoch, _DRAWS, skip=first * (DRAWS // 4)).random((self.batch_size, DRAWS))
+        return random_stream(self.seed, epoch, _DRAWS, skip=first * (COLUMNS // 4)).random((self.batch_size, COLUMNS))
 
     def request(self, epoch: int, index: int, bad: Collection[int] = frozenset()) -> Request:
         """What batch `index` of `epoch` is made of, when the rows in `bad` are quarantined."""
@@ -153,7 +154,7 @@ class Sampler:
         if self.augment is not None:
             u = self.draws(epoch, index)
             crop = random_resized_crops(u, width, height, self.augment.scale, self.augment.ratio)
-            flip = u[:, 22] < self.augment.flip
+            flip = u[:, DRAW.flip] < self.augment.flip
             request = Request(epoch, index, padded, sources, crop, None, flip, color_factors(u, self.augment))
         else:
             resize = evaluation_geometry(width, height, self.pixels.resize_to, self.pixels.size)

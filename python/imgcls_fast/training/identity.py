@@ -15,12 +15,15 @@ from ..core.manifest import Manifest
 from ..core.settings import flatten
 from ..core.text import command
 from ..loading.augment import LAYOUT as AUGMENT_LAYOUT
+from ..loading.draws import DRAW_LAYOUT
 from ..loading.sampler import LAYOUT as SAMPLER_LAYOUT
 from .checkpoint import STATE
 
 if TYPE_CHECKING:
     from ..core.run import Run
     from .plan import Plan
+
+_DRAWS = "layout of the draws"
 
 
 def trajectory(plan: Plan, manifest: Manifest) -> dict[str, Any]:
@@ -32,7 +35,11 @@ def trajectory(plan: Plan, manifest: Manifest) -> dict[str, Any]:
     }
     facts = plan.to_dict()
     planned = {f"{part}.{key}": value for part in ("spec", "pixels", "augment") for key, value in facts[part].items()}
-    layouts = {"layout of the sampler": SAMPLER_LAYOUT, "layout of the augmentation": AUGMENT_LAYOUT}
+    layouts = {
+        "layout of the sampler": SAMPLER_LAYOUT,
+        _DRAWS: DRAW_LAYOUT,
+        "layout of the augmentation": AUGMENT_LAYOUT,
+    }
     everything = {**settings, **{f"plan {name}": value for name, value in planned.items()}, **layouts}
     plain: dict[str, Any] = json.loads(json.dumps(everything | {"data": manifest.fingerprint}, default=str))
     return plain
@@ -105,6 +112,7 @@ def require_same_trajectory(before: dict[str, Any], now: dict[str, Any], run: Ru
     every = flatten(RunConfig.model_validate({})).items()
     # what is still "auto" now was no setting when the run was planned
     defaults = {name: value for name, value in every if value != "auto" or now.get(name) == "auto"}
+    defaults[_DRAWS] = 1  # recorded since the columns have names; their layout was the first one until then
     unknown = [name for name in now if name not in before and name not in defaults]
     before = {name: defaults[name] for name in now if name in defaults} | before
     differing = [name for name in {**before, **now} if name not in unknown and before.get(name) != now.get(name)]
