@@ -32,6 +32,7 @@ from imgcls_fast.core.errors import ImgclsError
 from imgcls_fast.core.files import write_json
 from imgcls_fast.core.manifest import LabelSpace
 from imgcls_fast.core.pixels import Pixels
+from imgcls_fast.engines.agreement import MAX_SCORE
 from imgcls_fast.engines.base import Engine
 from imgcls_fast.engines.onnx_runtime import OnnxEngine
 from imgcls_fast.engines.openvino_runtime import OpenVinoEngine
@@ -41,7 +42,6 @@ from imgcls_fast.evaluation.metrics import accuracy_interval
 from imgcls_fast.exporting.programs import write_aoti
 from imgcls_fast.graphs.onnx_graph import write_graph
 from imgcls_fast.graphs.quantize import autocast, quantize
-from imgcls_fast.measuring.verify import MAX_SCORE
 from imgcls_fast.models.build import Classifier, ModelSpec, build_model
 
 ARCHITECTURES = {

@@ -131,7 +131,7 @@ def test_a_bundle_of_any_names_in_a_folder_of_any_name_is_opened(tmp_path: Path)
 
     from imgcls_fast.core.bundle import write_bundle
     from imgcls_fast.core.pixels import Pixels
-    from imgcls_fast.engines.runtimes import load_model
+    from imgcls_fast.engines.torch_runtime import load_model
     from imgcls_fast.models.build import ModelSpec, build_model
 
     spec = ModelSpec(

@@ -11,8 +11,10 @@ import torch
 
 from imgcls_fast.core.batch import Batch
 from imgcls_fast.core.errors import ConfigError, ExportError, ModelError
-from imgcls_fast.engines.base import Engine, predict
-from imgcls_fast.engines.runtimes import TorchEngine, load_model, open_engine
+from imgcls_fast.engines.base import Engine
+from imgcls_fast.engines.runtimes import open_engine
+from imgcls_fast.engines.scoring import predict
+from imgcls_fast.engines.torch_runtime import TorchEngine, load_model
 
 
 def pixels_of(pictures: list[np.ndarray], bundle: Any) -> np.ndarray:

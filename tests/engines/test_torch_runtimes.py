@@ -18,17 +18,10 @@ from imgcls_fast.core.errors import ConfigError, ExportError
 from imgcls_fast.core.exports import choose, finish, new_export
 from imgcls_fast.core.manifest import LabelSpace, Task
 from imgcls_fast.core.pixels import Pixels
-from imgcls_fast.engines import runtimes
+from imgcls_fast.engines import runtimes, torch_runtime
 from imgcls_fast.engines.aoti_runtime import AotiEngine, aoti_host, foreign_host
-from imgcls_fast.engines.runtimes import (
-    CompiledEngine,
-    FunctionEngine,
-    TorchEngine,
-    bucket,
-    open_engine,
-    operators_of,
-    padded,
-)
+from imgcls_fast.engines.runtimes import open_engine
+from imgcls_fast.engines.torch_runtime import CompiledEngine, FunctionEngine, TorchEngine, bucket, operators_of, padded
 
 SIDE = 6
 LABELS = LabelSpace.single(["a", "b", "c"])
@@ -186,7 +179,7 @@ def test_compiled_scores_are_those_of_eager_with_few_compilations() -> None:
 @pytest.mark.slow
 def test_too_many_compilations_are_an_error_and_not_eager_mode(monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
-    monkeypatch.setattr(runtimes, "_COMPILED_SIZES", 1)
+    monkeypatch.setattr(torch_runtime, "_COMPILED_SIZES", 1)
     engine = CompiledEngine(Small(), LABELS, PIXELS)
     engine.warmup(1)
     with pytest.raises(ExportError) as refused:

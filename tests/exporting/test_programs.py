@@ -22,9 +22,9 @@ from imgcls_fast.core.files import read_sealed, write_sealed
 from imgcls_fast.core.trust import signed
 from imgcls_fast.engines.predictor import Predictor
 from imgcls_fast.engines.runtimes import open_engine
+from imgcls_fast.engines.torch_runtime import scorer_of
 from imgcls_fast.exporting import programs
 from imgcls_fast.exporting.programs import WRITERS, pickled_payloads, program_of
-from imgcls_fast.graphs.onnx_graph import scorer_of
 
 VIT = {"embed_dim": 24, "depth": 2, "num_heads": 3}
 

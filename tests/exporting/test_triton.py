@@ -666,7 +666,7 @@ def test_a_decoder_that_gives_other_pixels_is_not_handed_over(bundle_of, tmp_pat
 @pytest.mark.slow
 def test_an_encoded_image_gets_the_scores_of_torch_from_the_repositorys_own_files(bundle_of, pictures, tmp_path):
     """What the ensemble does, with its files, without the server."""
-    from imgcls_fast.engines.runtimes import TorchEngine, load_model
+    from imgcls_fast.engines.torch_runtime import TorchEngine, load_model
     from imgcls_fast.exporting.triton_decode import run_pipeline, specified_pixels
     from imgcls_fast.graphs.onnx_graph import export_onnx
 

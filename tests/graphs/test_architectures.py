@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from imgcls_fast.graphs.onnx_graph import scorer_of, write_graph
+from imgcls_fast.engines.torch_runtime import scorer_of
+from imgcls_fast.graphs.onnx_graph import write_graph
 
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")

@@ -19,6 +19,7 @@ from imgcls_fast.engines.runtimes import open_engine
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
+from imgcls_fast.engines.agreement import compare_engines
 from imgcls_fast.graphs import onnx_graph
 from imgcls_fast.graphs.onnx_graph import export_onnx
 
@@ -254,6 +255,6 @@ def test_a_comparison_sees_a_graph_that_ignores_its_input(wrong: bool) -> None:
             return self.rows[: len(pixels)]
 
     other = np.repeat(scores.mean(0, keepdims=True), 30, 0) if wrong else scores
-    found = onnx_graph.compare_engines(Fixed(scores), Fixed(other), [np.zeros((30, 1), np.uint8)])  # type: ignore[arg-type]
+    found = compare_engines(Fixed(scores), Fixed(other), [np.zeros((30, 1), np.uint8)])  # type: ignore[arg-type]
     assert found.same_top1 == 30
     assert (found.relative_l2 > 0.9) is wrong

@@ -351,7 +351,7 @@ def test_the_ratio_of_several_processes_lies_in_its_interval_and_needs_no_cpu_cl
 def test_multiplications_are_those_that_the_layers_need(bundle_of: Callable[..., Any]) -> None:
     from torch import nn
 
-    from imgcls_fast.engines.runtimes import load_model
+    from imgcls_fast.engines.torch_runtime import load_model
 
     bundle = bundle_of("small-cnn", size=48)
     model, counts = load_model(bundle), []

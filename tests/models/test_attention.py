@@ -821,7 +821,7 @@ def test_a_run_trains_a_module_and_its_bundle_gives_the_same_scores(tmp_path: Pa
     import imgcls_fast
     from imgcls_fast.core.bundle import read_bundle
     from imgcls_fast.core.run import Run
-    from imgcls_fast.engines.runtimes import load_model
+    from imgcls_fast.engines.torch_runtime import load_model
     from imgcls_fast.training.judging import best_model
 
     directory = tmp_path / "one"
@@ -842,7 +842,7 @@ def test_a_run_trains_a_module_and_its_bundle_gives_the_same_scores(tmp_path: Pa
 def test_a_bundle_that_lost_its_module_is_refused(bundle_of: Callable[..., Any]) -> None:
     import dataclasses
 
-    from imgcls_fast.engines.runtimes import load_model
+    from imgcls_fast.engines.torch_runtime import load_model
 
     bundle = bundle_of("small-cnn")
     with pytest.raises(ModelError) as caught:

@@ -226,7 +226,7 @@ def test_a_run_can_begin_with_the_weights_of_another(configure: Callable[..., An
     import torch
 
     from imgcls_fast.core.bundle import read_bundle
-    from imgcls_fast.engines.runtimes import load_model
+    from imgcls_fast.engines.torch_runtime import load_model
 
     first = session.start(configure({"train.epochs": 1, "pixels.size": 48}))
     second = make_fit(

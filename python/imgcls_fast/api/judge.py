@@ -58,11 +58,12 @@ def evaluate(
     images = None if data is None else Path(data)
     if out is not None:
         claim_folder(Path(out), JUDGED_NAMES, JUDGED, force=force, inputs=[] if images is None else [images])
+    from ..engines.scoring import score_rows
     from ..evaluation.metrics import judge, without
     from ..evaluation.report import write_evaluation
     from ..loading.loader import usual_loader
     from ..training.judged_rows import demand_split, rows_to_judge
-    from ..training.judging import run_engine, score_rows
+    from ..training.judging import run_engine
 
     demand_split(split)
     found, device = run_of(run), usual_device()

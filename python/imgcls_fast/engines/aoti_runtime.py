@@ -12,7 +12,7 @@ import torch
 from ..core.errors import ExportError
 from ..core.manifest import LabelSpace
 from ..core.pixels import Pixels
-from .runtimes import MAX_BATCH, FunctionEngine, first_line
+from .torch_runtime import MAX_BATCH, FunctionEngine, first_line
 
 
 class AotiEngine(FunctionEngine):

@@ -1,17 +1,15 @@
-"""The Engine protocol, what engines share, and the one way to turn an engine and batches into Predictions."""
+"""The Engine protocol, and what engines share."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from ..core.batch import Batch
 from ..core.manifest import LabelSpace
 from ..core.pixels import Pixels
-from ..core.predictions import Predictions
 
 _WIDTH = ("int8", "fp16", "bf16", "tf32", "fp32")  # the wider wins where two are equally frequent
 
@@ -21,7 +19,7 @@ class Engine(Protocol):
     """Pixels in, calibrated probabilities out.
 
     `scores` takes (N, H, W, C) uint8 (NumPy, or a torch tensor for torch runtimes) and gives (N, K) float32. `max_batch` is
-    the most that one pass takes; more is split, and what a fixed batch lacks is padded, invisibly. `precision` is what the
+    the most that one pass takes: larger inputs are split and fixed-size batches are padded; callers see neither. `precision` is what the
     runtime really computes in: fp32, tf32, fp16, bf16 or int8. Engines may offer two things more: `bind(batch) -> Bound`, and
     `facts() -> dict` with what `precision` was read from.
     """
@@ -103,33 +101,3 @@ def dominant(counts: Counter[str]) -> str:
     if not counts:
         return "fp32"
     return max(counts, key=lambda name: (counts[name], _WIDTH.index(name) if name in _WIDTH else len(_WIDTH)))
-
-
-def predict(
-    engine: Engine,
-    batches: Iterable[Batch],
-    *,
-    paths: Sequence[str],
-    fingerprint: str = "",
-    labelled: bool = True,
-    progress: Callable[[int], None] | None = None,
-) -> Predictions:
-    """Score every batch; padding goes, rows come out sorted, each exactly once.
-
-    Args:
-        paths: file name of each row of the manifest.
-        labelled: whether the batches carry targets.
-        progress: told the number of rows seen so far; may raise to stop.
-    """
-    rows: list[np.ndarray] = []
-    scores: list[np.ndarray] = []
-    targets: list[np.ndarray] = []
-    seen = 0
-    for batch in batches:
-        rows.append(np.asarray(batch.rows))
-        scores.append(engine.scores(batch.pixels))
-        targets.append(np.asarray(batch.targets))
-        seen += int((rows[-1] >= 0).sum())
-        if progress:
-            progress(seen)
-    return Predictions.gather(rows, scores, targets if labelled else None, engine.labels, paths, fingerprint)

@@ -25,7 +25,8 @@ from ..core.manifest import Manifest, PathList
 from ..core.phases import phase
 from ..core.predictions import Predictions
 from ..core.text import command
-from ..engines.base import Engine, predict
+from ..engines.base import Engine
+from ..engines.scoring import predict
 from ..evaluation.paired import Judgement, judge
 
 Batches = Callable[[np.ndarray], Iterable[Batch]]  # row numbers of the gate's manifest -> batches of them

@@ -24,18 +24,21 @@ from ..core.errors import ConfigError, ExportError, near
 from ..core.exports import Export, choose, export_key, find_key, finish, new_export
 from ..core.phases import phase
 from ..core.text import command
+from ..engines.agreement import clear_margin, compare_engines, judge_comparison
 from ..engines.aoti_runtime import AotiEngine, aoti_host
 from ..engines.base import Engine, dominant
 from ..engines.hush import hushed
-from ..engines.runtimes import (
+from ..engines.torch_runtime import (
+    DTYPES,
     FunctionEngine,
+    Scorer,
     TorchEngine,
     first_line,
     last_line,
     load_model,
     operators_of,
+    scorer_of,
 )
-from ..graphs.onnx_graph import DTYPES, Scorer, compare_engines, judge_comparison, scorer_of
 
 FILES = {"pt2": "model.pt2", "aoti": "model.pt2", "torchscript": "model.ts"}
 RUNTIMES = {"pt2": "the torch.export program", "aoti": "the AOTInductor package", "torchscript": "the TorchScript file"}
@@ -284,9 +287,8 @@ def _verify(
     engine = _load(path, target, bundle, facts, device)
     listed = list(batches)
     listed += [listed[0][:1]] if listed and settings.batch is None else []  # a trace may have swallowed the batch size
-    margin = 1e-3 if precision == "fp32" else 5e-2
     try:
-        result = compare_engines(reference, engine, listed, margin=margin)
+        result = compare_engines(reference, engine, listed, margin=clear_margin(precision))
     except RuntimeError as error:
         raise ExportError(
             "E001",

@@ -27,12 +27,13 @@ from ..data.prepare import more_rows
 from ..engines.as_found import as_found
 from ..engines.base import Engine
 from ..engines.onnx_runtime import OnnxEngine
-from ..engines.runtimes import FunctionEngine, open_engine
+from ..engines.runtimes import open_engine
 from ..engines.timing import best_batch, measure
+from ..engines.torch_runtime import FunctionEngine, scorer_of
 from ..evaluation.paired import Judgement
 from ..graphs.half import beyond_half
 from ..graphs.lint import demand_clean, lint
-from ..graphs.onnx_graph import Precision, export_onnx, graph_facts, scorer_of, verify_graph
+from ..graphs.onnx_graph import Precision, export_onnx, graph_facts, verify_graph
 from ..graphs.quantize import autocast, calibration_facts, calibration_rows, quantize
 from ..loading.loader import comparison_rows, pixels_of, read_rows
 from .gate import Gate, GateData, counts_as_passed, demand, gate_data, gate_report, plain_int8_loses, rows_digest
@@ -338,14 +339,12 @@ class Exporter:
 
     def _judge_plan(self, folder: Path, gate: Gate, meta: dict[str, Any], precision: str) -> Judgement | None:
         """Judge the plan that lies in `folder`, and time it; FP32 is compared on real images instead."""
+        from ..engines.agreement import compare_engines, judge_comparison
         from ..engines.trt_runtime import TrtEngine
-        from ..graphs.onnx_graph import compare_engines, judge_comparison
 
         digest = sha256_file(folder / PLAN)
         whole = {**common_meta(self.bundle), **meta, "sha256": digest}
-        engine = TrtEngine(
-            folder / PLAN, whole, self.bundle.labels, self.bundle.pixels, streams=self.settings.streams
-        )  # fmt: skip
+        engine = TrtEngine(folder / PLAN, whole, self.bundle.labels, self.bundle.pixels, streams=self.settings.streams)
         try:
             result = compare_engines(self.reference, engine, self.comparison)
             meta["comparison"] = result.to_dict()

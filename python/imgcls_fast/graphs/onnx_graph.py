@@ -4,147 +4,33 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
 from ..core import env
 from ..core.bundle import Bundle
 from ..core.config_verbs import ExportConfig
-from ..core.errors import ExportError, GateFailed
+from ..core.errors import ExportError
 from ..core.exports import Export, choose, export_key, find_key, finish, new_export
-from ..core.manifest import LabelSpace
 from ..core.phases import phase
 from ..core.text import to_json
+from ..engines.agreement import clear_margin, compare_engines, judge_comparison
 from ..engines.base import Engine
 from ..engines.onnx_runtime import OnnxEngine
-from ..engines.runtimes import TorchEngine, load_model
-from ..models.classifier import Classifier, probabilities
-from ..models.kernels import use_kernels
+from ..engines.torch_runtime import DTYPES, TorchEngine, load_model, scorer_of
 
 Precision = Literal["fp32", "fp16", "bf16"]
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 BF16_OPSET = 22  # the first whose convolutions and poolings take bfloat16
 STRUCTURE_ONLY = "structure-only"
 
 _DOMAINS = ("", "ai.onnx")  # standard operators only
 _PREFIX = "imgcls_fast."  # of our entries in the model's metadata
 _LARGEST_BATCH = 65536
-# What half a mantissa may cost on real images. The gate on labelled rows is what decides about accuracy.
-_REDUCED = {"score_diff": 5e-2, "relative_l2": 5e-2}
 # ONNX's reference evaluator is written for clarity: a graph of this many weights and pixels takes it seconds.
 _REFERENCE_WEIGHTS, _REFERENCE_SIDE, _REFERENCE_IMAGES = 300_000, 64, 4
-
-
-class Scorer(nn.Module):
-    """The whole way from pixels to scores, as one module: (N, H, W, C) uint8 -> (N, K) float32.
-
-    Args:
-        model: the classifier; its backbone is converted to `dtype` in place. Pixels and scores stay float32 at the edges.
-        labels: softmax or sigmoid, for each task.
-        temperature: divides the logits.
-        logits: stop before softmax and temperature.
-    """
-
-    def __init__(
-        self,
-        model: Classifier,
-        labels: LabelSpace,
-        temperature: float,
-        *,
-        dtype: torch.dtype = torch.float32,
-        logits: bool = False,
-    ) -> None:
-        super().__init__()
-        model.backbone.to(dtype)
-        self.model, self.labels, self.temperature, self.dtype, self.logits = model, labels, temperature, dtype, logits
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        found: Tensor = self.model.backbone(self.model.normalise(pixels).to(self.dtype))
-        return found.float() if self.logits else probabilities(found, self.labels, self.temperature)
-
-
-def scorer_of(bundle: Bundle, precision: str = "fp32", *, logits: bool = False) -> Scorer:
-    """The trained network of a bundle, ready to be exported: the libraries' own attention, eval mode, on the CPU."""
-    model = load_model(bundle)
-    use_kernels(model, "off")  # exported graphs hold what other runtimes know how to fuse
-    made = Scorer(model, bundle.labels, bundle.temperature, dtype=DTYPES[precision], logits=logits)
-    return made.eval()
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Two engines on the same images.
-
-    Args:
-        images: how many.
-        same_top1: how many got the same class.
-        clear: how many have a first class that leads by more than the margin asked for.
-        same_clear: how many of those got the same class.
-        max_score_diff: largest absolute difference of a score.
-        relative_l2: norm of the differences over the norm of the scores, both after the mean over images was taken off: what all
-            images share would hide a graph that ignores its input.
-    """
-
-    images: int
-    same_top1: int
-    clear: int
-    same_clear: int
-    max_score_diff: float
-    relative_l2: float
-
-    def to_dict(self) -> dict[str, Any]:
-        return dict(vars(self))
-
-
-def compare_engines(
-    reference: Engine, other: Engine, batches: Iterable[np.ndarray], *, margin: float = 1e-3
-) -> Comparison:
-    """Score the same (n, H, W, C) uint8 batches with both."""
-    pairs = [(reference.scores(pixels), other.scores(pixels)) for pixels in batches]
-    if not pairs:
-        return Comparison(0, 0, 0, 0, 0.0, 0.0)
-    a, b = (np.concatenate(part).astype(np.float64) for part in zip(*pairs, strict=True))
-    same = a.argmax(1) == b.argmax(1)
-    best = np.sort(a, 1)
-    clear = best[:, -1] - best[:, -2] > margin if a.shape[1] > 1 else np.ones(len(a), bool)
-    centred = a - a.mean(0)
-    error = float(np.linalg.norm(b - b.mean(0) - centred) / max(float(np.linalg.norm(centred)), 1e-30))
-    worst = float(np.abs(a - b).max())
-    if not np.isfinite(b).all():
-        worst, error = float("inf"), float("inf")
-    return Comparison(len(a), int(same.sum()), int(clear.sum()), int((same & clear).sum()), worst, error)
-
-
-def judge_comparison(result: Comparison, precision: str, max_score_diff: float, runtime: str) -> None:
-    """Refuse a file that does not compute what the original computes.
-
-    Raises:
-        ExportError: E001 without images.
-        GateFailed: E901, with the numbers.
-    """
-    if result.images == 0:
-        raise ExportError(
-            "E001",
-            "there are no images to compare the exported model on",
-            try_="imgcls-fast export RUN --onnx   (with the images in place)",
-        )
-    full = precision == "fp32"
-    allowed = max_score_diff if full else max(_REDUCED["score_diff"], max_score_diff)
-    right = result.max_score_diff <= allowed and result.same_clear == result.clear
-    if right and (full or result.relative_l2 <= _REDUCED["relative_l2"]):
-        return
-    raise GateFailed(
-        "E901",
-        f"{runtime} disagrees with torch on {result.images} images: largest score difference {result.max_score_diff:.2e} "
-        f"(allowed {allowed:.0e}), relative error {result.relative_l2:.1e}, same class on {result.same_top1} of {result.images}",
-        why=f"in {precision}; nothing was exported",
-        try_="imgcls-fast export --onnx --opset 18" if full else "the same command with --precision fp32",
-    )  # fmt: skip
 
 
 @phase("writing the ONNX file and comparing it")
@@ -340,7 +226,7 @@ def verify_graph(
         batches = [next(iter(batches))[:_REFERENCE_IMAGES]]
     else:
         return {"verified": STRUCTURE_ONLY, "comparison": None}
-    result = compare_engines(reference, engine, batches, margin=1e-3 if precision == "fp32" else _REDUCED["score_diff"])
+    result = compare_engines(reference, engine, batches, margin=clear_margin(precision))
     engine.close()
     judge_comparison(result, precision, max_score_diff, runtime)
     return {"verified": how, "comparison": result.to_dict()}

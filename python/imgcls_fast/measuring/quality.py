@@ -12,10 +12,10 @@ from ..core.bundle import Bundle
 from ..core.errors import DataError
 from ..core.run import Run
 from ..core.undecoded import Undecoded
+from ..engines.agreement import MAX_SCORE
 from ..evaluation.metrics import accuracy_interval
 from ..loading.loader import read_rows
 from .contenders import Contender
-from .verify import MAX_SCORE
 
 MOST_ROWS = 1000
 _MOST_BYTES = 512 << 20  # of their pixels

@@ -26,6 +26,7 @@ from ..core.pixels import Pixels
 from ..core.targets import READS
 from ..core.text import command
 from ..core.undecoded import Undecoded
+from ..engines.agreement import MAX_SCORE
 from ..engines.as_found import as_found
 from ..engines.base import Engine
 from ..engines.predictor import Predictor
@@ -40,7 +41,6 @@ Source = Callable[[Sampler], Batches]  # delivers the sampler's batches, and fre
 
 MAX_LEVELS = 2  # of 255, anywhere
 MEAN_LEVELS = 0.25  # of 255, over all images
-MAX_SCORE = 1e-4  # of an engine in FP32
 REFERENCE = "torch"
 REDUCED = (" fp16", " bf16", " int8")  # ends of names
 _BATCH = 32

@@ -17,8 +17,8 @@ from ..core.batch import Batch
 from ..core.errors import DataError, ImgclsError, Interrupted, ModelError
 from ..core.manifest import Manifest
 from ..core.run import Run
-from ..engines.base import predict
-from ..engines.runtimes import AUTOCAST, TorchEngine
+from ..engines.scoring import predict
+from ..engines.torch_runtime import AUTOCAST, TorchEngine
 from ..evaluation.metrics import Metrics, judge
 from ..loading.backend import Loader
 from ..loading.loader import open_loader

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,18 +14,16 @@ from ..core.bundle import Bundle, read_bundle, write_bundle
 from ..core.errors import ConfigError, ModelError
 from ..core.files import sha256_json
 from ..core.manifest import Manifest
-from ..core.phases import phase
 from ..core.pixels import Pixels
 from ..core.predictions import Predictions
 from ..core.run import Run
 from ..core.runs import find_run
 from ..core.settings import flatten
 from ..engines.as_found import as_found
-from ..engines.base import Engine, predict
-from ..engines.runtimes import TorchEngine, open_engine
+from ..engines.base import Engine
+from ..engines.runtimes import open_engine
+from ..engines.torch_runtime import TorchEngine
 from ..evaluation.metrics import apply_temperature, fit_temperature
-from ..loading.loader import open_loader
-from ..loading.sampler import Sampler
 from ..models.build import Classifier, ModelSpec, build_model, load_weights
 from ..models.kernels import use_kernels
 from .checkpoint import Progress
@@ -34,33 +31,6 @@ from .fit import final_state
 from .progress import how_it_ended
 
 _TINY = np.finfo(np.float32).tiny  # below it a float32 score has lost its logarithm
-
-
-def score_rows(
-    engine: Engine,
-    manifest: Manifest,
-    rows: np.ndarray,
-    *,
-    batch_size: int,
-    loader: str,
-    workers: int,
-    bad: dict[int, str] | None = None,
-    on_bad: Callable[[int, str, int], None] | None = None,
-    labelled: bool = True,
-) -> Predictions:
-    """Predictions of some rows of a manifest, each exactly once; undecodable rows are left out and reported."""
-    sampler = Sampler(manifest, rows, engine.pixels, min(batch_size, engine.max_batch))
-    device = str(getattr(engine, "device", "cpu"))
-    backend = loader if device != "cpu" or loader != "dali-gpu" else "dali-cpu"
-    source = open_loader(sampler, backend, workers=workers, bad=bad, on_bad=on_bad, device=device, once=True)
-    try:
-        with phase("judging images", len(rows), "images") as current:
-            return predict(
-                engine, source.epoch(0), paths=manifest.paths, fingerprint=manifest.fingerprint, labelled=labelled,
-                progress=current.to,
-            )  # fmt: skip
-    finally:
-        source.close()
 
 
 def best_model(run: Run) -> tuple[Classifier, dict[str, Any], Progress]:

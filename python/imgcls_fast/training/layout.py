@@ -14,7 +14,7 @@ from ..core import env
 from ..core.config import RunConfig
 from ..core.errors import ImgclsError
 from ..core.files import sha256_json, write_json
-from ..engines.runtimes import AUTOCAST
+from ..engines.torch_runtime import AUTOCAST
 from ..models.build import ModelSpec, build_model
 from ..models.classifier import Classifier
 from ..models.kernels import use_kernels

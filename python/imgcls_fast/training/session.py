@@ -30,7 +30,8 @@ from ..data.quarantine import write_quarantine
 from ..data.split import write_split_csv
 from ..engines.as_found import as_found
 from ..engines.hush import hushed
-from ..engines.runtimes import TorchEngine
+from ..engines.scoring import score_rows
+from ..engines.torch_runtime import TorchEngine
 from ..evaluation.metrics import Metrics, judge, without
 from ..evaluation.plots import training_curves
 from ..evaluation.report import write_evaluation, write_plots
@@ -43,7 +44,7 @@ from .early import refuse_early
 from .failures import Recorded
 from .fit import Fit
 from .identity import require_same_trajectory, trajectory
-from .judging import best_model, calibrated, make_bundle, score_rows
+from .judging import best_model, calibrated, make_bundle
 from .last_words import watched
 from .learnt import about_parents
 from .plan import Plan, look_at_machine, make_plan, starting_model
