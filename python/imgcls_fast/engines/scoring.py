@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 
 import numpy as np
 
@@ -10,8 +11,7 @@ from ..core.batch import Batch
 from ..core.manifest import Manifest
 from ..core.phases import phase
 from ..core.predictions import Predictions
-from ..loading.loader import open_loader
-from ..loading.sampler import Sampler
+from ..loading.loader import read_rows
 from .base import Engine
 
 
@@ -57,16 +57,32 @@ def score_rows(
     on_bad: Callable[[int, str, int], None] | None = None,
     labelled: bool = True,
 ) -> Predictions:
-    """Predictions of some rows of a manifest, each exactly once; undecodable rows are left out and reported."""
-    sampler = Sampler(manifest, rows, engine.pixels, min(batch_size, engine.max_batch))
-    device = str(getattr(engine, "device", "cpu"))
-    backend = loader if device != "cpu" or loader != "dali-gpu" else "dali-cpu"
-    source = open_loader(sampler, backend, workers=workers, bad=bad, on_bad=on_bad, device=device, once=True)
-    try:
-        with phase("judging images", len(rows), "images") as current:
-            return predict(
-                engine, source.epoch(0), paths=manifest.paths, fingerprint=manifest.fingerprint, labelled=labelled,
-                progress=current.to,
-            )  # fmt: skip
-    finally:
-        source.close()
+    """Predictions of some rows of a manifest, each exactly once; undecodable rows are left out and reported.
+
+    Args:
+        batch_size, loader, workers, bad, on_bad: as for `read_rows`; no batch is larger than the engine takes.
+        labelled: whether the rows carry targets.
+
+    Raises:
+        DataError, HardwareError, ConfigError: as `read_rows`.
+    """
+    batches = read_rows(
+        manifest,
+        rows,
+        engine.pixels,
+        batch_size=min(batch_size, engine.max_batch),
+        backend=loader,
+        workers=workers,
+        device=str(getattr(engine, "device", "cpu")),
+        bad=bad,
+        on_bad=on_bad,
+    )
+    with closing(batches), phase("judging images", len(rows), "images") as current:
+        return predict(
+            engine,
+            batches,
+            paths=manifest.paths,
+            fingerprint=manifest.fingerprint,
+            labelled=labelled,
+            progress=current.to,
+        )
