@@ -146,10 +146,10 @@ def finish(temporary: Path, bundle: Bundle, target: str, precision: str, file: s
         "precision": precision,
         "file": file,
         "sha256": sha256_file(path) if path.is_file() else _digest_of_folder(path),
-        "bytes": path.stat().st_size if path.is_file() else sum(p.stat().st_size for p in path.rglob("*") if p.is_file()),
+        "bytes": sum(p.stat().st_size for p in ([path] if path.is_file() else path.rglob("*")) if p.is_file()),
         **common_meta(bundle),
         **meta,
-    }  # fmt: skip
+    }
     whole = signed(whole)
     with explained_write(exports):
         write_sealed(temporary / META, whole)
@@ -202,7 +202,7 @@ def find_export(exports: Path, bundle: Bundle, target: str, precision: str | Non
 
 
 def demand_own(export: Export, bundle: Bundle, again: str) -> None:
-    """Go on only with an export of exactly this model whose file is whole.
+    """Raise unless the export belongs to this model and its file is intact.
 
     Args:
         again: the command that makes it again.
@@ -218,7 +218,7 @@ def demand_own(export: Export, bundle: Bundle, again: str) -> None:
 
 
 def demand_trusted(export: Export, *, trust: bool = False) -> None:
-    """Go on only with what may be opened: a file with native code must be whole and this user's, or be vouched for.
+    """Raise unless the file may be opened: one with native code must be whole and this user's, or be vouched for.
 
     Raises:
         ExportError: E001 when it is damaged, E006 when somebody else made it.

@@ -90,4 +90,4 @@ def judge_comparison(result: Comparison, precision: str, max_score_diff: float, 
         f"(allowed {allowed:.0e}), relative error {result.relative_l2:.1e}, same class on {result.same_top1} of {result.images}",
         why=f"in {precision}; nothing was exported",
         try_="imgcls-fast export --onnx --opset 18" if full else "the same command with --precision fp32",
-    )  # fmt: skip
+    )

@@ -23,17 +23,44 @@ from .base import blank, closed, dominant, score_in_parts
 MAX_BATCH = 1024
 # Operators that do the multiplying, of standard ONNX and of ONNX Runtime's optimised graphs.
 _HEAVY = frozenset(
-    ("Conv", "FusedConv", "NhwcFusedConv", "NhwcConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul",
-     "TransposeMatMul", "Attention", "MultiHeadAttention", "PackedAttention")
-)  # fmt: skip
+    {
+        "Conv",
+        "FusedConv",
+        "NhwcFusedConv",
+        "NhwcConv",
+        "ConvTranspose",
+        "Gemm",
+        "FusedGemm",
+        "MatMul",
+        "FusedMatMul",
+        "TransposeMatMul",
+        "Attention",
+        "MultiHeadAttention",
+        "PackedAttention",
+    }
+)
 _HEAVY_INT8 = frozenset(
-    ("QLinearConv", "ConvInteger", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul",
-     "QGemm", "QAttention")
-)  # fmt: skip
+    {
+        "QLinearConv",
+        "ConvInteger",
+        "QLinearMatMul",
+        "MatMulInteger",
+        "MatMulIntegerToFloat",
+        "DynamicQuantizeMatMul",
+        "QGemm",
+        "QAttention",
+    }
+)
 # What runtimes call the types
 PRECISION_NAMES = {
-    "f32": "fp32", "f16": "fp16", "i8": "int8", "u8": "int8", "float": "fp32", "float16": "fp16", "bfloat16": "bf16",
-}  # fmt: skip
+    "f32": "fp32",
+    "f16": "fp16",
+    "i8": "int8",
+    "u8": "int8",
+    "float": "fp32",
+    "float16": "fp16",
+    "bfloat16": "bf16",
+}
 
 
 @dataclass(frozen=True)
@@ -264,10 +291,10 @@ def read_graph(path: Path) -> GraphFacts:
         model = onnx.load(str(path), load_external_data=False)
     tensors = list(_tensors(model.graph))
     halves = {t.name for t in tensors if t.data_type == onnx.TensorProto.FLOAT16}
-    halves |= {
-        out for node in model.graph.node if node.op_type == "Constant" for out in node.output
-        if any(a.t.data_type == onnx.TensorProto.FLOAT16 for a in node.attribute)
-    }  # fmt: skip
+    constants = (node for node in model.graph.node if node.op_type == "Constant")
+    for node in constants:
+        if any(a.t.data_type == onnx.TensorProto.FLOAT16 for a in node.attribute):
+            halves |= set(node.output)
     quantised = (n for n in model.graph.node if n.op_type in ("QuantizeLinear", "DequantizeLinear"))
     return GraphFacts(any(n.input[1] in halves for n in quantised if len(n.input) > 1))
 
@@ -289,9 +316,11 @@ def _demand_plain(path: Path, seen: OnnxFacts) -> None:
     }
     if found := [what for what, there in reasons.items() if there]:
         raise ExportError(
-            "E005", f"{path} holds {', '.join(found)}, which no exported model has; it was not opened",
-            where=str(path), try_="imgcls-fast export --onnx",
-        )  # fmt: skip
+            "E005",
+            f"{path} holds {', '.join(found)}, which no exported model has; it was not opened",
+            where=str(path),
+            try_="imgcls-fast export --onnx",
+        )
 
 
 def _tensors(graph: Any) -> Iterator[Any]:

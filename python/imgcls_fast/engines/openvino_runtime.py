@@ -70,9 +70,13 @@ class OpenVinoEngine(GraphEngine):
         self._requests = threading.local()  # one for each thread that asks
         counts = _openvino_counts(self._compiled.get_runtime_model())
         self.precision = dominant(counts)
-        self._facts = {"openvino": openvino.__version__, "operators": dict(counts), "threads": threads,
-                       "hint": str(self._compiled.get_property("INFERENCE_PRECISION_HINT").to_string()),
-                       "devices": list(self._compiled.get_property("EXECUTION_DEVICES"))}  # fmt: skip
+        self._facts = {
+            "openvino": openvino.__version__,
+            "operators": dict(counts),
+            "threads": threads,
+            "hint": str(self._compiled.get_property("INFERENCE_PRECISION_HINT").to_string()),
+            "devices": list(self._compiled.get_property("EXECUTION_DEVICES")),
+        }
 
     def facts(self) -> dict[str, Any]:
         """Version, multiplying operators by the type that they are compiled to, the precision hint, devices, threads."""

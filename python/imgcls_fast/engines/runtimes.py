@@ -43,7 +43,7 @@ def open_engine(
         exports: the folder that holds the exports of this bundle.
         precision: fp32, fp16, bf16 or int8; None: fp32 of torch, and of exports the one that was chosen last.
         batch: the largest batch of one pass; None: as the runtime likes it.
-        threads: of one batch on the CPU in ONNX Runtime and OpenVINO, 0: one for each core; torch's are set for the process.
+        threads: CPU threads per batch in ONNX Runtime and OpenVINO; 0 uses every core. Torch's are set for the process.
         trust: also open native code that this user has not exported; auto never does.
 
     Raises:

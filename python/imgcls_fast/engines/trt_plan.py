@@ -284,7 +284,7 @@ def _other_gpu(meta: Mapping[str, Any], here: Mapping[str, Any]) -> str:
         "this": a == b and gpu == running,  # tactics were timed on that very model of GPU
         "same-cc": a == b,
         "ampere+": a >= _AMPERE and b >= _AMPERE,
-    }.get(hardware, False)  # fmt: skip
+    }.get(hardware, False)
     if fits:
         return ""
     built = ".".join(map(str, a)) or "unknown"
