@@ -1,0 +1,20 @@
+#!/opt/imgcls-fast/bin/python
+"""Health of a container: everything that `imgcls-fast doctor` looks at works. Exit code 1 and the reasons, where not."""
+
+from __future__ import annotations
+
+import sys
+
+from imgcls_fast.api.runs import doctor
+
+
+def main() -> int:
+    """Print what does not work, and return the exit code."""
+    wrong = [(item[0], item[3]) for _, items in doctor()["sections"] for item in items if item[2] is False]
+    for name, hint in wrong:
+        sys.stderr.write(f"{name}: {hint or 'missing'}\n")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
