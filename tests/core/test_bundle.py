@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from imgcls_fast.core.bundle import read_bundle, write_bundle
+from imgcls_fast.core import bundle as bundle_module
+from imgcls_fast.core.bundle import bundle_around, read_bundle, write_bundle
 from imgcls_fast.core.errors import HardwareError, ModelError
 from imgcls_fast.core.files import read_sealed, sha256_file, write_sealed
 
@@ -86,6 +87,32 @@ def test_a_newer_schema_is_refused_with_the_version_that_reads_it(bundle_of: Cal
     with pytest.raises(ModelError, match="newer") as refused:
         read_bundle(bundle.directory)
     assert "a newer one" in refused.value.try_ and "pip" not in refused.value.try_
+
+
+def test_a_bundle_of_another_kind_has_its_own_file_and_digest(
+    bundle_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    torch = bundle_of()
+    assert "kind" not in read_sealed(torch.directory / "bundle.json")  # as before there were kinds
+    monkeypatch.setitem(bundle_module.KINDS, "sklearn", "model.skops")
+    made = write_bundle(
+        tmp_path / "bundle",
+        lambda file: file.write(b"a forest") and None,
+        arch={},
+        labels=torch.labels,
+        pixels=torch.pixels,
+        temperature=1.0,
+        provenance={},
+        kind="sklearn",
+    )
+    again = read_bundle(made.directory)
+    assert again == made and again.weights.name == "model.skops"
+    assert again.digest == sha256_file(again.weights)
+    assert bundle_around(again.weights) == made.directory
+    monkeypatch.undo()
+    with pytest.raises(ModelError, match=r"newer imgcls-fast \(kind sklearn") as refused:
+        read_bundle(made.directory)
+    assert refused.value.code == "M004"
 
 
 @pytest.mark.parametrize("name", ["../elsewhere.txt", "/etc/hostname"])

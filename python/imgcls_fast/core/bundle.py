@@ -15,7 +15,7 @@ from .manifest import LabelSpace
 from .pixels import Pixels
 
 SCHEMA = 1
-WEIGHTS = "weights.safetensors"
+KINDS = {"torch": "weights.safetensors"}  # kind of model -> the file that carries it
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Bundle:
     """What is needed to score images, and where it came from.
 
     Args:
-        directory: bundle.json and weights.safetensors lie here.
+        directory: bundle.json and the file of `KINDS` lie here.
         arch: the architecture and its arguments, as `models.build.ModelSpec.to_dict()` gives them.
         labels: what each score means.
         pixels: how a file becomes input.
@@ -31,6 +31,7 @@ class Bundle:
         provenance: run, data fingerprint, versions, metrics.
         digests: SHA-256 of each other file of the bundle. bundle.json holds one of itself (`files.write_sealed`);
             those written before it did are read without that check.
+        kind: one of `KINDS`.
     """
 
     directory: Path
@@ -40,20 +41,22 @@ class Bundle:
     temperature: float
     provenance: dict[str, Any]
     digests: dict[str, str]
+    kind: str = "torch"
 
     @property
     def weights(self) -> Path:
-        """The file with the weights."""
-        return self.directory / WEIGHTS
+        """The file that carries the model."""
+        return self.directory / KINDS[self.kind]
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the weights: the identity of the model."""
-        return self.digests[WEIGHTS]
+        """SHA-256 of `weights`: the identity of the model."""
+        return self.digests[KINDS[self.kind]]
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "schema": SCHEMA,
+            **({} if self.kind == "torch" else {"kind": self.kind}),
             "arch": self.arch,
             "labels": self.labels.to_dict(),
             "pixels": self.pixels.to_dict(),
@@ -72,11 +75,13 @@ def write_bundle(
     pixels: Pixels,
     temperature: float,
     provenance: dict[str, Any],
+    kind: str = "torch",
 ) -> Bundle:
     """Write a new bundle; the directory appears whole.
 
     Args:
-        write_weights: writes a safetensors file into the open file that it is given.
+        write_weights: writes the model (kind "torch": as safetensors) into the open file that it is given.
+        kind: one of `KINDS`.
 
     Raises:
         ModelError: M004 when the directory already holds a bundle: bundles are never rewritten.
@@ -92,9 +97,9 @@ def write_bundle(
             shutil.rmtree(left, ignore_errors=True)
         temporary.mkdir(parents=True)
         try:
-            write_whole(temporary / WEIGHTS, write_weights)
-            digests = {WEIGHTS: sha256_file(temporary / WEIGHTS)}
-            bundle = Bundle(directory, arch, labels, pixels, temperature, provenance, digests)
+            write_whole(temporary / KINDS[kind], write_weights)
+            digests = {KINDS[kind]: sha256_file(temporary / KINDS[kind])}
+            bundle = Bundle(directory, arch, labels, pixels, temperature, provenance, digests, kind)
             write_sealed(temporary / "bundle.json", bundle.to_dict())
             sync_directory(temporary)
             os.rename(temporary, directory)
@@ -108,7 +113,7 @@ def write_bundle(
 def bundle_around(weights: Path) -> Path | None:
     """The folder of the bundle that a weights file belongs to; None for a file on its own."""
     folder = weights.parent
-    return folder if weights.name == WEIGHTS and os.path.isfile(folder / "bundle.json") else None
+    return folder if weights.name in KINDS.values() and os.path.isfile(folder / "bundle.json") else None
 
 
 def read_bundle(directory: Path, *, verify: bool = True) -> Bundle:
@@ -119,9 +124,16 @@ def read_bundle(directory: Path, *, verify: bool = True) -> Bundle:
     """
     try:
         meta = read_sealed(directory / "bundle.json")
-        if meta["schema"] > SCHEMA:
-            raise ModelError("M004", f"{directory} was written by a newer imgcls-fast (schema {meta['schema']}, this one reads {SCHEMA})",
-                             try_="read it with the version that wrote it, or a newer one")  # fmt: skip
+        kind = meta.get("kind", "torch")
+        if meta["schema"] > SCHEMA or kind not in KINDS:
+            what = f"kind {kind}, this one reads {', '.join(KINDS)}"
+            if meta["schema"] > SCHEMA:
+                what = f"schema {meta['schema']}, this one reads {SCHEMA}"
+            raise ModelError(
+                "M004",
+                f"{directory} was written by a newer imgcls-fast ({what})",
+                try_="read it with the version that wrote it, or a newer one",
+            )
         bundle = Bundle(
             directory,
             meta["arch"],
@@ -130,6 +142,7 @@ def read_bundle(directory: Path, *, verify: bool = True) -> Bundle:
             meta["temperature"],
             meta["provenance"],
             meta["digests"],
+            kind,
         )
         for name, digest in bundle.digests.items() if verify else ():
             if sha256_file(directory / name) != digest:
