@@ -12,6 +12,7 @@ import pytest
 
 from imgcls_fast.core.run import Run
 from imgcls_fast.tracking.console import ConsoleSink, make_console
+from imgcls_fast.tracking.events import Warned, event_of
 from imgcls_fast.tracking.lines import clock, counted, done_facts, done_line, epoch_line, plain_lines, short, size
 from imgcls_fast.tracking.sinks import LogSink, Sinks
 
@@ -499,3 +500,11 @@ def test_what_is_shown_can_be_exported_as_text_and_as_a_picture(width: int) -> N
     picture = console.export_svg(title="imgcls-fast train")
     assert picture.startswith("<svg")
     assert "your&#160;model&#160;must&#160;beat&#160;this" in picture
+
+
+def test_an_event_with_an_unknown_or_missing_key_is_refused() -> None:
+    assert event_of(Warned, {"event": "warning", "text": "x"}) == {"event": "warning", "text": "x"}
+    with pytest.raises(TypeError, match=r"Warned: unknown or missing: txt$"):
+        event_of(Warned, {"event": "warning", "text": "x", "txt": "y"})
+    with pytest.raises(TypeError, match=r"Warned: unknown or missing: text$"):
+        event_of(Warned, {"event": "warning"})

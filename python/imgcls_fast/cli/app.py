@@ -21,7 +21,7 @@ from ..core.errors import HardwareError, ImgclsError, Interrupted, UsageError, n
 from ..core.hints import for_a_shell
 from ..core.options import flags_of
 from ..core.other_names import setting_meant, value_meant, verb_meant
-from ..core.phases import heard_by, phase
+from ..core.phases import PhaseEvent, heard_by, phase
 from ..core.text import command, printable
 from ..core.verbs import LATER_VERBS, VERBS, Flag, Verb
 from .answer import Answer, Request, Session
@@ -270,7 +270,7 @@ class _Waiting:
         self._session = session
         self._sink: Any = None
 
-    def __call__(self, event: dict[str, Any]) -> None:
+    def __call__(self, event: PhaseEvent) -> None:
         if self._sink is None:
             from ..tracking.console import ConsoleSink
 

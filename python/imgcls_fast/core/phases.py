@@ -11,9 +11,22 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, TypeVar
+from typing import Any, Literal, TypedDict, TypeVar
 
-Listener = Callable[[dict[str, Any]], Any]
+
+class PhaseEvent(TypedDict):
+    """Something long begins, goes on or ends."""
+
+    event: Literal["phase"]
+    state: Literal["begin", "going", "end"]
+    what: str
+    done: int
+    total: int | None
+    unit: str
+    seconds: float
+
+
+Listener = Callable[[PhaseEvent], Any]
 T = TypeVar("T")
 
 _EVERY_S = 0.2  # between two events of one phase
@@ -35,14 +48,20 @@ class Phase:
             self._told = now
             self.emit("going")
 
-    def emit(self, state: str) -> None:
-        """Send the event: {"event": "phase", "state": begin, going or end, what, done, total, unit, seconds}."""
+    def emit(self, state: Literal["begin", "going", "end"]) -> None:
+        """Send the event, where somebody listens."""
         if self._tell is not None:
-            seconds = round(time.monotonic() - self._began, 3)
-            self._tell({
-                "event": "phase", "state": state, "what": self.what, "done": self.done, "total": self.total,
-                "unit": self.unit, "seconds": seconds,
-            })  # fmt: skip
+            self._tell(
+                PhaseEvent(
+                    event="phase",
+                    state=state,
+                    what=self.what,
+                    done=self.done,
+                    total=self.total,
+                    unit=self.unit,
+                    seconds=round(time.monotonic() - self._began, 3),
+                )
+            )
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -351,7 +352,7 @@ class Run:
     def write_json(self, name: str, value: Any) -> None:
         write_json(self.directory / name, value)
 
-    def append_event(self, event: dict[str, Any]) -> None:
+    def append_event(self, event: Mapping[str, Any]) -> None:
         """Add one line to events.jsonl."""
         with (
             explained_write(self.directory / "events.jsonl"),

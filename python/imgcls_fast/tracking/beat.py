@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from .events import Event
+from ..core.phases import PhaseEvent
+from .events import Event, Stepped, Validating
 from .lines import clock, progress_line
 
 LINE_S, BAR_S = 10.0, 0.5  # of silence, before a line in a pipe, before a bar on a terminal
@@ -56,19 +57,18 @@ class Doing:
     """What goes on at the moment, from events: the innermost phase, or the progress of an epoch."""
 
     def __init__(self) -> None:
-        self._phases: list[tuple[Event, float]] = []  # open ones with the time of their begin, the innermost last
-        self._step: Event | None = None  # the newest "progress" or "validate" of the epoch that runs
+        self._phases: list[tuple[PhaseEvent, float]] = []  # open ones with the time of their begin, the innermost last
+        self._step: Stepped | Validating | None = None  # the newest "progress" or "validate" of the epoch that runs
 
     def __call__(self, event: Event) -> None:
-        kind = event["event"]
-        if kind == "phase":
+        if event["event"] == "phase":
             self._phase(event)
-        elif kind in ("progress", "validate"):
+        elif event["event"] == "progress" or event["event"] == "validate":
             self._step = event
         else:
             self._step = None
 
-    def _phase(self, event: Event) -> None:
+    def _phase(self, event: PhaseEvent) -> None:
         self._step = None
         same = [k for k, (open_, _) in enumerate(self._phases) if open_["what"] == event["what"]]
         if event["state"] == "begin":

@@ -9,9 +9,26 @@ from functools import cached_property
 from typing import IO, TYPE_CHECKING, Any
 
 from ..core.env import terminal_moves
+from ..core.phases import PhaseEvent
 from ..core.text import printable
 from .beat import BAR_S, LINE_S, Beat, Doing
-from .events import Event
+from .events import (
+    BaselineFitted,
+    DataRead,
+    Done,
+    EpochDone,
+    Event,
+    Failed,
+    ImageLeftOut,
+    Notice,
+    PlanMade,
+    Started,
+    Stepped,
+    Stopped,
+    StoppedEarly,
+    Validating,
+    Warned,
+)
 from .lines import (
     counted,
     done_facts,
@@ -101,7 +118,7 @@ class ConsoleSink:
         self._lock = threading.RLock()  # of the bar and of what goes on: an event changes what the beat shows
         self._bar = LiveBar(lambda: self.console, self._lock)
         self._beat = Beat(self._alive, BAR_S if _live_terminal(self._stream) else LINE_S)
-        self._handlers: dict[str, Callable[[Event], None]] = {
+        self._handlers: dict[str, Callable[[Any], None]] = {
             "data": self._data,
             "notice": self._lines,
             "plan": self._plan,
@@ -143,17 +160,17 @@ class ConsoleSink:
         self._beat.touch()
         self.console.print(printable(text), style=style or None, soft_wrap=True)
 
-    def _lines(self, event: Event) -> None:
+    def _lines(self, event: Notice | Started | Stopped | StoppedEarly) -> None:
         for line in plain_lines(event):
             self._say(line)
 
-    def _data(self, event: Event) -> None:
+    def _data(self, event: DataRead) -> None:
         lines = plain_lines(event)
         self._say(lines[0], "bold")
         for line in lines[1:]:
             self._say(line, "dim")
 
-    def _plan(self, event: Event) -> None:
+    def _plan(self, event: PlanMade) -> None:
         from rich.table import Table
 
         self._say(plan_line(event), "bold")
@@ -169,17 +186,17 @@ class ConsoleSink:
             table.add_row(f"  {name}", printable(value), printable(reason))
         self.console.print(table)
 
-    def _baseline(self, event: Event) -> None:
+    def _baseline(self, event: BaselineFitted) -> None:
         for line in plain_lines(event):
             self._say(line, "cyan")
 
-    def _phase(self, event: Event) -> None:
+    def _phase(self, event: PhaseEvent) -> None:
         if self._doing.quiet:
             self._bar.stop()
         else:
             self._beat.start()
 
-    def _step(self, event: Event) -> None:
+    def _step(self, event: Stepped | Validating) -> None:
         self._beat.start()
         if _live_terminal(self._stream):
             self._bar.show(*self._doing.bar())
@@ -194,7 +211,7 @@ class ConsoleSink:
             else:
                 self._say(self._doing.line(), "dim")
 
-    def _epoch(self, event: Event) -> None:
+    def _epoch(self, event: EpochDone) -> None:
         from rich.text import Text
 
         self._bar.stop()
@@ -207,26 +224,26 @@ class ConsoleSink:
         self._beat.touch()
         self.console.print(text, soft_wrap=True)
 
-    def _warning(self, event: Event) -> None:
+    def _warning(self, event: Warned) -> None:
         self.warnings.append(event["text"])
         self._say(f"warning: {event['text']}", "yellow")
 
-    def _quarantine(self, event: Event) -> None:
+    def _quarantine(self, event: ImageLeftOut) -> None:
         self.warnings.append(plain_lines(event)[0])
         self._say(f"warning: {self.warnings[-1]}", "yellow")
 
-    def _ended(self, event: Event) -> None:
+    def _ended(self, event: Stopped | StoppedEarly) -> None:
         self._bar.stop()
         self._lines(event)
 
-    def _failed(self, event: Event) -> None:
+    def _failed(self, event: Failed) -> None:
         """The error itself is printed by whoever called training."""
         self._bar.stop()
         for line in plain_lines(event):
             if line.startswith(("saved in", "continue with")):
                 self._say(line)
 
-    def _done(self, event: Event) -> None:
+    def _done(self, event: Done) -> None:
         self._bar.stop()
         if self.quiet:
             self._say(done_line(event))
@@ -238,7 +255,7 @@ class ConsoleSink:
         for what, command in event.get("commands") or ():
             self._say(f"{what:<8} {command}")
 
-    def _box(self, event: Event) -> Any:
+    def _box(self, event: Done) -> Any:
         from rich.panel import Panel
         from rich.table import Table
         from rich.text import Text

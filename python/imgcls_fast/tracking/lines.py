@@ -6,7 +6,21 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from .events import Event
+from ..core.phases import PhaseEvent
+from .events import (
+    BaselineFitted,
+    DataRead,
+    Done,
+    Ended,
+    EpochDone,
+    Event,
+    Failed,
+    PlanMade,
+    Started,
+    Stepped,
+    Stopped,
+    StoppedEarly,
+)
 
 
 def plain_lines(event: Event) -> list[str]:
@@ -24,14 +38,15 @@ _FIGURES = {"val/loss": "val_loss", "val/accuracy": "val_accuracy", "val/macro_f
             "val/balanced_accuracy": "val_balanced_accuracy"}  # fmt: skip
 
 
-def epoch_line(event: Event, width: int = 0) -> str:
+def epoch_line(event: EpochDone, width: int = 0) -> str:
     """One epoch in one line; in a terminal of `width` columns the least important parts are left out (0: keep all).
 
     The figure that picks the best epoch is always shown, with its change against the best epoch before.
     """
     monitor, delta = event.get("monitor", "val/accuracy"), event.get("delta")
+    found: Mapping[str, Any] = event
     figures = [
-        f"{MONITORS[name]} {short(event.get(key))}"
+        f"{MONITORS[name]} {short(found.get(key))}"
         + (f" ({_signed(delta)})" if name == monitor and delta is not None else "")
         for name, key in _FIGURES.items()
         if name in (monitor, "val/accuracy", "val/macro_f1")
@@ -52,7 +67,7 @@ def epoch_line(event: Event, width: int = 0) -> str:
     return "  ".join(text for _, text in parts)
 
 
-def progress_line(event: Event) -> str:
+def progress_line(event: Stepped) -> str:
     """Loss, pace and time left inside an epoch."""
     parts = [
         f"loss {short(event.get('loss'))}",
@@ -62,7 +77,7 @@ def progress_line(event: Event) -> str:
     return "  ".join([*parts, f"eta {clock(event.get('eta_s'))}"])
 
 
-def plan_line(event: Event) -> str:
+def plan_line(event: Mapping[str, Any]) -> str:
     """Size and place of what is about to be trained."""
     parts = [f"{event['parameters'] / 1e6:.1f} M parameters" if event.get("parameters") else ""]
     parts += [
@@ -78,7 +93,7 @@ def interesting(rows: Iterable[Sequence[Any]]) -> list[tuple[str, str, str]]:
     return [(str(name), _value(value), str(reason)) for name, value, reason in rows if reason]
 
 
-def done_facts(event: Event) -> list[tuple[str, str]]:
+def done_facts(event: Done) -> list[tuple[str, str]]:
     """The lines of the final box."""
     facts = [("accuracy", f"{_fixed(event['accuracy'])}{_interval(event.get('ci'))}")]
     baseline = event.get("baseline")
@@ -92,15 +107,15 @@ def done_facts(event: Event) -> list[tuple[str, str]]:
     worst = [f"{name} F1 {_fixed(f1)} ({counted(support, 'image')})" for name, f1, support in event.get("worst") or ()]
     if worst:
         facts.append(("worst", "\n".join(worst)))
-    if event.get("ended"):
-        facts.append(("stopped" if event["ended"]["early"] else "best", ended_line(event["ended"])))
+    if ended := event.get("ended"):
+        facts.append(("stopped" if ended["early"] else "best", ended_line(ended)))
     since = " since the resume" if event.get("resumed") else ""
     around = f"; {clock(event['around_s'])} before and after it{since}" if event.get("around_s") else ""
     facts.append(("time", f"{clock(event.get('seconds'))} training and validation{around}"))
     return facts
 
 
-def _against(event: Event, baseline: float) -> str:
+def _against(event: Done, baseline: float) -> str:
     """Better or worse than the baseline on the same images, or neither."""
     against = event.get("against")
     if not against:
@@ -128,7 +143,7 @@ def majority_line(majority: Mapping[str, Any]) -> str:
     return f"{constant}, {_compared(against)}"
 
 
-def _balanced(event: Event) -> str:
+def _balanced(event: Done) -> str:
     """Balanced accuracy, and how it compares with the baseline's."""
     found, other, against = _fixed(event["balanced_accuracy"]), event.get("baseline_balanced"), event.get("against") or {}
     if other is None or "balanced_verdict" not in against:
@@ -140,7 +155,7 @@ def _balanced(event: Event) -> str:
     return f"accuracy {found}, where each class counts the same; baseline {_fixed(other)}, {verdict}"
 
 
-def done_line(event: Event) -> str:
+def done_line(event: Done) -> str:
     """The result in one line."""
     found = f"{_fixed(event['accuracy'])}{_interval(event.get('ci'))}"
     if event.get("imbalanced"):
@@ -148,7 +163,7 @@ def done_line(event: Event) -> str:
     return f"{event['split']} accuracy {found} on {counted(event['n'], 'image')} -> {event['run']}"
 
 
-def _data_lines(event: Event) -> list[str]:
+def _data_lines(event: DataRead) -> list[str]:
     classes = len(event["classes"])
     parts = [
         counted(event["images"], "image"),
@@ -167,7 +182,7 @@ def _data_lines(event: Event) -> list[str]:
     ]
 
 
-def _plan_lines(event: Event) -> list[str]:
+def _plan_lines(event: PlanMade) -> list[str]:
     return [plan_line(event), *plan_rows(event["rows"])]
 
 
@@ -179,7 +194,7 @@ def plan_rows(rows: Iterable[Sequence[Any]]) -> list[str]:
     return [f"  {name:<{width}}  {value:<{widest}}  {reason}" for name, value, reason in shown]
 
 
-def _baseline_lines(event: Event) -> list[str]:
+def _baseline_lines(event: BaselineFitted) -> list[str]:
     seconds = event.get("seconds")
     took = (
         f" in {seconds:.0f} s"
@@ -202,7 +217,7 @@ def _baseline_lines(event: Event) -> list[str]:
     return lines
 
 
-def _start_lines(event: Event) -> list[str]:
+def _start_lines(event: Started) -> list[str]:
     if event.get("resumed"):
         where = f"after batch {event.get('batch', 0):,} of {event['steps_per_epoch']:,}, {counted(event.get('step', 0), 'step')} in all"
         return [f"resumed in epoch {event['epoch']}/{event['epochs']} {where}", *_marks(event)]
@@ -212,14 +227,14 @@ def _start_lines(event: Event) -> list[str]:
     ]
 
 
-def _marks(event: Event) -> list[str]:
+def _marks(event: Started) -> list[str]:
     """What *best and the brackets of the epoch lines mean."""
     if event.get("monitor") is None:
         return []
     sign = "-" if event["monitor"] == "val/loss" else "+"
     lines = [f"  *best: {_goal(event['monitor'])} so far, ({sign}.01): its change against the best before"]
-    if event.get("patience") is not None:
-        lines.append(f"  stops early after {counted(event['patience'], 'epoch')} without a better one")
+    if (patience := event.get("patience")) is not None:
+        lines.append(f"  stops early after {counted(patience, 'epoch')} without a better one")
     return lines
 
 
@@ -227,18 +242,18 @@ def _goal(monitor: str) -> str:
     return f"{'lowest' if monitor == 'val/loss' else 'highest'} {MONITORS[monitor]}"
 
 
-def _phase_lines(event: Event) -> list[str]:
+def _phase_lines(event: PhaseEvent) -> list[str]:
     """How long something took; nothing while it goes on."""
     done = f" ({event['done']:,} {event['unit']})" if event.get("unit") and event["done"] else ""
     return [f"{event['what']}{done}: {clock(event['seconds'])}"] if event["state"] == "end" else []
 
 
-def _stopped_lines(event: Event) -> list[str]:
+def _stopped_lines(event: StoppedEarly) -> list[str]:
     when, why, best = _ended(event)
     return [f"stopped early {when}", f"  {why}", f"  {best}"]
 
 
-def ended_line(event: Event) -> str:
+def ended_line(event: Ended) -> str:
     """Which epoch was the best by which figure, and why training ended before its last epoch, if it did.
 
     Args:
@@ -250,7 +265,7 @@ def ended_line(event: Event) -> str:
     return f"{when}: {why}; {best}"
 
 
-def _ended(event: Event) -> tuple[str, str, str]:
+def _ended(event: Ended) -> tuple[str, str, str]:
     name, waited = MONITORS[event["monitor"]], event["epoch"] - event["best_epoch"]
     return (
         f"after epoch {event['epoch']} of {event['epochs']}",
@@ -259,29 +274,29 @@ def _ended(event: Event) -> tuple[str, str, str]:
     )
 
 
-def _failed_lines(event: Event) -> list[str]:
-    facts = [f"  {name}: {event[name]}" for name in ("where", "why") if event.get(name)]
+def _failed_lines(event: Failed) -> list[str]:
+    facts = [f"  {name}: {text}" for name, text in (("where", event.get("where")), ("why", event.get("why"))) if text]
     saved = [f"saved in {event['path']}"] if event.get("path") else []
     return [f"failed: error[{event['code']}]: {event['message']}", *facts, *saved, *_continued(event)]
 
 
-def _interrupted_lines(event: Event) -> list[str]:
+def _interrupted_lines(event: Stopped) -> list[str]:
     saved = f"saved in {event['path']}" if event.get("path") else "there is no checkpoint yet"
     return [f"interrupted; {saved}", *_continued(event)]
 
 
-def _continued(event: Event) -> list[str]:
+def _continued(event: Stopped | Failed) -> list[str]:
     return [f"continue with: {event['command']}"] if event.get("command") else []
 
 
-def _done_lines(event: Event) -> list[str]:
+def _done_lines(event: Done) -> list[str]:
     lines = [done_line(event)]
     lines += [f"  {name}: {value.replace(chr(10), '; ')}" for name, value in done_facts(event)[1:]]
     lines += [f"  note: {note}" for note in event.get("notes") or ()]
     return [*lines, f"  report: {event.get('report') or '-'}"]
 
 
-_PLAIN: dict[str, Callable[[Event], list[str]]] = {
+_PLAIN: dict[str, Callable[[Any], list[str]]] = {
     "data": _data_lines,
     "notice": lambda event: [event["text"]],
     "plan": _plan_lines,

@@ -6,8 +6,9 @@ import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
+from ..core.phases import PhaseEvent
 from .console import ConsoleSink
-from .events import Event, Sink
+from .events import Event, Sink, Warned
 from .lines import plain_lines
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 class Sinks:
     """Several sinks as one. A sink that fails never stops training: that is said once, and the others go on."""
 
-    def __init__(self, sinks: Iterable[Callable[[Event], Any]]) -> None:
+    def __init__(self, sinks: Iterable[Callable[[Any], Any]]) -> None:
         self.sinks = list(sinks)
         self._failed: set[int] = set()
 
@@ -42,7 +43,7 @@ class Sinks:
             text = f"{type(sink).__name__} failed and may miss events: {type(error).__name__}: {error}"
             for other in self.sinks:
                 if id(other) not in self._failed:
-                    self._guarded(other, lambda other=other: other({"event": "warning", "text": text}))  # type: ignore[misc]
+                    self._guarded(other, lambda other=other: other(Warned(event="warning", text=text)))  # type: ignore[misc]
 
 
 class LogSink:
@@ -52,8 +53,7 @@ class LogSink:
         self.run = run
 
     def __call__(self, event: Event) -> None:
-        kind = event["event"]
-        if kind in ("progress", "validate") or (kind == "phase" and not _took_long(event)):
+        if event["event"] in ("progress", "validate") or (event["event"] == "phase" and not _took_long(event)):
             return
         self.run.append_event(event)
         for line in plain_lines(event):
@@ -63,7 +63,7 @@ class LogSink:
         """Nothing stays open between events."""
 
 
-def _took_long(event: Event) -> bool:
+def _took_long(event: PhaseEvent) -> bool:
     """Whether a phase has ended that a person had to wait for."""
     return event["state"] == "end" and event["seconds"] >= 1
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from contextlib import suppress
 from types import TracebackType
-from typing import Any
 
 import torch
 
@@ -14,6 +12,7 @@ from ..core.errors import ConfigError, HardwareError, ImgclsError, Interrupted, 
 from ..core.places import delete_run_files, remove_if_empty
 from ..core.run import Run
 from ..core.runs import forget
+from ..tracking.events import Emit, Failed, Stopped
 
 _NO_MEMORY = re.compile(r"out of memory|can't allocate memory|cannot allocate memory", re.IGNORECASE)
 
@@ -28,7 +27,7 @@ class Recorded:
         run: the run that goes on; None for a new one, and `run` is set when it is made. One that is refused is removed.
     """
 
-    def __init__(self, run: Run | None, emit: Callable[[dict[str, Any]], None]) -> None:
+    def __init__(self, run: Run | None, emit: Emit) -> None:
         self.run, self._emit, self._new = run, emit, run is None
 
     def __enter__(self) -> Recorded:
@@ -44,21 +43,23 @@ class Recorded:
         path = str(last) if last and last.exists() else None
         command = run.resume_command if run and run.manifest_path.exists() else ""  # it is the last file of a beginning
         if isinstance(error, KeyboardInterrupt):
-            self._emit({"event": "interrupted", "path": path, "command": command})
+            self._emit(Stopped(event="interrupted", path=path, command=command))
             return
         known = explained(error, run)
         refused = run if run and self._new and _refused(error, run) else None
         if refused:
             command = ""
-        self._emit({
-            "event": "failed",
-            "code": known.code if known else "X001",
-            "message": known.message if known else f"{type(error).__name__}: {error}",
-            "where": known.where if known else "",
-            "why": known.why if known else "",
-            "path": path,
-            "command": command,
-        })  # fmt: skip
+        self._emit(
+            Failed(
+                event="failed",
+                code=known.code if known else "X001",
+                message=known.message if known else f"{type(error).__name__}: {error}",
+                where=known.where if known else "",
+                why=known.why if known else "",
+                path=path,
+                command=command,
+            )
+        )
         if refused:
             with suppress(OSError):  # what cannot be deleted must not hide the error
                 forget(refused)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from typing import Any, NoReturn
@@ -25,6 +25,18 @@ from ..loading.loader import open_loader
 from ..loading.sampler import Sampler, forward_passes
 from ..models.build import Classifier
 from ..models.kernels import use_kernels
+from ..tracking.events import (
+    CheckpointSaved,
+    Emit,
+    EpochDone,
+    ImageLeftOut,
+    Started,
+    Stepped,
+    Stopped,
+    Validating,
+    Warned,
+    event_of,
+)
 from . import checkpoint
 from .checkpoint import Progress
 from .crowding import Crowd
@@ -36,8 +48,6 @@ from .progress import Pace, end_epoch, how_it_ended, memory_mb
 from .quarantined import Quarantined, require_same_validation
 from .rewind import Rewind
 from .signals import StopRequest
-
-Emit = Callable[[dict[str, Any]], None]
 
 
 class Fit:
@@ -128,7 +138,7 @@ class Fit:
             require_same_validation(self.run_directory, self.manifest, row, reason)
         self.progress.quarantined[str(row)] = reason
         path = self.manifest.paths[row]
-        self.emit({"event": "quarantine", "path": path, "reason": reason, "epoch": epoch + 1, "row": row})
+        self.emit(ImageLeftOut(event="quarantine", path=path, reason=reason, epoch=epoch + 1, row=row))
         self.quarantined.add(row, reason, f"epoch {epoch + 1}")
 
     # state
@@ -193,7 +203,8 @@ class Fit:
         folder = self.run_directory.checkpoints
         path = checkpoint.save_checkpoint(folder, tensors, self.progress, self._identity, best=best)
         self._saved_at, self._saved_step = time.monotonic(), self.progress.step
-        self.emit({"event": "checkpoint", "path": str(path), "epoch": self.progress.epoch, "step": self.progress.step})
+        done = self.progress
+        self.emit(CheckpointSaved(event="checkpoint", path=str(path), epoch=done.epoch, step=done.step))
 
     # the loop
     def run(self) -> None:
@@ -207,11 +218,19 @@ class Fit:
         epochs = int(self.config.train.epochs)
         progress = self.progress
         begun_with = progress.epoch
-        self.emit({
-            "event": "start", "epoch": progress.epoch + 1, "epochs": epochs, "steps_per_epoch": self.steps,
-            "resumed": progress.step > 0, "step": progress.step, "batch": progress.index,
-            "monitor": self.config.train.monitor, "patience": self.config.train.patience,
-        })  # fmt: skip
+        self.emit(
+            Started(
+                event="start",
+                epoch=progress.epoch + 1,
+                epochs=epochs,
+                steps_per_epoch=self.steps,
+                resumed=progress.step > 0,
+                step=progress.step,
+                batch=progress.index,
+                monitor=self.config.train.monitor,
+                patience=self.config.train.patience,
+            )
+        )
         try:
             with StopRequest(self._hurry) as stop, self._saved_when_it_fails():
                 while progress.epoch < epochs and not self._patience_is_over():
@@ -316,10 +335,8 @@ class Fit:
             self.rewind.restore()
             self.progress.micro_batch = smaller
             torch.cuda.empty_cache()
-            self.emit({
-                "event": "warning",
-                "text": f"out of memory: from here on {smaller} images per forward pass; the batch size stays",
-            })  # fmt: skip
+            text = f"out of memory: from here on {smaller} images per forward pass; the batch size stays"
+            self.emit(Warned(event="warning", text=text))
 
     def _smaller_parts(self, size: int) -> int | None:
         """Half the images per forward pass, or None where a batch cannot be cut further."""
@@ -359,7 +376,7 @@ class Fit:
         def progress(done: int) -> None:
             if stop.requested:
                 self._interrupt()
-            self.emit({"event": "validate", "epoch": self.progress.epoch + 1, "done": done, "total": total})
+            self.emit(Validating(event="validate", epoch=self.progress.epoch + 1, done=done, total=total))
 
         batches = self.val_loader.epoch(self.progress.epoch)
         predictions = predict(self.engine, batches, paths=self.manifest.paths, progress=progress)
@@ -388,10 +405,15 @@ class Fit:
         self._whole = True
         self.run_directory.write_epochs(progress.history)
         left = int(train.epochs) - progress.epoch
-        self.emit({
-            **record, "event": "epoch", "epochs": int(train.epochs), "best": best,
-            "monitor": train.monitor, "eta_s": left * progress.seconds / max(progress.epoch, 1), "delta": delta,
-        })  # fmt: skip
+        more = {
+            "event": "epoch",
+            "epochs": int(train.epochs),
+            "best": best,
+            "monitor": train.monitor,
+            "eta_s": left * progress.seconds / max(progress.epoch, 1),
+            "delta": delta,
+        }
+        self.emit(event_of(EpochDone, {**record, **more}))
 
     def _show(self, lr: float) -> None:
         """A look at the loss, at most every `log_every` seconds: the only point where the host waits for the device."""
@@ -404,18 +426,28 @@ class Fit:
             self._diverged()
         progress, rate = self.progress, self.pace.images_per_s
         left = self.steps - progress.index + self.steps * (int(self.config.train.epochs) - progress.epoch - 1)
-        self.emit({
-            "event": "progress", "epoch": progress.epoch + 1, "epochs": int(self.config.train.epochs), "step": progress.index,
-            "steps": self.steps, "loss": loss, "lr": lr, "images_per_s": rate, "data_share": self.pace.data_share,
-            "eta_s": left * int(self.config.train.batch_size) / max(rate, 1e-9),
-        })  # fmt: skip
+        self.emit(
+            Stepped(
+                event="progress",
+                epoch=progress.epoch + 1,
+                epochs=int(self.config.train.epochs),
+                step=progress.index,
+                steps=self.steps,
+                loss=loss,
+                lr=lr,
+                images_per_s=rate,
+                data_share=self.pace.data_share,
+                eta_s=left * int(self.config.train.batch_size) / max(rate, 1e-9),
+            )
+        )
         if crowded := self.crowd.look(progress.step * int(self.config.train.batch_size)):
-            self.emit({"event": "warning", "text": crowded})
+            self.emit(Warned(event="warning", text=crowded))
 
     def _interrupt(self) -> None:
         self.save()
         command = self.run_directory.resume_command
-        self.emit({"event": "interrupted", "command": command, "path": str(self.run_directory.checkpoints / "last")})
+        path = str(self.run_directory.checkpoints / "last")
+        self.emit(Stopped(event="interrupted", command=command, path=path))
         progress = self.progress
         ended = progress.epoch == self.config.train.epochs
         raise Interrupted(

@@ -11,6 +11,7 @@ import torch
 from ..core.batch import Batch
 from ..core.config import TrainConfig
 from ..evaluation.metrics import Metrics
+from ..tracking.events import Ended
 from .checkpoint import Progress
 
 
@@ -104,7 +105,7 @@ def is_better(value: float, loss: float, progress: Progress) -> bool:
     return value == progress.best and progress.best_loss is not None and loss < progress.best_loss
 
 
-def how_it_ended(train: TrainConfig, history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def how_it_ended(train: TrainConfig, history: Sequence[Mapping[str, Any]]) -> Ended:
     """What picked the best epoch, and whether patience ended training.
 
     Args:
@@ -127,7 +128,7 @@ def how_it_ended(train: TrainConfig, history: Sequence[Mapping[str, Any]]) -> di
     }
 
 
-def told_end(train: TrainConfig, history: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+def told_end(train: TrainConfig, history: Sequence[Mapping[str, Any]]) -> Ended | None:
     """As `how_it_ended`; None where no epoch is known as the best one: metrics.csv may be gone."""
     return how_it_ended(train, history) if any(epoch.get("best") for epoch in history) else None
 

@@ -33,11 +33,25 @@ from ..engines.hush import hushed
 from ..engines.scoring import score_rows
 from ..engines.torch_runtime import TorchEngine
 from ..evaluation.metrics import Metrics, judge, without
+from ..evaluation.paired import Difference
 from ..evaluation.plots import training_curves
 from ..evaluation.report import write_evaluation, write_plots
 from ..models.build import ModelSpec, sketch_model
 from ..models.kernels import use_kernels
-from ..tracking.events import warnings_as_events
+from ..tracking.events import (
+    BaselineFitted,
+    DataRead,
+    Done,
+    Emit,
+    Event,
+    ImageLeftOut,
+    Notice,
+    PlanMade,
+    Stopped,
+    Warned,
+    event_of,
+    warnings_as_events,
+)
 from ..tracking.sinks import LogSink, Sinks
 from .baseline import fit_baseline
 from .early import refuse_early
@@ -54,8 +68,6 @@ from .quarantined import Quarantined, require_same_validation
 from .reporting import against_baseline, next_commands, report_run
 from .signals import signal_as_interrupt
 
-Event = dict[str, Any]
-
 
 @dataclass
 class _Stage:
@@ -64,14 +76,14 @@ class _Stage:
     plan: Plan
     manifest: Manifest
     run: Run
-    emit: Callable[[Event], None]
+    emit: Emit
     work: Work
     began: float  # `time.monotonic()` at the beginning of this process's work, before the scan
     trained_s: float = 0.0  # spent in epochs by this process
 
 
 @as_found()
-def start(config: RunConfig, sinks: Sequence[Callable[[Event], Any]] = (), command: Sequence[str] | None = None) -> Run:
+def start(config: RunConfig, sinks: Sequence[Callable[[Any], Any]] = (), command: Sequence[str] | None = None) -> Run:
     """Train a new run from the beginning to its report.
 
     Args:
@@ -98,10 +110,10 @@ def start(config: RunConfig, sinks: Sequence[Callable[[Event], Any]] = (), comma
             machine = look_at_machine()
             refuse_early(config, machine)
             prepared = prepare(config)
-            tell({"event": "data", **prepared.facts()})
+            tell(event_of(DataRead, {"event": "data", **prepared.facts()}))
             require_splits(prepared)
             with phase("planning"):
-                plan = make_plan(config, prepared.manifest, machine, lambda text: tell({"event": "notice", "text": text}))
+                plan = make_plan(config, prepared.manifest, machine, lambda text: tell(Notice(event="notice", text=text)))
                 parameters = _parameters(plan, prepared.manifest)  # a network that is refused leaves no folder
             out = Path(config.out) if config.out else new_run_path(config.data.source, plan.spec["arch"])
             run = record.run = Run.create(out)
@@ -121,7 +133,7 @@ def start(config: RunConfig, sinks: Sequence[Callable[[Event], Any]] = (), comma
 
 
 @as_found()
-def resume(run: Run, changes: dict[str, Any], sinks: Sequence[Callable[[Event], Any]] = ()) -> Run:
+def resume(run: Run, changes: dict[str, Any], sinks: Sequence[Callable[[Any], Any]] = ()) -> Run:
     """Continue a run where it stopped, mid-epoch if need be.
 
     Args:
@@ -152,12 +164,11 @@ def resume(run: Run, changes: dict[str, Any], sinks: Sequence[Callable[[Event], 
         _warn_without_locks(run, listeners)
         death, end = run.unexplained_end(), run.last_end()
         if death:
-            listeners({"event": "warning", "text": death})
+            listeners(Warned(event="warning", text=death))
         if run.finished and run.report_path.exists():
             more = command("train", manifest.source, "--init", run.directory)
-            listeners(
-                {"event": "warning", "text": f"{run.name} is finished; to go on training, begin a new run: {more}"}
-            )
+            done = f"{run.name} is finished; to go on training, begin a new run: {more}"
+            listeners(Warned(event="warning", text=done))
             return run
         with Recorded(run, listeners), heard_by(listeners):
             if not run.finished:
@@ -175,9 +186,9 @@ def resume(run: Run, changes: dict[str, Any], sinks: Sequence[Callable[[Event], 
         run.unlock()
 
 
-def _warn_without_locks(run: Run, emit: Callable[[Event], Any]) -> None:
+def _warn_without_locks(run: Run, emit: Emit) -> None:
     if run.caution:
-        emit({"event": "warning", "text": run.caution})
+        emit(Warned(event="warning", text=run.caution))
 
 
 def _changed_config(run: Run, changes: dict[str, Any]) -> RunConfig:
@@ -256,7 +267,7 @@ def _write_beginning(stage: _Stage, prepared: Prepared, parameters: int, command
     run.save_config(replace_settings(plan.config, {"out": None}))  # so that -c makes a new run of it
     manifest.save(run.manifest_path)
     if note := mark_begun(run):
-        stage.emit({"event": "warning", "text": note})
+        stage.emit(Warned(event="warning", text=note))
 
 
 def run_facts(plan: Plan, command: Sequence[str] | None) -> dict[str, Any]:
@@ -290,7 +301,7 @@ def _conduct(stage: _Stage, *, resumed: bool) -> Run:
         with signal_as_interrupt(), watched(stage.run.directory, command), warnings_as_events(stage.emit):
             return _work(stage, resumed=resumed)
     except KeyboardInterrupt:
-        stage.emit({"event": "interrupted", "command": command, "path": str(stage.run.checkpoints / "last")})
+        stage.emit(Stopped(event="interrupted", command=command, path=str(stage.run.checkpoints / "last")))
         raise Interrupted(
             "X130",
             f"{stage.run.name} was stopped; what was done is saved",
@@ -302,16 +313,22 @@ def _conduct(stage: _Stage, *, resumed: bool) -> Run:
 def _work(stage: _Stage, *, resumed: bool) -> Run:
     run, plan = stage.run, stage.plan
     facts = run.read_json("model.json")
-    stage.emit({
-        "event": "plan", "rows": [list(row) for row in plan.rows], "parameters": facts["parameters"],
-        "device": plan.config.train.device, "memory_mb": None, "run": str(run.directory),
-    })  # fmt: skip
+    stage.emit(
+        PlanMade(
+            event="plan",
+            rows=[list(row) for row in plan.rows],
+            parameters=facts["parameters"],
+            device=plan.config.train.device,
+            memory_mb=None,
+            run=str(run.directory),
+        )
+    )
     baseline = run.read_json("baseline.json")
     if baseline is None and plan.config.train.baseline and not run.finished:
         with phase("fitting the baseline"):
             baseline = fit_baseline(plan, stage.manifest, run)
     if baseline is not None and not resumed:
-        stage.emit({"event": "baseline", **baseline})
+        stage.emit(event_of(BaselineFitted, {"event": "baseline", **baseline}))
     if not run.finished:
         _train(stage, resumed=resumed)
     _finish(stage, baseline)
@@ -323,7 +340,7 @@ def _train(stage: _Stage, *, resumed: bool) -> None:
         fit = Fit(stage.plan, stage.manifest, stage.run, stage.emit)
         notes = fit.restore() if resumed else []
     for note in notes:
-        stage.emit({"event": "warning", "text": note})
+        stage.emit(Warned(event="warning", text=note))
     stage.work.differs(fit.differences)
     compiles = "; the first step compiles the network" if stage.plan.config.train.compile else ""
     begin = time.monotonic()
@@ -346,9 +363,8 @@ def _finish(stage: _Stage, baseline: dict[str, Any] | None) -> None:
     def on_bad(row: int, reason: str, epoch: int) -> None:
         require_same_validation(run, manifest, row, reason)
         bad[row] = reason
-        stage.emit(
-            {"event": "quarantine", "path": manifest.paths[row], "reason": reason, "epoch": progress.epoch, "row": row}
-        )
+        path = manifest.paths[row]
+        stage.emit(ImageLeftOut(event="quarantine", path=path, reason=reason, epoch=progress.epoch, row=row))
         quarantined.add(row, reason, "judging")
 
     def score(split: str) -> Predictions:
@@ -362,7 +378,7 @@ def _finish(stage: _Stage, baseline: dict[str, Any] | None) -> None:
         read_bundle(run.bundle_path) if run.finished else make_bundle(run, manifest, model, facts, progress, validation)
     )
     if note := mark_last(run):
-        stage.emit({"event": "warning", "text": note})
+        stage.emit(Warned(event="warning", text=note))
     judged: dict[str, Metrics] = {}
     against = None
     for split in ("val", "test"):
@@ -382,15 +398,17 @@ def _finish(stage: _Stage, baseline: dict[str, Any] | None) -> None:
     with phase("drawing the curves"):
         write_plots(run.plots, training_curves(run.epochs))
     report = report_run(run)
-    done = _done_event(stage, judged, baseline, report, bundle) | {"against": against.to_dict() if against else None}
-    around_s = round(time.monotonic() - stage.began - stage.trained_s, 1)
-    resumed = len(record_of(run.directory)["work"]) > 1
-    stage.emit(done | {"around_s": around_s, "resumed": resumed})
+    stage.emit(_done_event(stage, judged, baseline, report, bundle, against))
 
 
 def _done_event(
-    stage: _Stage, judged: dict[str, Metrics], baseline: dict[str, Any] | None, report: Path, bundle: Bundle
-) -> Event:
+    stage: _Stage,
+    judged: dict[str, Metrics],
+    baseline: dict[str, Any] | None,
+    report: Path,
+    bundle: Bundle,
+    against: Difference | None,
+) -> Done:
     split = "test" if "test" in judged else "val"
     metrics = judged[split]
     notes = list(metrics.warnings)
@@ -403,24 +421,27 @@ def _done_event(
     if unequal := unequal_line(record_of(stage.run.directory)):
         notes.append(unequal)
     worst = sorted((c for c in metrics.per_class if c.support), key=lambda c: c.f1)[:3]
-    return {
-        "event": "done",
-        "split": split,
-        "accuracy": metrics.accuracy,
-        "ci": list(metrics.accuracy_ci),
-        "macro_f1": metrics.macro_f1,
-        "balanced_accuracy": metrics.balanced_accuracy,
-        "imbalanced": metrics.imbalanced,
-        "majority": metrics.majority.to_dict(),
-        "ece": metrics.ece,
-        "n": metrics.n,
-        "baseline": baseline["accuracy"] if baseline else None,
-        "baseline_balanced": baseline.get("balanced_accuracy") if baseline else None,
-        "worst": [[c.name, c.f1, c.support] for c in worst],
-        "seconds": round(sum(e.get("seconds") or 0 for e in stage.run.epochs), 1),
-        "ended": told_end(stage.plan.config.train, stage.run.epochs),
-        "report": str(report),
-        "run": str(stage.run.directory),
-        "commands": [list(pair) for pair in next_commands(stage.run)],
-        "notes": notes,
-    }
+    return Done(
+        event="done",
+        split=split,
+        accuracy=metrics.accuracy,
+        ci=list(metrics.accuracy_ci),
+        macro_f1=metrics.macro_f1,
+        balanced_accuracy=metrics.balanced_accuracy,
+        imbalanced=metrics.imbalanced,
+        majority=metrics.majority.to_dict(),
+        ece=metrics.ece,
+        n=metrics.n,
+        baseline=baseline["accuracy"] if baseline else None,
+        baseline_balanced=baseline.get("balanced_accuracy") if baseline else None,
+        worst=[[c.name, c.f1, c.support] for c in worst],
+        seconds=round(sum(e.get("seconds") or 0 for e in stage.run.epochs), 1),
+        ended=told_end(stage.plan.config.train, stage.run.epochs),
+        report=str(report),
+        run=str(stage.run.directory),
+        commands=[list(pair) for pair in next_commands(stage.run)],
+        notes=notes,
+        against=against.to_dict() if against else None,
+        around_s=round(time.monotonic() - stage.began - stage.trained_s, 1),
+        resumed=len(record_of(stage.run.directory)["work"]) > 1,
+    )
