@@ -1,6 +1,6 @@
 """One training step beside timm's: forward, loss, backward, optimizer.
 
-Ours is the step that `imgcls-fast train` makes (`training/fit.py`): uint8 NHWC images in, normalised inside the model,
+Ours is the step that `imgcls-fast train` makes (`training/step.py`): uint8 NHWC images in, normalised inside the model,
 channels-last, fused optimizer. The rivals train the very same backbone as timm's `train.py` does: float32 images that its
 loader has normalised, timm's optimizer factory and loss; once as it comes (NCHW), once with `--channels-last`; and, where
 the architecture has attention that our kernels replace, ours without them. All begin with the same weights and must have the
@@ -87,10 +87,10 @@ def steps(
         given = _batch(pixels, labels, device)
         losses = []
         for _ in range(STEPS):
-            before = float(fit.loss_sum)
-            fit._step(given)
-            losses.append((float(fit.loss_sum) - before) / batch)
-        return Contender({name: partial(fit._step, given)}, losses, _precision(device), {"kernels": kernels})
+            before = float(fit.step.loss_sum)
+            fit.step.take(given, 0)
+            losses.append((float(fit.step.loss_sum) - before) / batch)
+        return Contender({name: partial(fit.step.take, given, 0)}, losses, _precision(device), {"kernels": kernels})
 
     def timm(channels_last: bool) -> Contender:
         step = _timm_step(build("off"), pixels, labels, device, channels_last, _optimizer(arch))
@@ -137,7 +137,7 @@ def _fit(work: Path, arch: str, size: int, batch: int, attention: str, device: s
     plan = make_plan(build_config(changes), prepared.manifest, look_at_machine())
     run = Run.create(Path(tempfile.mkdtemp(prefix="run-", dir=work)) / "run")
     fit = Fit(plan, prepared.manifest, run, lambda event: None)
-    fit.model.train()
+    fit.step.model.train()
     return fit
 
 
@@ -154,10 +154,10 @@ def _timm_step(
     from timm.optim import create_optimizer_v2
 
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    model: nn.Module = copy.deepcopy(fit.model.backbone).to(device).to(memory_format=layout).train()
+    model: nn.Module = copy.deepcopy(fit.step.model.backbone).to(device).to(memory_format=layout).train()
     optimizer = create_optimizer_v2(model, opt=optimizer_name, lr=LR, weight_decay=DECAY)
     with torch.no_grad():
-        x = fit.model.normalise(torch.from_numpy(pixels).to(device)).float().contiguous(memory_format=layout)
+        x = fit.step.model.normalise(torch.from_numpy(pixels).to(device)).float().contiguous(memory_format=layout)
     y = torch.from_numpy(labels).to(device)
     gpu = device == "cuda"
     forward: Any = torch.compile(model) if gpu else model

@@ -66,8 +66,8 @@ def readers(run: Path) -> Iterator[tuple[Path, Reader]]:
     def checkpoint(folder: Path) -> str:
         from imgcls_fast.training.checkpoint import read_checkpoint
 
-        tensors, progress, environment = read_checkpoint(folder)
-        return digest(tensors, vars(progress), environment)
+        found = read_checkpoint(folder)
+        return digest(found.tensors, vars(found.progress), found.parts, found.environment)
 
     def model() -> str:
         from safetensors.torch import load_file

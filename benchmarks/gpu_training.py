@@ -40,7 +40,7 @@ def make_fit(journal: Journal, folder: Path, **settings: Any) -> Fit:
     plan = make_plan(config, prepared.manifest, look_at_machine())
     folder.mkdir(parents=True, exist_ok=True)
     fit = Fit(plan, prepared.manifest, Run(folder), lambda event: None)
-    fit.model.train()
+    fit.step.model.train()
     return fit
 
 
@@ -98,7 +98,7 @@ def resnet50_step(journal: Journal) -> None:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-        contenders = {"by hand": by_hand, "ours": lambda: fit._step(batch)}
+        contenders = {"by hand": by_hand, "ours": lambda: fit.step.take(batch, 0)}
         for benchmark in (False, True):
             torch.backends.cudnn.benchmark = benchmark
             for name, call in contenders.items():
@@ -136,9 +136,9 @@ def swin_step(journal: Journal) -> None:
                 })  # fmt: skip
                 try:
                     for _ in range(1 if journal.small or journal.warm else 4):
-                        fit._step(batch)
-                    loss = float(fit.loss_sum) / fit.loss_weight
-                    contenders[kernels] = partial(fit._step, batch)
+                        fit.step.take(batch, 0)
+                    loss = float(fit.step.loss_sum) / fit.step.loss_weight
+                    contenders[kernels] = partial(fit.step.take, batch, 0)
                     journal.write(f"swin_t, kernels {kernels}", f"mean loss of the first steps {loss:.4f}", loss=loss)
                 except (RuntimeError, ValueError) as error:
                     journal.row(f"swin_t, kernels {kernels}", short(error), "runs", False)
@@ -274,10 +274,10 @@ def host_syncs(journal: Journal) -> None:
                 "model.arch": "small-cnn", "pixels.size": 64, "train.batch_size": 16,
                 "train.precision": "fp32" if journal.small else "bf16", "train.compile": compiled, "train.workers": 2, "optim.ema": 0.999,
             })  # fmt: skip
-            batches: Iterator[Batch] = fit.train_loader.epoch(0)
+            batches: Iterator[Batch] = fit.loaders.train.epoch(0)
             try:
                 for _ in range(3):
-                    fit._step(next(batches))
+                    fit.step.take(next(batches), 0)
                 if journal.small:
                     journal.row(name, "needs a GPU", "none", None)
                     continue
@@ -286,7 +286,7 @@ def host_syncs(journal: Journal) -> None:
                     for _ in range(4):
                         batch = next(batches)
                         pinned = [t.is_pinned() for t in (batch.pixels, batch.targets, batch.weight)]
-                        fit._step(batch)
+                        fit.step.take(batch, 0)
                     journal.row(name, f"none in 4 steps, pinned {all(pinned)}", "none", all(pinned))
                 except RuntimeError as error:
                     import traceback
@@ -301,5 +301,4 @@ def host_syncs(journal: Journal) -> None:
                 finally:
                     torch.cuda.set_sync_debug_mode("default")
             finally:
-                fit.train_loader.close()
-                fit.val_loader.close()
+                fit.loaders.close()

@@ -53,7 +53,6 @@ LARGE_CLASSES: set[str] = {
     "Run",
     # data
     # training
-    "Fit",
     # exporting
     "Exporter",
 }

@@ -82,17 +82,18 @@ def stop_at(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     from imgcls_fast.training.fit import Fit
 
     def arrange(step: int, number: int = signal.SIGTERM, where: str = "step") -> None:
-        original = getattr(Fit, f"_{where}")
+        method = {"step": "_learn", "validate": "_validate"}[where]
+        original = getattr(Fit, method)
         sent: list[int] = []
 
         def stopping(self: Fit, *arguments: Any) -> Any:
             answer = original(self, *arguments) if where == "step" else None
-            if self.progress.step + (where == "step") >= step and not sent:
+            if self.progress.step >= step and not sent:
                 sent.append(1)
                 os.kill(os.getpid(), number)
             return answer if where == "step" else original(self, *arguments)
 
-        monkeypatch.setattr(Fit, f"_{where}", stopping)
+        monkeypatch.setattr(Fit, method, stopping)
 
     return arrange
 
@@ -103,12 +104,11 @@ TIMINGS = ("seconds", "images_per_s", "data_share", "memory_mb", "spent")
 def _final(run: Run) -> dict[str, Any]:
     from imgcls_fast.training.checkpoint import read_checkpoint
 
-    tensors, progress, _ = read_checkpoint(run.checkpoints / "last")
-    best, _, _ = read_checkpoint(run.checkpoints / "best")
-    facts = {k: v for k, v in vars(progress).items() if k not in TIMINGS}
-    facts["history"] = [{k: v for k, v in line.items() if k not in TIMINGS} for line in progress.history]
+    last, best = read_checkpoint(run.checkpoints / "last"), read_checkpoint(run.checkpoints / "best")
+    facts = {k: v for k, v in vars(last.progress).items() if k not in TIMINGS} | last.parts
+    facts["history"] = [{k: v for k, v in line.items() if k not in TIMINGS} for line in last.progress.history]
     rows = [{k: v for k, v in line.items() if k not in TIMINGS} for line in run.epochs]
-    return {"tensors": tensors, "best": best, "progress": facts, "metrics.csv": rows}
+    return {"tensors": last.tensors, "best": best.tensors, "progress": facts, "metrics.csv": rows}
 
 
 @pytest.fixture
@@ -152,7 +152,6 @@ def make_fit(configure: Callable[..., RunConfig], tmp_path: Path) -> Iterator[Ca
 
     yield make
     for fit in made:
-        fit.train_loader.close()
-        fit.val_loader.close()
-        fit.run_directory.unlock()
+        fit.loaders.close()
+        fit.run_.unlock()
     torch.use_deterministic_algorithms(False)

@@ -18,7 +18,8 @@ from imgcls_fast.core.exports import GATE, META, choose, finish, new_export, rea
 from imgcls_fast.core.files import SEAL, read_sealed, write_json
 from imgcls_fast.core.manifest import Manifest, PathList
 from imgcls_fast.core.predictions import Predictions
-from imgcls_fast.training.checkpoint import Progress, save_checkpoint
+from imgcls_fast.training.checkpoint import Checkpoint, save_checkpoint
+from imgcls_fast.training.progress import Progress
 
 
 def load_script() -> Any:
@@ -44,7 +45,7 @@ def run(bundle_of: Callable[..., Any]) -> Path:
     for step in (1, 2):
         tensors = {"w": torch.rand(700, generator=torch.Generator().manual_seed(step)), "n": torch.tensor(step)}
         progress = Progress(step=step, history=[{"epoch": 0, "loss": 0.5}], quarantined={"7": "cut off"})
-        save_checkpoint(folder / "checkpoints", tensors, progress, {"torch": "2"}, best=step == 1)
+        save_checkpoint(folder / "checkpoints", Checkpoint(tensors, progress, {"torch": "2"}), best=step == 1)
     n, draw = 12, np.random.default_rng(0)
     column = lambda dtype: draw.integers(0, 3, n).astype(dtype)  # noqa: E731
     manifest = Manifest(

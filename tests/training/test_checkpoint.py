@@ -18,12 +18,13 @@ import torch
 
 from imgcls_fast.core.errors import HardwareError, ModelError
 from imgcls_fast.training import checkpoint
-from imgcls_fast.training.checkpoint import Progress, find_checkpoint, read_checkpoint, save_checkpoint
+from imgcls_fast.training.checkpoint import Checkpoint, find_checkpoint, read_checkpoint, save_checkpoint
+from imgcls_fast.training.progress import Progress
 
 
 def save(folder: Path, step: int, *, best: bool = False, size: int = 64) -> None:
     tensors = {"model.w": torch.full((size,), float(step)), "model.t": torch.arange(6.0).reshape(2, 3).T}
-    save_checkpoint(folder, tensors, Progress(step=step), {"cpu": "x"}, best=best)
+    save_checkpoint(folder, Checkpoint(tensors, Progress(step=step), {"cpu": "x"}), best=best)
 
 
 def names(folder: Path) -> set[str]:
@@ -33,9 +34,9 @@ def names(folder: Path) -> set[str]:
 def found_step(folder: Path) -> int:
     found = find_checkpoint(folder)
     assert found is not None
-    _, (tensors, progress, _), _ = found
-    assert (tensors["model.w"] == progress.step).all()
-    return progress.step
+    saved = found[1]
+    assert (saved.tensors["model.w"] == saved.progress.step).all()
+    return saved.progress.step
 
 
 def test_what_was_saved_is_read_back_with_its_history(tmp_path: Path) -> None:
@@ -47,19 +48,21 @@ def test_what_was_saved_is_read_back_with_its_history(tmp_path: Path) -> None:
         "b": torch.tensor(7, dtype=torch.int64),
         "c": torch.randn(2, 2, 3, 3).to(memory_format=torch.channels_last),
     }
-    save_checkpoint(tmp_path, tensors, progress, {"cpu": "x", "threads": 2}, best=True)
+    parts = {"step": {"micro_batch": 4, "scaler": {"scale": 65536.0}}, "another": {"name": "x"}}
+    save_checkpoint(tmp_path, Checkpoint(tensors, progress, {"cpu": "x", "threads": 2}, parts), best=True)
     for name in ("last", "best"):
-        read, again, environment = read_checkpoint(tmp_path / name)
-        assert again == progress
-        assert environment == {"cpu": "x", "threads": 2}
-        assert all(torch.equal(read[key], tensors[key]) for key in tensors)
+        read = read_checkpoint(tmp_path / name)
+        assert read.progress == progress
+        assert read.parts == parts
+        assert read.environment == {"cpu": "x", "threads": 2}
+        assert all(torch.equal(read.tensors[key], tensors[key]) for key in tensors)
     assert names(tmp_path) == {"last", "best"}
 
 
 def test_last_previous_and_best_rotate_and_nothing_else_is_left(tmp_path: Path) -> None:
     for step in range(1, 6):
         save(tmp_path, step, best=step == 3)
-    steps = {name: read_checkpoint(tmp_path / name)[1].step for name in ("last", "previous", "best")}
+    steps = {name: read_checkpoint(tmp_path / name).progress.step for name in ("last", "previous", "best")}
     assert steps == {"last": 5, "previous": 4, "best": 3}
     assert names(tmp_path) == {"last", "previous", "best"}
 
@@ -112,7 +115,7 @@ def test_a_crash_at_any_step_of_a_save_leaves_a_checkpoint_no_older_than_the_one
             except Crash:
                 crashed = True
         assert found_step(folder) in (2, 3)
-        assert read_checkpoint(folder / "best")[1].step in ((1, 3) if best else (1,))
+        assert read_checkpoint(folder / "best").progress.step in ((1, 3) if best else (1,))
         save(folder, 4)
         assert found_step(folder) == 4
         assert names(folder) == {"last", "previous", "best"}
@@ -168,7 +171,7 @@ def survive_kills_on_overlay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *,
                 except Crash:
                     crashed = True
             assert found_step(folder) in (3, 4)
-            assert read_checkpoint(folder / "best")[1].step in ((1, 4) if best else (1,))
+            assert read_checkpoint(folder / "best").progress.step in ((1, 4) if best else (1,))
             save(folder, 5)
             assert found_step(folder) == 5
             assert names(folder) == {"last", "previous", "best"}
@@ -222,11 +225,12 @@ from pathlib import Path
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import torch
 from imgcls_fast.core.errors import HardwareError
-from imgcls_fast.training.checkpoint import Progress, save_checkpoint
+from imgcls_fast.training.checkpoint import Checkpoint, save_checkpoint
+from imgcls_fast.training.progress import Progress
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:
-    save_checkpoint(Path({str(tmp_path)!r}), {{"w": torch.zeros(1_000_000)}}, Progress(step=2), {{}}, best=True)
+    save_checkpoint(Path({str(tmp_path)!r}), Checkpoint({{"w": torch.zeros(1_000_000)}}, Progress(step=2), {{}}), best=True)
 except HardwareError as error:
     print(error.code, error.message)
 """
@@ -248,7 +252,7 @@ def test_every_flipped_bit_that_was_tried_is_detected(file: str, tmp_path: Path)
         wrong[position // 8] ^= 1 << position % 8
         path.write_bytes(bytes(wrong))
         try:
-            _tensors, progress, _ = read_checkpoint(tmp_path / "last")
+            progress = read_checkpoint(tmp_path / "last").progress
         except ModelError as error:
             assert error.code == "M005"
         else:  # only white space of the digest list may change without changing what it says
@@ -301,10 +305,9 @@ def test_optimizer_state_survives_with_names_and_layout(tmp_path: Path) -> None:
         optimizer = make(net.parameters())
         step(net, optimizer, 1)
         tensors = checkpoint.optimizer_tensors(optimizer, {p: n for n, p in net.named_parameters()})
-        save_checkpoint(
-            tmp_path, tensors | {f"model.{k}": v for k, v in net.state_dict().items()}, Progress(), {}, best=False
-        )
-        read = read_checkpoint(tmp_path / "last")[0]
+        tensors |= {f"model.{k}": v for k, v in net.state_dict().items()}
+        save_checkpoint(tmp_path, Checkpoint(tensors, Progress(), {}), best=False)
+        read = read_checkpoint(tmp_path / "last").tensors
         twin = model()
         twin.load_state_dict({k.removeprefix("model."): v for k, v in read.items() if k.startswith("model.")})
         other = make(twin.parameters())
@@ -318,12 +321,13 @@ WRITER = """
 import sys, time
 from pathlib import Path
 import torch
-from imgcls_fast.training.checkpoint import Progress, save_checkpoint
+from imgcls_fast.training.checkpoint import Checkpoint, save_checkpoint
+from imgcls_fast.training.progress import Progress
 end = time.monotonic() + float(sys.argv[2])
 step = 0
 while time.monotonic() < end:
     step += 1
-    save_checkpoint(Path(sys.argv[1]), {"w": torch.full((20_000,), float(step))}, Progress(step=step), {}, best=True)
+    save_checkpoint(Path(sys.argv[1]), Checkpoint({"w": torch.full((20_000,), float(step))}, Progress(step=step), {}), best=True)
     print(step, flush=True)
 """
 
@@ -335,8 +339,8 @@ def test_a_reader_never_meets_a_damaged_checkpoint_while_another_process_saves(t
     read = 0
     while writer.poll() is None:
         for name in ("best", "last"):
-            tensors, progress, _ = read_checkpoint(tmp_path / name)
-            assert (tensors["w"] == progress.step).all()
+            found = read_checkpoint(tmp_path / name)
+            assert (found.tensors["w"] == found.progress.step).all()
             read += 1
     assert read > 20
     assert int(writer.stdout.read().split()[-1]) > 3

@@ -48,16 +48,16 @@ def at_step(monkeypatch: Patch) -> Callable[[int, Callable[[Fit], Any]], None]:
     """Do something before the batch after optimizer step `step` is asked for, once."""
 
     def arrange(step: int, action: Callable[[Fit], Any]) -> None:
-        original, done = Fit._step, list[int]()
+        original, done = Fit._learn, list[int]()
 
         def stepping(self: Fit, batch: Any) -> Any:
             answer = original(self, batch)
-            if self.progress.step + 1 == step and not done:
+            if self.progress.step == step and not done:
                 done.append(1)
                 action(self)
             return answer
 
-        monkeypatch.setattr(Fit, "_step", stepping)
+        monkeypatch.setattr(Fit, "_learn", stepping)
 
     return arrange
 
@@ -114,7 +114,7 @@ def test_files_out_of_reach_stop_training_at_a_checkpoint_and_nothing_is_lost(
     assert f"{run.directory} --resume" in error.try_
     require_trace(run, "D015")
     assert [event["event"] for event in heard][-1] == "failed"
-    step = checkpoint.read_checkpoint(run.checkpoints / "last")[1].step
+    step = checkpoint.read_checkpoint(run.checkpoints / "last").progress.step
     assert step >= 2
     assert not read_quarantine(run.directory / "quarantine.csv")
     bring_back(own_data)
@@ -137,7 +137,7 @@ def test_sigterm_while_files_are_waited_for_stops_training_at_once_and_in_order(
     began = time.monotonic()
     run, error, _ = failed(configure(LOADERS[loader], own_data), Interrupted)
     assert error.code == "X130" and time.monotonic() - began < 90
-    assert checkpoint.read_checkpoint(run.checkpoints / "last")[1].step >= 2
+    assert checkpoint.read_checkpoint(run.checkpoints / "last").progress.step >= 2
     bring_back(own_data)
     session.resume(run, {})
 
@@ -150,7 +150,7 @@ def test_files_out_of_reach_in_validation_stop_at_a_checkpoint_and_nothing_is_lo
     at_step(STEPS, lambda fit: os.rename(own_data / "val", away(own_data)))
     run, error, _ = failed(configure({}, own_data), DataError)
     assert error.code == "D015"
-    progress = checkpoint.read_checkpoint(run.checkpoints / "last")[1]
+    progress = checkpoint.read_checkpoint(run.checkpoints / "last").progress
     assert (progress.epoch, progress.index, progress.step) == (0, STEPS, STEPS)
     require_trace(run, "D015")
     os.rename(away(own_data), own_data / "val")
@@ -192,7 +192,7 @@ def test_a_row_that_was_quarantined_while_training_does_not_block_resume(
     rows: list[int] = []
 
     def spoil_one(fit: Fit) -> None:
-        rows.append(int(fit.train_loader.sampler.rows_of(1, 3)[0]))
+        rows.append(int(fit.loaders.train.sampler.rows_of(1, 3)[0]))
         spoil(fit.manifest.path(rows[0]))
 
     stop_at(STEPS + 5)
@@ -203,7 +203,7 @@ def test_a_row_that_was_quarantined_while_training_does_not_block_resume(
     path = run.manifest.paths[rows[0]]
     assert [file.path for file in read_quarantine(run.directory / "quarantine.csv")] == [path]
     session.resume(run, {})
-    assert list(checkpoint.read_checkpoint(run.checkpoints / "last")[1].quarantined) == [str(rows[0])]
+    assert list(checkpoint.read_checkpoint(run.checkpoints / "last").progress.quarantined) == [str(rows[0])]
 
 
 @pytest.mark.usefixtures("no_judging")
@@ -213,7 +213,7 @@ def test_a_row_found_bad_just_before_a_kill_stays_out_and_does_not_block_resume(
     kept: list[Any] = []
 
     def spoil_next(fit: Fit) -> None:
-        path = fit.manifest.path(int(fit.train_loader.sampler.rows_of(0, 3)[1]))
+        path = fit.manifest.path(int(fit.loaders.train.sampler.rows_of(0, 3)[1]))
         kept[:] = [path, path.read_bytes()]
         spoil(path)
 
@@ -225,7 +225,7 @@ def test_a_row_found_bad_just_before_a_kill_stays_out_and_does_not_block_resume(
 
     at_step(2, spoil_next)
     straight = session.start(configure({}, own_data))
-    assert checkpoint.read_checkpoint(straight.checkpoints / "last")[1].quarantined
+    assert checkpoint.read_checkpoint(straight.checkpoints / "last").progress.quarantined
     kept[0].write_bytes(kept[1])
     config = configure({}, own_data)
     at_step(2, spoil_next)
@@ -249,7 +249,7 @@ def test_each_bad_row_is_on_disk_at_once_at_the_cost_of_one_line(make_fit: Any, 
         original(path, files)
 
     monkeypatch.setattr(quarantined, "write_quarantine", writing)
-    path, rows = fit.run_directory.directory / "quarantine.csv", fit.manifest.rows("train").tolist()
+    path, rows = fit.run_.directory / "quarantine.csv", fit.manifest.rows("train").tolist()
     expected = [fit.manifest.paths[row] for row in rows]
     for count, row in enumerate(rows, 1):
         fit.quarantined.add(row, "cut, or \n worse", "epoch 1")
@@ -259,7 +259,7 @@ def test_each_bad_row_is_on_disk_at_once_at_the_cost_of_one_line(make_fit: Any, 
     with open(path, "ab") as file:
         file.write(b"train/a/999.jpg,the machine stopp")
     assert [file.path for file in read_quarantine(path)] == expected
-    later = quarantined.Quarantined(fit.run_directory, fit.manifest, 1000.0)
+    later = quarantined.Quarantined(fit.run_, fit.manifest, 1000.0)
     later.add(int(fit.manifest.rows("test")[0]), "bad", "judging")
     assert [file.path for file in read_quarantine(path)] == [*expected, fit.manifest.paths[fit.manifest.rows("test")[0]]]
     assert path.read_bytes().endswith(b",judging\n")
@@ -272,12 +272,12 @@ def test_quarantine_csv_holds_rows_that_were_found_after_the_best_epoch(
     rows: list[int] = []
 
     def spoil_one(fit: Fit) -> None:
-        rows.append(int(fit.train_loader.sampler.rows_of(1, 4)[0]))
+        rows.append(int(fit.loaders.train.sampler.rows_of(1, 4)[0]))
         spoil(fit.manifest.path(rows[0]))
 
     at_step(STEPS + 2, spoil_one)
     run = session.start(configure({}, own_data))
-    assert not checkpoint.read_checkpoint(run.checkpoints / "best")[1].quarantined
+    assert not checkpoint.read_checkpoint(run.checkpoints / "best").progress.quarantined
     found = read_quarantine(run.directory / "quarantine.csv")
     assert [(file.path, file.found) for file in found] == [(run.manifest.paths[rows[0]], "epoch 2")]
 
@@ -298,7 +298,7 @@ def test_too_many_rows_that_go_bad_while_training_stop_it_at_a_checkpoint(
     assert error.code == "D013"
     assert "--max-bad" in error.try_
     require_trace(run, "D013")
-    assert checkpoint.read_checkpoint(run.checkpoints / "last")[1].step >= 3
+    assert checkpoint.read_checkpoint(run.checkpoints / "last").progress.step >= 3
     out = {own_data / file.path for file in read_quarantine(run.directory / "quarantine.csv")}
     for path in kept.keys() - out:
         path.write_bytes(kept[path])
@@ -323,7 +323,7 @@ class TestValidationRows:
 
         at_step(2, spoil_one)
         run = session.start(configure({}, own_data))
-        assert list(checkpoint.read_checkpoint(run.checkpoints / "last")[1].quarantined) == [str(rows[0])]
+        assert list(checkpoint.read_checkpoint(run.checkpoints / "last").progress.quarantined) == [str(rows[0])]
         assert len(run.epochs) == 2
 
     def test_a_row_that_goes_bad_later_stops_the_run_and_restoring_it_changes_nothing(
@@ -342,7 +342,7 @@ class TestValidationRows:
         assert error.code == "D010"
         assert str(kept[0]) in error.where
         assert not read_quarantine(run.directory / "quarantine.csv")
-        assert checkpoint.read_checkpoint(run.checkpoints / "last")[1].step == 2 * STEPS
+        assert checkpoint.read_checkpoint(run.checkpoints / "last").progress.step == 2 * STEPS
         kept[0].write_bytes(kept[1])
         session.resume(run, {})
         same_result(straight, run)
@@ -398,7 +398,7 @@ class TestEveryFailureLeavesATrace:
             run, error, _ = failed(configure(), HardwareError)
         assert error.code == "H002"
         assert require_trace(run, "H002")["path"] == str(run.checkpoints / "last")
-        assert checkpoint.read_checkpoint(run.checkpoints / "last")[1].step == STEPS
+        assert checkpoint.read_checkpoint(run.checkpoints / "last").progress.step == STEPS
         session.resume(run, {})
         same_result(straight, run)
 
@@ -435,7 +435,7 @@ class TestEveryFailureLeavesATrace:
         run, error, _ = failed(configure(workers), HardwareError)
         assert error.code == "H002"
         require_trace(run, "H002")
-        assert checkpoint.read_checkpoint(run.checkpoints / "last")[1].step >= 2
+        assert checkpoint.read_checkpoint(run.checkpoints / "last").progress.step >= 2
         session.resume(run, {})
         same_result(straight, run)
 
@@ -555,14 +555,14 @@ from imgcls_fast.training import session
 from imgcls_fast.training.fit import Fit
 
 how = sys.argv[4]
-original = Fit._step
+original = Fit._learn
 def step(self, batch):
     if self.progress.step == 2:
         if how == "SIGSEGV":
             ctypes.string_at(0)
         os.kill(os.getpid(), getattr(signal, how))
     return original(self, batch)
-Fit._step = step
+Fit._learn = step
 session.start(build_config({**TINY, "train.loader": "torch", "train.workers": 1, "data.source": sys.argv[1], "out": sys.argv[2]}))
 """
 

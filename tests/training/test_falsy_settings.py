@@ -43,33 +43,33 @@ def legal_falsy_values() -> dict[str, Any]:
 
 def read_augment(key: str) -> Callable[..., Any]:
     return lambda value, make_fit: getattr(
-        make_fit({f"augment.{key}": value, "augment.policy": "heavy"}).train_loader.sampler.augment, key
+        make_fit({f"augment.{key}": value, "augment.policy": "heavy"}).loaders.train.sampler.augment, key
     )
 
 
 def read_decays(value: float, make_fit: Any) -> float:
-    return max(group["weight_decay"] for group in make_fit({"optim.weight_decay": value}).optimizer.param_groups)
+    return max(group["weight_decay"] for group in make_fit({"optim.weight_decay": value}).step.optimizer.param_groups)
 
 
 def read_momentum(value: float, make_fit: Any) -> float:
     fit = make_fit({"optim.momentum": value, "optim.opt": "sgd", "optim.sched": "onecycle", "train.epochs": 1})
     fit.run()
-    return max(group["momentum"] for group in fit.optimizer.param_groups)
+    return max(group["momentum"] for group in fit.step.optimizer.param_groups)
 
 
 def read_warmup(value: float, make_fit: Any) -> float:
-    schedule = make_fit({"optim.warmup": value, "optim.lr": 0.1}).schedule
+    schedule = make_fit({"optim.warmup": value, "optim.lr": 0.1}).step.schedule
     assert schedule.lr(0) == pytest.approx(0.1)
     return float(schedule.warmup)
 
 
 def read_floor(value: float, make_fit: Any) -> float:
-    schedule = make_fit({"optim.min_lr": value, "optim.sched": "cosine"}).schedule
+    schedule = make_fit({"optim.min_lr": value, "optim.sched": "cosine"}).step.schedule
     return float(round(schedule.lr(schedule.total), 12))
 
 
 def read_drop_rate(value: float, make_fit: Any) -> float:
-    return max(m.p for m in make_fit({"model.drop_rate": value}).model.modules() if isinstance(m, nn.Dropout))
+    return max(m.p for m in make_fit({"model.drop_rate": value}).step.model.modules() if isinstance(m, nn.Dropout))
 
 
 def read_drop_path(value: float, make_fit: Any) -> float:
@@ -85,7 +85,7 @@ def read_events(name: str, kind: str) -> Callable[..., Any]:
         fit = make_fit({name: value, "train.epochs": 1, "train.batch_size": 21})
         fit.run()
         found = sum(event["event"] == kind for event in fit.events)
-        return found - (fit.steps + (kind == "checkpoint"))  # one more checkpoint at the end of the epoch
+        return found - (fit.loaders.steps + (kind == "checkpoint"))  # one more checkpoint at the end of the epoch
 
     return read
 
@@ -96,7 +96,7 @@ def read_class_weights(value: Any, make_fit: Any) -> int:
         with pytest.raises(ConfigError, match="0 numbers"):
             make_fit({"loss.class_weights": value})
         return 0
-    total = make_fit({"loss.class_weights": value}).objective.total(torch.eye(3), torch.ones(3))
+    total = make_fit({"loss.class_weights": value}).step.objective.total(torch.eye(3), torch.ones(3))
     return int(total != pytest.approx(3))
 
 
@@ -156,16 +156,16 @@ READ: dict[str, Callable[..., Any]] = {
     "model.attention": lambda value, make_fit: plan_of({"model.attention": value}).spec["attention"],
     "model.drop_rate": read_drop_rate,
     "model.drop_path": read_drop_path,
-    "loss.label_smoothing": lambda value, make_fit: make_fit({"loss.label_smoothing": value}).objective.smoothing,
+    "loss.label_smoothing": lambda value, make_fit: make_fit({"loss.label_smoothing": value}).step.objective.smoothing,
     "loss.class_weights": read_class_weights,
     "optim.weight_decay": read_decays,
     "optim.momentum": read_momentum,
     "optim.warmup": read_warmup,
     "optim.min_lr": read_floor,
-    "optim.ema": lambda value, make_fit: make_fit({"optim.ema": value}).averaged,
-    "train.compile": lambda value, make_fit: (fit := make_fit({"train.compile": value})).forward is not fit.model,
-    "train.workers": lambda value, make_fit: make_fit({"train.workers": value}).train_loader._loader.num_workers,
-    "train.seed": lambda value, make_fit: make_fit({"train.seed": value}).train_loader.sampler.seed,
+    "optim.ema": lambda value, make_fit: make_fit({"optim.ema": value}).step.averaged,
+    "train.compile": lambda value, make_fit: (fit := make_fit({"train.compile": value})).step.forward is not fit.step.model,
+    "train.workers": lambda value, make_fit: make_fit({"train.workers": value}).loaders.train._loader.num_workers,
+    "train.seed": lambda value, make_fit: make_fit({"train.seed": value}).loaders.train.sampler.seed,
     "train.deterministic": lambda value, make_fit: make_fit({"train.deterministic": value})
     and torch.are_deterministic_algorithms_enabled(),
     "train.save_every": read_events("train.save_every", "checkpoint"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -20,6 +21,7 @@ from imgcls_fast.training import session
 from imgcls_fast.training.checkpoint import read_checkpoint
 from imgcls_fast.training.fit import Fit
 from imgcls_fast.training.optim import Averaged
+from imgcls_fast.training.step import Step
 
 MakeFit = Callable[..., Any]
 
@@ -52,9 +54,9 @@ def batch_of(n: int, bad: tuple[int, ...] = ()) -> Batch:
 def gradients(fit: Any, batch: Batch, micro: int) -> tuple[torch.Tensor, float]:
     """All gradients as one vector, and the sum of the row losses."""
     model = Plain()
-    fit.model = fit.forward = model
-    fit.progress.micro_batch = micro
-    summed = fit._gradients(batch, fit.objective.total(batch.targets, batch.weight))
+    fit.step.model = fit.step.forward = model
+    fit.step.micro_batch = micro
+    summed = fit.step.gradients(batch, fit.step.objective.total(batch.targets, batch.weight))
     return torch.cat([p.grad.flatten() for p in model.parameters()]), float(summed)
 
 
@@ -82,11 +84,11 @@ def test_padding_and_bad_rows_change_neither_loss_nor_gradient(make_fit: MakeFit
 
 def test_a_batch_of_bad_images_is_passed_over(make_fit: MakeFit) -> None:
     fit = make_fit()
-    before = [p.clone() for p in fit.model.parameters()]
-    fit._step(batch_of(8, bad=tuple(range(8))))
-    assert all(torch.equal(a, b) for a, b in zip(before, fit.model.parameters(), strict=True))
-    assert fit.loss_weight == 0
-    assert float(fit.loss_sum) == 0
+    before = [p.clone() for p in fit.step.model.parameters()]
+    fit._learn(batch_of(8, bad=tuple(range(8))))
+    assert all(torch.equal(a, b) for a, b in zip(before, fit.step.model.parameters(), strict=True))
+    assert fit.step.loss_weight == 0
+    assert float(fit.step.loss_sum) == 0
 
 
 def test_the_train_loss_is_a_mean_over_images_whatever_the_batch_size(make_fit: MakeFit) -> None:
@@ -95,13 +97,13 @@ def test_the_train_loss_is_a_mean_over_images_whatever_the_batch_size(make_fit: 
     for size in (7, 14, 42):  # all divide 42: every image counts once
         fit = make_fit({"train.batch_size": size, "train.epochs": 1, "optim.lr": 1e-30, "augment.policy": "none", "model.drop_rate": 0.0,
                         "optim.opt": "sgd", "loss.label_smoothing": 0.0})  # fmt: skip
-        fit.model = fit.forward = Plain()
-        fit.optimizer = torch.optim.SGD(fit.model.parameters(), lr=1e-30)
-        fit.averaged = None
-        for batch in fit.train_loader.epoch(0):
-            fit._step(batch)
-        losses[size] = float(fit.loss_sum) / fit.loss_weight
-        assert fit.progress.images == 42
+        fit.step.model = fit.step.forward = Plain()
+        fit.step.optimizer = torch.optim.SGD(fit.step.model.parameters(), lr=1e-30)
+        fit.step.averaged = None
+        for batch in fit.loaders.train.epoch(0):
+            fit._learn(batch)
+        losses[size] = float(fit.step.loss_sum) / fit.step.loss_weight
+        assert fit.step.images == 42
     assert losses[7] == pytest.approx(losses[42], rel=1e-5)
     assert losses[14] == pytest.approx(losses[42], rel=1e-5)
 
@@ -110,7 +112,7 @@ def test_the_validation_loss_does_not_depend_on_the_batch_size(make_fit: MakeFit
     losses = []
     for size in (1, 5, 64):
         fit = make_fit({"evaluate.batch_size": size})
-        fit.model.eval()
+        fit.step.model.eval()
         losses.append(fit._validate(_Quiet()).log_loss)
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert losses[0] == pytest.approx(losses[2], rel=1e-5)
@@ -134,7 +136,7 @@ def test_validation_runs_in_order_without_augmentation_and_without_gradients(
     fit._validate(_Quiet())
     assert seen
     assert not any(seen)
-    epochs = [list(fit.val_loader.epoch(e)) for e in (0, 1)]
+    epochs = [list(fit.loaders.val.epoch(e)) for e in (0, 1)]
     rows = np.concatenate([np.asarray(b.rows) for b in epochs[0]])
     assert (rows[rows >= 0] == fit.manifest.rows("val")).all()
     for one, other in zip(*epochs, strict=True):
@@ -180,9 +182,9 @@ def test_averaged_weights_follow_the_formula() -> None:
 def test_clipping_limits_the_norm_of_the_whole_gradient(make_fit: MakeFit) -> None:
     fit = make_fit({"optim.clip": 1e-3, "optim.opt": "sgd", "optim.momentum": 0.0, "optim.weight_decay": 0.0, "optim.ema": 0,
                     "optim.sched": "none", "optim.warmup": 0.0, "optim.lr": 1.0})  # fmt: skip
-    before = torch.cat([p.detach().flatten().clone() for p in fit.model.parameters()])
-    fit._step(batch_of(8))
-    moved = torch.cat([p.detach().flatten() for p in fit.model.parameters()]) - before
+    before = torch.cat([p.detach().flatten().clone() for p in fit.step.model.parameters()])
+    fit._learn(batch_of(8))
+    moved = torch.cat([p.detach().flatten() for p in fit.step.model.parameters()]) - before
     assert float(moved.norm()) == pytest.approx(1e-3, rel=1e-2)
 
 
@@ -190,20 +192,20 @@ def test_no_step_waits_for_the_device(make_fit: MakeFit, monkeypatch: pytest.Mon
     """On the device "meta", which holds no numbers, every .item(), float() or bool() of a tensor raises."""
     fit = make_fit({"optim.clip": 1.0, "loss.class_weights": (1.0, 2.0, 4.0)})
     meta = torch.device("meta")
-    fit.device, fit.model, fit.averaged = meta, fit.model.to(meta), Averaged(fit.model.to(meta), 0.9)
-    fit.forward = fit.model
+    fit.step.device, fit.step.model, fit.step.averaged = meta, fit.step.model.to(meta), Averaged(fit.step.model.to(meta), 0.9)
+    fit.step.forward = fit.step.model
     from imgcls_fast.training.objectives import CrossEntropy
     from imgcls_fast.training.optim import build_optimizer
 
-    fit.optimizer = build_optimizer(fit.model, fit.config.optim, meta)
-    fit.objective = CrossEntropy(0.1, np.array([1, 2, 4], np.float32), meta)
-    fit.loss_sum = fit.loss_sum.to(meta)
-    monkeypatch.setattr(fit, "_autocast", nullcontext)
+    fit.step.optimizer = build_optimizer(fit.step.model, fit.config.optim, meta)
+    fit.step.objective = CrossEntropy(0.1, np.array([1, 2, 4], np.float32), meta)
+    fit.step.loss_sum = fit.step.loss_sum.to(meta)
+    monkeypatch.setattr(fit.step, "_autocast", nullcontext)
     for step in range(3):
         fit.progress.step = step
-        fit._show(fit._step(batch_of(8)))  # log_every is large: no look at the loss either
+        fit.display.show(fit.progress, fit.pace, fit.step, fit._learn(batch_of(8)))  # log_every is large: no look at the loss either
     with pytest.raises((RuntimeError, NotImplementedError)):
-        float(fit.loss_sum)
+        float(fit.step.loss_sum)
 
 
 def test_out_of_memory_halves_the_micro_batch_and_keeps_the_gradient(
@@ -211,37 +213,37 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_gradient(
 ) -> None:
     fit = make_fit()
     expected, loss = gradients(fit, batch_of(12), 12)
-    original = Fit._accumulate
+    original = Step._accumulate
 
-    def scarce(self: Fit, batch: Batch, total: float) -> Any:
+    def scarce(self: Step, batch: Batch, total: float) -> Any:
         answer = original(self, batch, total)  # gradients of a failed attempt must not be counted
-        if self.progress.micro_batch > 3:
+        if self.micro_batch > 3:
             raise torch.OutOfMemoryError("injected")
         return answer
 
-    monkeypatch.setattr(Fit, "_accumulate", scarce)
+    monkeypatch.setattr(Step, "_accumulate", scarce)
 
     class Optimizer:
         def zero_grad(self, set_to_none: bool) -> None:
-            fit.model.zero_grad()
+            fit.step.model.zero_grad()
 
-    fit.optimizer = Optimizer()
+    fit.step.optimizer = Optimizer()
     found, again = gradients(fit, batch_of(12), 12)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     assert again == pytest.approx(loss, rel=1e-6)
-    assert fit.progress.micro_batch == 3
+    assert fit.step.micro_batch == 3
     assert [e["event"] for e in fit.events] == ["warning", "warning"]
     assert "3 images per forward pass" in fit.events[-1]["text"]
 
 
 def test_memory_that_does_not_hold_one_image_is_h002(make_fit: MakeFit, monkeypatch: pytest.MonkeyPatch) -> None:
-    def never(self: Fit, batch: Batch, total: float) -> Any:
+    def never(self: Step, batch: Batch, total: float) -> Any:
         raise torch.OutOfMemoryError("injected")
 
     fit = make_fit()
-    monkeypatch.setattr(Fit, "_accumulate", never)
+    monkeypatch.setattr(Step, "_accumulate", never)
     with pytest.raises(ModelError) as refused:
-        fit._gradients(batch_of(8), 8.0)
+        fit.step.gradients(batch_of(8), 8.0)
     assert refused.value.code == "H002"
 
 
@@ -250,25 +252,25 @@ def test_a_loss_that_is_not_finite_stops_with_m008_and_the_earlier_checkpoint_is
     where: str, make_fit: MakeFit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fit = make_fit({"train.save_every": 0.0, "train.log_every": 0.0})
-    original = Fit._step
+    original = Fit._learn
 
     def poisoned(self: Fit, batch: Batch) -> float:
         answer = original(self, batch)
-        if self.progress.step == 3:
+        if self.progress.step == 4:
             with torch.no_grad():
                 if where == "loss":
-                    self.loss_sum.fill_(float("nan"))
+                    self.step.loss_sum.fill_(float("nan"))
                 else:  # an overflow in the backward pass: this loss was still finite
-                    next(self.model.parameters()).fill_(float("inf"))
+                    next(self.step.model.parameters()).fill_(float("inf"))
         return answer
 
-    monkeypatch.setattr(Fit, "_step", poisoned)
+    monkeypatch.setattr(Fit, "_learn", poisoned)
     with pytest.raises(ModelError) as stopped:
         fit.run()
     assert stopped.value.code == "M008"
-    tensors, progress, _ = read_checkpoint(fit.run_directory.checkpoints / "last")
-    assert progress.step == 3
-    assert all(torch.isfinite(v).all() for k, v in tensors.items() if v.is_floating_point() and k.startswith("model."))
+    found = read_checkpoint(fit.run_.checkpoints / "last")
+    assert found.progress.step == 3
+    assert all(torch.isfinite(v).all() for k, v in found.tensors.items() if v.is_floating_point() and k.startswith("model."))
 
 
 @pytest.mark.usefixtures("no_judging")
@@ -286,9 +288,9 @@ class TestWholeRuns:
     def test_every_parameter_learns_and_freezing_is_obeyed(self, make_fit: MakeFit) -> None:
         for freeze, frozen in (("none", False), ("backbone", True)):
             fit = make_fit({"model.freeze": freeze, "optim.weight_decay": 0.0, "train.epochs": 2})
-            before = {name: p.detach().clone() for name, p in fit.model.named_parameters()}
+            before = {name: p.detach().clone() for name, p in fit.step.model.named_parameters()}
             fit.run()
-            same = {name for name, p in fit.model.named_parameters() if torch.equal(p, before[name])}
+            same = {name for name, p in fit.step.model.named_parameters() if torch.equal(p, before[name])}
             backbone = {name for name in before if not name.startswith("backbone.head.")}
             assert same == (backbone if frozen else set())
 
@@ -304,18 +306,18 @@ class TestWholeRuns:
         def scripted(self: Fit, stop: Any) -> Any:
             epoch = self.progress.epoch
             metrics = original(self, stop)
-            weights.append(next(self.averaged.model.parameters()).clone())  # type: ignore[union-attr]
+            weights.append(next(self.step.averaged.model.parameters()).clone())  # type: ignore[union-attr]
             if epoch == 2:  # the best so far lies on the disk, not only in memory
-                assert read_checkpoint(self.run_directory.checkpoints / "best")[1].best_epoch == 1
+                assert read_checkpoint(self.run_.checkpoints / "best").progress.best_epoch == 1
             return replace(metrics, accuracy=values[epoch], log_loss=losses[epoch])
 
         monkeypatch.setattr(Fit, "_validate", scripted)
         fit.run()
-        assert [line["best"] for line in fit.run_directory.epochs] == [1, 1, 0, 0, 0]
-        tensors, progress, _ = read_checkpoint(fit.run_directory.checkpoints / "best")
-        assert progress.best_epoch == 1
-        name = "ema." + next(iter(fit.names.values()))
-        assert torch.equal(tensors[name], weights[1])
+        assert [line["best"] for line in fit.run_.epochs] == [1, 1, 0, 0, 0]
+        found = read_checkpoint(fit.run_.checkpoints / "best")
+        assert found.progress.best_epoch == 1
+        name = "ema." + next(iter(fit.step.names.values()))
+        assert torch.equal(found.tensors[name], weights[1])
 
     def test_equal_values_are_parted_by_the_loss(self, make_fit: MakeFit, monkeypatch: pytest.MonkeyPatch) -> None:
         fit = make_fit({"train.epochs": 3})
@@ -333,17 +335,15 @@ class TestWholeRuns:
     def test_the_reported_time_is_the_sum_of_the_epochs(
         self, configure: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from imgcls_fast.training import fit as module
-
         clock = [0.0]
 
         def tick() -> float:
             clock[0] += 1.0
             return clock[0]
 
-        monkeypatch.setattr(module.time, "monotonic", tick)
+        monkeypatch.setattr(time, "monotonic", tick)
         run = session.start(configure({"train.epochs": 3}))
-        progress = read_checkpoint(run.checkpoints / "last")[1]
+        progress = read_checkpoint(run.checkpoints / "last").progress
         seconds = [line["seconds"] for line in run.epochs]
         assert min(seconds) > 1
         assert progress.seconds == pytest.approx(sum(seconds))
@@ -352,15 +352,13 @@ class TestWholeRuns:
         self, configure: Callable[..., Any], stop_at: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         from imgcls_fast.core.errors import Interrupted
-        from imgcls_fast.training import fit as module
-
         clock = [0.0]
 
         def tick() -> float:
             clock[0] += 1.0
             return clock[0]
 
-        monkeypatch.setattr(module.time, "monotonic", tick)
+        monkeypatch.setattr(time, "monotonic", tick)
         whole = session.start(configure({"train.epochs": 1}))
         stop_at(3)
         config = configure({"train.epochs": 1})
@@ -385,12 +383,12 @@ class TestWholeRuns:
     def test_an_architecture_with_auxiliary_outputs_trains(self, make_fit: MakeFit) -> None:
         fit = make_fit({"model.arch": "googlenet", "model.init": "scratch", "model.args": {}, "pixels.size": 64, "train.epochs": 1,
                         "model.drop_rate": 0.0, "optim.ema": 0})  # fmt: skip
-        assert fit.model.aux_weights == (0.3, 0.3)
-        aux = {n: p.detach().clone() for n, p in fit.model.named_parameters() if "aux" in n}
+        assert fit.step.model.aux_weights == (0.3, 0.3)
+        aux = {n: p.detach().clone() for n, p in fit.step.model.named_parameters() if "aux" in n}
         fit.run()
         assert aux
-        assert not any(torch.equal(p, aux[n]) for n, p in fit.model.named_parameters() if n in aux)
-        assert len(fit.run_directory.epochs) == 1
+        assert not any(torch.equal(p, aux[n]) for n, p in fit.step.model.named_parameters() if n in aux)
+        assert len(fit.run_.epochs) == 1
 
     @pytest.mark.slow
     def test_a_compiled_network_trains_to_nearly_the_same_loss(self, make_fit: MakeFit) -> None:
@@ -398,14 +396,14 @@ class TestWholeRuns:
         for compiled in (False, True):
             fit = make_fit({"train.compile": compiled, "train.epochs": 1, "model.drop_rate": 0.0})
             fit.run()
-            losses.append(fit.run_directory.epochs[0]["train_loss"])
+            losses.append(fit.run_.epochs[0]["train_loss"])
         assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
 def test_what_identifies_a_run_is_looked_up_once_however_many_checkpoints_it_writes(
     make_fit: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from imgcls_fast.training import fit as module
+    from imgcls_fast.training import saves as module
 
     asked: list[str] = []
     for name in ("trajectory", "environment_key"):

@@ -87,7 +87,7 @@ def few(tmp_path: Path) -> Path:
 def sizes_seen(fit: Any) -> list[int]:
     """Images of each forward pass in training mode of `fit`, as they happen."""
     seen: list[int] = []
-    fit.model.register_forward_pre_hook(lambda model, inputs: seen.append(len(inputs[0])) if model.training else None)
+    fit.step.model.register_forward_pre_hook(lambda model, inputs: seen.append(len(inputs[0])) if model.training else None)
     return seen
 
 
@@ -103,7 +103,7 @@ def test_a_small_run_never_shows_batch_norm_a_single_image(
     fit = make_fit({"train.epochs": 1, **changes}, data=few)
     seen = sizes_seen(fit)
     fit.run()
-    assert len(fit.run_directory.epochs) == 1
+    assert len(fit.run_.epochs) == 1
     assert seen
     assert min(seen) >= 2
 
@@ -112,17 +112,17 @@ def test_a_batch_with_a_single_good_image_is_passed_over(make_fit: MakeFit) -> N
     """The others were quarantined: copies of the good one stand in their places."""
     fit = make_fit()
     seen = sizes_seen(fit)
-    fit._step(batch_of(8, bad=tuple(range(1, 8))))
+    fit._learn(batch_of(8, bad=tuple(range(1, 8))))
     assert not seen
-    assert fit.progress.images == 0
-    fit._step(batch_of(8, bad=tuple(range(2, 8))))
+    assert fit.step.images == 0
+    fit._learn(batch_of(8, bad=tuple(range(2, 8))))
     assert seen == [8]
-    assert fit.progress.images == 2
+    assert fit.step.images == 2
 
 
 def short_of_memory(fit: Any, monkeypatch: pytest.MonkeyPatch, fails: Callable[[int, int], bool]) -> list[int]:
     """Let the forward pass run out of memory, after it was computed, where `fails(call, images)`; the sizes seen."""
-    original, sizes = fit.forward, []
+    original, sizes = fit.step.forward, []
 
     def forward(pixels: torch.Tensor) -> Any:
         sizes.append(len(pixels))
@@ -131,7 +131,7 @@ def short_of_memory(fit: Any, monkeypatch: pytest.MonkeyPatch, fails: Callable[[
             raise torch.OutOfMemoryError("injected")
         return outputs
 
-    monkeypatch.setattr(fit, "forward", forward)
+    monkeypatch.setattr(fit.step, "forward", forward)
     return sizes
 
 
@@ -142,15 +142,15 @@ def test_halving_goes_down_to_two_images_and_then_says_what_to_do(
     fit = make_fit({"train.batch_size": batch})
     sizes = short_of_memory(fit, monkeypatch, lambda call, n: True)
     with pytest.raises(ModelError, match="2 images at a time do not fit") as refused:
-        fit._gradients(batch_of(batch), float(batch))
+        fit.step.gradients(batch_of(batch), float(batch))
     assert refused.value.code == "H002"
     assert min(sizes) >= 2
 
 
 def state_of(fit: Any) -> list[torch.Tensor]:
     return [
-        *(p.grad for p in fit.model.parameters()),
-        *fit.model.buffers(),
+        *(p.grad for p in fit.step.model.parameters()),
+        *fit.step.model.buffers(),
         torch.get_rng_state(),
     ]
 
@@ -162,14 +162,14 @@ def test_a_halved_batch_ends_as_if_it_had_been_cut_so_from_the_beginning(
     """The statistics of the parts that had run, and their draws of dropout, once stayed."""
     small = {"train.batch_size": 12, "model.drop_rate": 0.5}
     disturbed = make_fit({**small, "train.micro_batch": 6})
-    disturbed.model.train()
+    disturbed.step.model.train()
     short_of_memory(disturbed, monkeypatch, lambda at, n: at == call)
-    loss = disturbed._gradients(batch_of(12), 12.0)
+    loss = disturbed.step.gradients(batch_of(12), 12.0)
     found = state_of(disturbed)
     calm = make_fit({**small, "train.micro_batch": 3})
-    calm.model.train()
-    assert torch.equal(calm._gradients(batch_of(12), 12.0), loss)
-    assert disturbed.progress.micro_batch == calm.progress.micro_batch == 3
+    calm.step.model.train()
+    assert torch.equal(calm.step.gradients(batch_of(12), 12.0), loss)
+    assert disturbed.step.micro_batch == calm.step.micro_batch == 3
     assert all(torch.equal(a, b) for a, b in zip(found, state_of(calm), strict=True))
 
 
@@ -182,11 +182,11 @@ def test_a_run_that_ran_out_of_memory_equals_one_that_was_planned_so(
         if micro == 8:
             short_of_memory(fit, monkeypatch, lambda at, n: at == 1)
         fit.run()
-        final.append({k: v.clone() for k, v in fit.model.state_dict().items()})
+        final.append({k: v.clone() for k, v in fit.step.model.state_dict().items()})
     assert all(torch.equal(final[0][name], final[1][name]) for name in final[0])
 
 
 def test_what_a_network_needs_follows_its_norms(make_fit: MakeFit) -> None:
-    assert make_fit().images_needed == 2
-    assert make_fit({"model.freeze": "backbone"}).images_needed == 1
+    assert make_fit().step.images_needed == 2
+    assert make_fit({"model.freeze": "backbone"}).step.images_needed == 1
     assert isinstance(make_fit({"model.freeze": 4}), Fit)

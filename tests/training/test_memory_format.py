@@ -112,10 +112,10 @@ def test_training_obeys_the_format_with_its_averages_and_optimizer(wanted: str, 
     fit = make_fit({"train.memory_format": wanted, "train.epochs": 1, "optim.ema": 0.9})
     form = torch.channels_last if wanted == "channels-last" else torch.contiguous_format
     maps: list[torch.Tensor] = []
-    fit.model.backbone.stem[0].register_forward_pre_hook(lambda module, inputs: maps.append(inputs[0]))
+    fit.step.model.backbone.stem[0].register_forward_pre_hook(lambda module, inputs: maps.append(inputs[0]))
     fit.run()
-    filters = [p for m in (fit.model, fit.averaged.model) for p in m.parameters() if p.dim() == 4 and p.shape[-1] > 1]
-    moments = [s["exp_avg"] for p in fit.model.parameters() if (s := fit.optimizer.state[p])["exp_avg"].dim() == 4]
+    filters = [p for m in (fit.step.model, fit.step.averaged.model) for p in m.parameters() if p.dim() == 4 and p.shape[-1] > 1]
+    moments = [s["exp_avg"] for p in fit.step.model.parameters() if (s := fit.step.optimizer.state[p])["exp_avg"].dim() == 4]
     assert maps
     assert all(x.is_contiguous(memory_format=form) for x in (*maps, *filters, *moments))
 

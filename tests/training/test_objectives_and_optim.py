@@ -17,7 +17,8 @@ from imgcls_fast.core.errors import ConfigError
 from imgcls_fast.models.backbones import ModelSpec, weightless
 from imgcls_fast.models.build import build_model
 from imgcls_fast.training.objectives import class_weights
-from imgcls_fast.training.optim import Schedule, build_optimizer, parameter_groups, set_rates
+from imgcls_fast.training.optim import build_optimizer, parameter_groups
+from imgcls_fast.training.schedule import Schedule, set_rates
 
 COUNTS = np.array([90, 9, 1])
 CLASSES = ("cat", "dog", "owl")
@@ -254,5 +255,5 @@ def test_the_model_around_a_network_has_the_same_groups() -> None:
 
 
 def test_sgd_without_momentum_works() -> None:
-    optimizer = build_optimizer(torch.nn.Linear(2, 2), schedule(momentum=0.0).config, torch.device("cpu"))
+    optimizer = build_optimizer(torch.nn.Linear(2, 2), schedule(sched="none", momentum=0.0).config, torch.device("cpu"))
     assert not optimizer.param_groups[0]["nesterov"]

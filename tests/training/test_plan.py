@@ -23,8 +23,8 @@ from imgcls_fast.core.run import Run
 from imgcls_fast.core.settings import build_config, flatten, to_yaml
 from imgcls_fast.models.small_cnn import SmallCNN
 from imgcls_fast.training import dry, session
-from imgcls_fast.training.optim import Schedule
 from imgcls_fast.training.plan import Machine, Plan, make_plan, starting_model
+from imgcls_fast.training.schedule import Schedule
 
 LAPTOP = Machine(cpus=2, dali=True)
 SERVER = Machine(cpus=32, gpu="NVIDIA H200", bf16=True, dali=True)
@@ -204,11 +204,11 @@ def test_training_starts_from_a_local_weights_file(
             "train.epochs": 1,
         }
     )
-    mine = fit.model.state_dict()
+    mine = fit.step.model.state_dict()
     assert torch.equal(mine["backbone.layer1.0.conv1.weight"], state["layer1.0.conv1.weight"])
     assert mine["backbone.fc.weight"].shape == (3, 512)  # the head fits the data, not the file
     fit.run()
-    assert len(fit.run_directory.epochs) == 1
+    assert len(fit.run_.epochs) == 1
 
 
 def test_the_architecture_is_stored_with_its_defaults_so_that_bundles_outlive_a_change_of_them() -> None:

@@ -23,6 +23,7 @@ from imgcls_fast.core.run import Run
 from imgcls_fast.data import reach
 from imgcls_fast.training import checkpoint, session
 from imgcls_fast.training.fit import Fit
+from imgcls_fast.training.step import Step
 
 STEPS = 5  # of an epoch: 42 // 8
 
@@ -41,10 +42,15 @@ def interrupted(config: Any) -> Run:
 
 
 def change_environment(run: Run, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change where and by what the newest checkpoint was computed, with its digest."""
+    change_state(run, lambda state: change(state["environment"]))
+
+
+def change_state(run: Run, change: Callable[[dict[str, Any]], None]) -> None:
     """Change what the newest checkpoint recorded beside its tensors, with its digest."""
     folder = run.checkpoints / "last"
     state = json.loads((folder / checkpoint.STATE).read_text())
-    change(state["environment"])
+    change(state)
     (folder / checkpoint.STATE).write_text(json.dumps(state))
     digests = json.loads((folder / checkpoint.DIGESTS).read_text())
     digests[checkpoint.STATE] = hashlib.sha256((folder / checkpoint.STATE).read_bytes()).hexdigest()
@@ -71,7 +77,7 @@ def test_a_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(
     straight = session.start(configure(WAYS[way]))
     stop_at(step)
     broken = interrupted(configure(WAYS[way]))
-    progress = checkpoint.read_checkpoint(broken.checkpoints / "last")[1]
+    progress = checkpoint.read_checkpoint(broken.checkpoints / "last").progress
     assert progress.step == step
     torch.manual_seed(99)  # what the process did in between must not matter
     session.resume(broken, {})
@@ -94,13 +100,31 @@ def test_stopping_at_every_single_step_ends_in_the_same_bits(
 
 
 @pytest.mark.usefixtures("no_judging")
+def test_a_checkpoint_of_the_schema_before_is_continued_with_the_same_bits(
+    configure: Callable[..., Any], stop_at: Callable[..., None], same_result: Callable[..., None]
+) -> None:
+    plateau = {"optim.sched": "plateau", "optim.plateau_patience": 1, "train.micro_batch": 4}
+    straight = session.start(configure(plateau))
+    stop_at(3)
+    broken = interrupted(configure(plateau))
+
+    def as_before(state: dict[str, Any]) -> None:
+        state["schema"] = 1
+        state["progress"] |= state.pop("parts")["step"]
+
+    change_state(broken, as_before)
+    session.resume(broken, {})
+    same_result(straight, broken)
+
+
+@pytest.mark.usefixtures("no_judging")
 def test_a_signal_during_validation_saves_and_resumes_with_the_same_bits(
     configure: Callable[..., Any], stop_at: Callable[..., None], same_result: Callable[..., None]
 ) -> None:
     straight = session.start(configure())
     stop_at(STEPS, where="validate")
     broken = interrupted(configure())
-    progress = checkpoint.read_checkpoint(broken.checkpoints / "last")[1]
+    progress = checkpoint.read_checkpoint(broken.checkpoints / "last").progress
     assert (progress.epoch, progress.index, progress.step) == (0, STEPS, STEPS)
     session.resume(broken, {})
     same_result(straight, broken)
@@ -416,19 +440,19 @@ def test_resume_obeys_an_out_of_memory_revision(
     monkeypatch: pytest.MonkeyPatch,
     same_result: Callable[..., None],
 ) -> None:
-    original = Fit._accumulate
+    original = Step._accumulate
 
-    def scarce(self: Fit, batch: Any, total: float) -> Any:
-        if self.progress.step >= 1 and self.progress.micro_batch > 4:
+    def scarce(self: Step, batch: Any, total: float) -> Any:
+        if self.loss_weight > 0 and self.micro_batch > 4:  # from the second step on
             raise torch.OutOfMemoryError("injected")
         return original(self, batch, total)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Fit, "_accumulate", scarce)
+        patch.setattr(Step, "_accumulate", scarce)
         straight = session.start(configure())
         stop_at(3)
         broken = interrupted(configure())
-    assert checkpoint.read_checkpoint(broken.checkpoints / "last")[1].micro_batch == 4
+    assert checkpoint.read_checkpoint(broken.checkpoints / "last").parts["step"]["micro_batch"] == 4
     session.resume(broken, {})
     same_result(straight, broken)
 
@@ -476,7 +500,7 @@ def test_a_signalled_process_exits_with_130_and_its_resume_command_works(
     assert process.returncode in (130, -number), errors
     found = checkpoint.find_checkpoint(run.joinpath("checkpoints"))
     assert found is not None
-    assert found[1][1].step >= stored["step"]
+    assert found[1].progress.step >= stored["step"]
 
 
 def command_line(data: Path, tmp_path: Path) -> tuple[Path, list[str]]:
@@ -513,7 +537,7 @@ def test_resume_does_not_need_the_weights_that_the_run_began_with(
 
     path = tmp_path / "begin.safetensors"
     start = {
-        name.removeprefix("backbone."): value.contiguous() for name, value in make_fit().model.state_dict().items()
+        name.removeprefix("backbone."): value.contiguous() for name, value in make_fit().step.model.state_dict().items()
     }
     save_file(start, path)
     straight = session.start(configure({"model.init": str(path)}))

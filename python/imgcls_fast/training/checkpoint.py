@@ -2,7 +2,7 @@
 
 A checkpoint is a directory: tensors.safetensors, state.json and manifest.json with the SHA-256 of both. It is written
 under another name, synced, and renamed; the one before it stays as `previous` until the next is complete. Formats load
-without complaint after a flipped bit (measured: 200 of 200), so only the digests say whether a checkpoint is intact.
+without complaint after a flipped bit (measured: 200 of 200), so only the digests show whether a checkpoint is intact.
 """
 
 from __future__ import annotations
@@ -38,9 +38,12 @@ from ..core.files import (
     write_json,
     write_whole,
 )
+from ..core.run import Run
 from ..core.tensorfiles import check_safetensors
+from .progress import Progress
 
-SCHEMA = 1
+SCHEMA = 2
+_ONCE_PROGRESS = ("micro_batch", "images", "schedule", "scaler")  # of the part "step"; schema 1 kept them with the progress
 TENSORS, STATE, DIGESTS = "tensors.safetensors", "state.json", "manifest.json"
 _LARGEST = {DIGESTS: JSON_BYTES, STATE: STATE_BYTES}  # bytes that are read of a file
 _NAMES = ("last", "previous", "best")  # the newest first
@@ -48,44 +51,36 @@ _LEFT = re.compile(r"\.(new|best|copy|old\.(last|previous|best))\.\d+")
 _PATIENCE_S = 5.0  # for a reader between the two renames of a writer
 
 
-@dataclass
-class Progress:
-    """Everything of a run's state that is not a tensor."""
+@dataclass(frozen=True)
+class Checkpoint:
+    """Everything that a run continues from, each part under its own name."""
 
-    epoch: int = 0  # the epoch that is being trained
-    index: int = 0  # next batch of it that was not yet trained on
-    step: int = 0  # optimizer steps done
-    micro_batch: int = 0  # images per forward pass; halved when memory runs out
-    best: float | None = None  # monitored value of the best epoch
-    best_loss: float | None = None  # its validation loss, which breaks ties
-    best_epoch: int = -1
-    wait: int = 0  # epochs since the best one
-    seconds: float = 0.0  # training time of the epochs so far
-    spent: float = 0.0  # training time of the unfinished epoch
-    images: int = 0  # images of this epoch that counted
-    schedule: dict[str, Any] = field(default_factory=dict)
-    scaler: dict[str, Any] = field(default_factory=dict)
-    quarantined: dict[str, str] = field(default_factory=dict)  # row -> reason, found while training
-    history: list[dict[str, Any]] = field(default_factory=list)  # one dict an epoch
+    tensors: dict[str, Tensor]  # "model.NAME", "ema.NAME", "optim.PARAMETER.WHAT", "rng.DEVICE", "sum.WHAT"
+    progress: Progress
+    environment: dict[str, Any]  # where and by what it was computed, and what shapes the weights
+    parts: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> what it returned as its state, for JSON
 
 
-def save_checkpoint(
-    folder: Path, tensors: dict[str, Tensor], progress: Progress, environment: dict[str, Any], *, best: bool
-) -> Path:
+def save_checkpoint(folder: Path, found: Checkpoint, *, best: bool) -> Path:
     """Write `folder`/last, keeping the former one as `folder`/previous; with `best`, also as `folder`/best.
 
     Raises:
         HardwareError: H003; the former checkpoint is intact.
     """
     temporary = folder / f".new.{os.getpid()}"
-    state = {"schema": SCHEMA, "progress": asdict(progress), "environment": environment}
+    state = {
+        "schema": SCHEMA,
+        "progress": asdict(found.progress),
+        "parts": found.parts,
+        "environment": found.environment,
+    }
     with explained_write(folder):
         folder.mkdir(parents=True, exist_ok=True)
         _sweep(folder)
         temporary.mkdir()
         try:
             # dense copies: the file knows no strides, and a shared or permuted tensor would be refused
-            blob = save({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
+            blob = save({name: value.detach().cpu().contiguous() for name, value in found.tensors.items()})
             write_whole(temporary / TENSORS, lambda file: file.write(blob))
             write_json(temporary / STATE, state)
             write_json(temporary / DIGESTS, {name: sha256_file(temporary / name) for name in (TENSORS, STATE)})
@@ -148,8 +143,8 @@ def _put(source: Path, target: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], Progress, dict[str, Any]]:
-    """Tensors, progress and environment of one checkpoint, after its digests have been checked.
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read one checkpoint, after its digests have been checked.
 
     May be called while another process saves: each of the three files is then of the same checkpoint, old or new.
 
@@ -163,10 +158,12 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], Progress, dict[str, 
             if hashlib.sha256(files[name]).hexdigest() != digests[name]:
                 raise ModelError("M005", f"{path / name} is damaged: its SHA-256 is not the one that was written")
         state = parse_json(files[STATE])
-        if state["schema"] != SCHEMA:
-            raise ModelError("M005", f"{path} has checkpoint schema {state['schema']}, this version reads {SCHEMA}")
+        if state["schema"] not in (1, SCHEMA):
+            raise ModelError("M005", f"{path} has checkpoint schema {state['schema']}, this version reads 1 and {SCHEMA}")
+        if state["schema"] == 1:
+            state["parts"] = {"step": {name: state["progress"].pop(name) for name in _ONCE_PROGRESS}}
         check_safetensors(io.BytesIO(files[TENSORS]))
-        return load(files[TENSORS]), Progress(**state["progress"]), state["environment"]
+        return Checkpoint(load(files[TENSORS]), Progress(**state["progress"]), state["environment"], state["parts"])
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ModelError("M005", f"{path} is not a readable checkpoint: {error}") from error
 
@@ -224,8 +221,8 @@ def _present(folder: Path) -> list[str]:
         return [name for name in _NAMES if (folder / name).exists()]
 
 
-def find_checkpoint(folder: Path) -> tuple[Path, tuple[dict[str, Tensor], Progress, dict[str, Any]], list[str]] | None:
-    """The newest intact checkpoint for resuming, with what was wrong with newer ones; None where none was written.
+def find_checkpoint(folder: Path) -> tuple[Path, Checkpoint, list[str]] | None:
+    """Return the newest intact checkpoint, with what is wrong with newer ones; None where none was written.
 
     Raises:
         ModelError: M005 when checkpoints exist and none of them is intact.
@@ -243,6 +240,18 @@ def find_checkpoint(folder: Path) -> tuple[Path, tuple[dict[str, Tensor], Progre
             try_="imgcls-fast train DATA   (start again)",
         )
     return None
+
+
+def final_state(run: Run) -> tuple[dict[str, Tensor], Progress]:
+    """Return the weights that a run is judged by: of its best epoch, averaged ones where averaging is on.
+
+    Raises:
+        ModelError: M005 when there is no intact best checkpoint.
+    """
+    found = read_checkpoint(run.checkpoints / "best")
+    prefix = "ema." if any(name.startswith("ema.") for name in found.tensors) else "model."
+    weights = {name.removeprefix(prefix): value for name, value in found.tensors.items() if name.startswith(prefix)}
+    return weights, found.progress
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Any, str]) -> dict[str, Tensor]:

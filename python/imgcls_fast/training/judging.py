@@ -26,9 +26,8 @@ from ..engines.torch_runtime import TorchEngine
 from ..evaluation.metrics import apply_temperature, fit_temperature
 from ..models.build import Classifier, ModelSpec, build_model, load_weights
 from ..models.kernels import use_kernels
-from .checkpoint import Progress
-from .fit import final_state
-from .progress import how_it_ended
+from .checkpoint import final_state
+from .progress import Progress, how_it_ended
 
 _TINY = np.finfo(np.float32).tiny  # below it a float32 score has lost its logarithm
 

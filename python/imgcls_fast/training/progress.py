@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,7 +13,23 @@ from ..core.batch import Batch
 from ..core.config import TrainConfig
 from ..evaluation.metrics import Metrics
 from ..tracking.events import Ended
-from .checkpoint import Progress
+
+
+@dataclass
+class Progress:
+    """How far a run is: all of its state that is neither a tensor nor changed by a step."""
+
+    epoch: int = 0  # the epoch that is being trained
+    index: int = 0  # next batch of it that was not yet trained on
+    step: int = 0  # optimizer steps done
+    best: float | None = None  # monitored value of the best epoch
+    best_loss: float | None = None  # its validation loss, which breaks ties
+    best_epoch: int = -1
+    wait: int = 0  # epochs since the best one
+    seconds: float = 0.0  # training time of the epochs so far
+    spent: float = 0.0  # training time of the unfinished epoch
+    quarantined: dict[str, str] = field(default_factory=dict)  # row -> reason, found while training
+    history: list[dict[str, Any]] = field(default_factory=list)  # one dict per epoch
 
 
 class Pace:
@@ -126,6 +143,11 @@ def how_it_ended(train: TrainConfig, history: Sequence[Mapping[str, Any]]) -> En
         "patience": train.patience,
         "early": over and done < planned,
     }
+
+
+def patience_is_over(train: TrainConfig, progress: Progress) -> bool:
+    """Whether the last epochs were none better, as many as `train.patience` allows."""
+    return train.patience is not None and progress.wait >= train.patience and progress.index == 0
 
 
 def told_end(train: TrainConfig, history: Sequence[Mapping[str, Any]]) -> Ended | None:

@@ -341,7 +341,7 @@ def _train(stage: _Stage, *, resumed: bool) -> None:
         notes = fit.restore() if resumed else []
     for note in notes:
         stage.emit(Warned(event="warning", text=note))
-    stage.work.differs(fit.differences)
+    stage.work.differs(fit.saves.differences)
     compiles = "; the first step compiles the network" if stage.plan.config.train.compile else ""
     begin = time.monotonic()
     with phase(f"training{compiles}"), hushed():
