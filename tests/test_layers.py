@@ -46,7 +46,6 @@ MAY_CATCH_EVERYTHING = {"cli/app.py", "tracking/sinks.py", "data/quarantine.py"}
 CIRCLES: list[set[str]] = [
     # engines
     # data
-    {"data/decode.py", "data/shelter.py"},
     # data
 ]
 LARGE_CLASSES: set[str] = {

@@ -54,6 +54,8 @@ class ZipEntry:
     packed: int
     unpacked: int
     offset: int
+    crc: int = 0
+    encrypted: bool = False
 
 
 def check_zip(file: BinaryIO, bounds: ZipBounds) -> int:
@@ -107,13 +109,13 @@ def read_index(file: BinaryIO, largest: int) -> Iterator[ZipEntry]:
         head = file.read(_RECORD.size)
         if len(head) < _RECORD.size or head[:4] != b"PK\1\2":
             raise BadZipFile(f"the archive's index is cut or garbled at byte {start + done:,}")
-        (_, _, _, flags, method, _, _, _, packed, unpacked, n, x, c, _, _, _, offset) = _RECORD.unpack(head)
+        (_, _, _, flags, method, _, _, crc, packed, unpacked, n, x, c, _, _, _, offset) = _RECORD.unpack(head)
         name, extra = file.read(n), file.read(x)
         if len(name) + len(extra) + len(file.read(c)) < n + x + c:
             raise BadZipFile("the archive's index is cut off")
         unpacked, packed, offset = _large(extra, unpacked, packed, offset)
         text = name.decode("utf-8" if flags & 0x800 else "cp437", "replace")
-        yield ZipEntry(text, method, packed, unpacked, offset)
+        yield ZipEntry(text, method, packed, unpacked, offset, crc, bool(flags & 1))
         done += _RECORD.size + n + x + c
 
 

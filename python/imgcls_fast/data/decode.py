@@ -20,6 +20,7 @@ animated     the first frame
 from __future__ import annotations
 
 import io
+import os
 import re
 import struct
 import zlib
@@ -34,6 +35,7 @@ from PIL import BmpImagePlugin, GifImagePlugin, Image, JpegImagePlugin, PngImage
 from ..core.image_bounds import MAX_EXTRA_BYTES, excess
 from ..core.pixels import FULL_BITS
 from . import reach, shelter
+from .store import FILES, Store
 
 Color = Literal["gray", "rgb", "rgba"]
 ExifPolicy = Literal["apply", "ignore"]
@@ -111,8 +113,8 @@ def decode_pixels(
         name, size_bytes = name or f"{source.mode} image {source.width} x {source.height}", 0
         try:
             return _decode(source, name, color, exif, max_megapixels, bits)[0]
-        except DECODER_FAULTS as fault:
-            raise Undecodable(name, _reason(fault, size_bytes, max_megapixels)) from fault
+        except DECODER_FAULTS as error:
+            raise Undecodable(name, _reason(error, size_bytes, max_megapixels)) from error
     content = source if isinstance(source, bytes) else read_file(source, max_megapixels)
     name = name or (f"{len(source):,} bytes" if isinstance(source, bytes) else str(source))
     return decode_bytes(content, color=color, exif=exif, max_megapixels=max_megapixels, name=name, bits=bits)[0]
@@ -140,8 +142,12 @@ def decode_bytes(
         return _decode(image, name, color, exif, max_megapixels, bits)
 
 
-def full_decode(path: Path | str, *, max_megapixels: float = 50.0) -> tuple[int, int, int]:
+def full_decode(path: Path | str, *, max_megapixels: float = 50.0, store: Store = FILES) -> tuple[int, int, int]:
     """Decode everything and keep nothing.
+
+    Args:
+        path: a file, or a name in `store`.
+        max_megapixels: larger images are refused before they are decoded.
 
     Returns:
         (width, height, orientation): the size as stored, before the orientation is applied.
@@ -149,7 +155,7 @@ def full_decode(path: Path | str, *, max_megapixels: float = 50.0) -> tuple[int,
     Raises:
         Undecodable, DataError: as `decode_pixels`.
     """
-    content = read_file(path, max_megapixels)
+    content = read_file(path, max_megapixels, store=store)
     pixels, orientation = decode_bytes(
         content, color="rgb", exif="ignore", max_megapixels=max_megapixels, name=str(path)
     )
@@ -160,15 +166,24 @@ def full_decode_reason(path: Path | str, *, max_megapixels: float = 50.0) -> str
     """Why this file cannot be decoded to its last pixel, or None when it can."""
     try:
         full_decode(path, max_megapixels=max_megapixels)
-    except Undecodable as fault:
-        return fault.reason
+    except Undecodable as error:
+        return error.reason
     return None
 
 
 def read_file(
-    path: Path | str, max_megapixels: float = 50.0, *, seen: bool = True, patience: reach.Patience | None = None
+    path: Path | str,
+    max_megapixels: float = 50.0,
+    *,
+    store: Store = FILES,
+    seen: bool = True,
+    patience: reach.Patience | None = None,
 ) -> bytes:
     """The bytes of an image file, whatever they are; waits for a file that was there and is out of reach.
+
+    Args:
+        path: a file, or a name in `store`.
+        seen, patience: as in `reach.with_file`.
 
     Raises:
         Undecodable: what is there is no file, or is too large to be an image of so many pixels.
@@ -176,9 +191,9 @@ def read_file(
         FileNotFoundError: as `reach.with_file`.
     """
     try:
-        return reach.read(path, seen=seen, most=largest_file(max_megapixels), patience=patience)
-    except reach.NotAFile as fault:
-        raise Undecodable(str(path), fault.reason) from fault
+        return store.read(os.fspath(path), seen=seen, most=largest_file(max_megapixels), patience=patience)
+    except reach.NotAFile as error:
+        raise Undecodable(store.where(os.fspath(path)), error.reason) from error
 
 
 def largest_file(max_megapixels: float) -> int:
@@ -199,8 +214,8 @@ class _Opened:
     def __enter__(self) -> Image.Image:
         try:
             return Image.open(self.file, formats=[self.kind])
-        except DECODER_FAULTS as fault:
-            raise Undecodable(self.name, _reason(fault, self.size_bytes, self.max_megapixels)) from fault
+        except DECODER_FAULTS as error:
+            raise Undecodable(self.name, _reason(error, self.size_bytes, self.max_megapixels)) from error
 
     def __exit__(self, kind: type[BaseException] | None, fault: BaseException | None, trace: Any) -> None:
         if isinstance(fault, DECODER_FAULTS):

@@ -8,7 +8,8 @@ import numpy as np
 
 from ..core.manifest import FLAG_WIDE, Manifest
 from ..core.pixels import FULL_BITS
-from .decode import Undecodable, decode_pixels
+from .decode import Undecodable, decode_pixels, read_file
+from .store import FILES, Store, open_store
 
 LOOKED_AT = 100  # images
 _LEAST = 8
@@ -21,15 +22,16 @@ def used_bits(manifest: Manifest, max_megapixels: float = 50.0) -> int | None:
     """
     rows = manifest.rows("train")
     wide = rows[(manifest.flags[rows] & FLAG_WIDE) != 0]
-    return bits_of(map(str, map(manifest.path, manifest.spread(wide, LOOKED_AT).tolist())), max_megapixels)
+    names = (manifest.paths[row] for row in manifest.spread(wide, LOOKED_AT))
+    return bits_of(names, max_megapixels, open_store(manifest.root))
 
 
-def bits_of(paths: Iterable[str], max_megapixels: float) -> int | None:
-    """As `used_bits`, of these files; None when there are none, or none can be decoded."""
+def bits_of(paths: Iterable[str], max_megapixels: float, store: Store = FILES) -> int | None:
+    """Bits that these files (or names in `store`) use; None when there are none, or none can be decoded."""
     bits = None
     for path in paths:
         try:
-            bits = _at_least(bits or _LEAST, _reader(path, max_megapixels))
+            bits = _at_least(bits or _LEAST, _reader(path, max_megapixels, store))
         except Undecodable:
             continue  # the loader will find it and say so
         if bits == FULL_BITS:
@@ -48,5 +50,9 @@ def _at_least(bits: int, read: Callable[[int], np.ndarray]) -> int:
     return bits
 
 
-def _reader(path: str, max_megapixels: float) -> Callable[[int], np.ndarray]:
-    return lambda bits: decode_pixels(path, color="gray", exif="ignore", max_megapixels=max_megapixels, bits=bits)
+def _reader(path: str, max_megapixels: float, store: Store) -> Callable[[int], np.ndarray]:
+    def read(bits: int) -> np.ndarray:
+        content = read_file(path, max_megapixels, store=store)
+        return decode_pixels(content, color="gray", exif="ignore", max_megapixels=max_megapixels, name=path, bits=bits)
+
+    return read

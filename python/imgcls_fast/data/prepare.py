@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,12 +20,13 @@ from ..core.phases import phase
 from ..core.pixels import CHANNELS, FULL_BITS, Pixels
 from ..core.undecoded import Undecoded
 from . import fetch, reach
-from .decode import Color, Undecodable, decode_pixels
+from .decode import Color, Undecodable, decode_pixels, read_file
 from .depth import used_bits
 from .digits import write_digits
 from .findings import ScanOptions, ScanResult
 from .scan import scan
 from .split import make_splits
+from .store import open_store
 
 _STATISTICS_IMAGES = 500
 _CHANGED_PIECE = 64  # rows a task, so that ten million rows do not become ten million futures
@@ -145,16 +145,16 @@ def changed_files(manifest: Manifest, threads: int, without: Collection[int] = (
     Raises:
         DataError: D015 when a file is there and the disk does not hand it out.
     """
-    patience = reach.Patience()  # of all files together
+    store, patience = open_store(manifest.root), reach.Patience()  # of all files together
 
     def differs(row: int) -> bool:
-        path = manifest.path(row)
+        name = manifest.paths[row]
         try:
-            found = reach.with_file(path, _sha256, patience=patience)
+            found = store.digest(name, patience=patience)
         except reach.NotAFile:
             return True
         except DataError:
-            if path.exists():
+            if store.holds(name):
                 raise
             return True
         return found[:16] != manifest.digest[row].tobytes()
@@ -168,19 +168,17 @@ def changed_files(manifest: Manifest, threads: int, without: Collection[int] = (
         return [path for piece in pool.map(changed_in, pieces) for path in piece]
 
 
-def _sha256(file: Any) -> bytes:
-    return hashlib.file_digest(file, "sha256").digest()
-
-
 def channel_statistics(
     manifest: Manifest, color: Color, max_megapixels: float = 50.0, bits: int = FULL_BITS
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel, 0..1, over at most 500 training images, spread over the classes."""
     rows = manifest.spread(manifest.rows("train"), _STATISTICS_IMAGES)
+    store = open_store(manifest.root)
     shares = np.zeros((CHANNELS[color], 256))  # of each level; every image counts the same, whatever its size
     for row in rows:
         try:
-            pixels = decode_pixels(manifest.path(int(row)), color=color, max_megapixels=max_megapixels, bits=bits)
+            content = read_file(manifest.paths[row], max_megapixels, store=store)
+            pixels = decode_pixels(content, color=color, max_megapixels=max_megapixels, bits=bits)
         except Undecodable:
             continue  # the loader will find it and say so
         # Pillow counts without a copy; as float64 a 50-megapixel photo would need 1.2 GB

@@ -1,4 +1,4 @@
-"""Bad images: found out without harm, named with a reason, listed in quarantine.csv, never substituted.
+"""Detects unreadable images safely, and lists them in quarantine.csv with a reason; none is substituted.
 
 This is the one module of the data room that may catch every exception, around the decoding of one image: decoders
 raise what they like on damaged files, and some crash or hang, for which there is a child process.
@@ -28,6 +28,7 @@ from ..core.files import explained_write, read_bounded, write_whole
 from ..core.text import to_csv
 from . import reach, shelter
 from .decode import Undecodable, full_decode
+from .store import FILES, Store, open_store
 
 
 @dataclass(frozen=True)
@@ -54,10 +55,10 @@ class BadFile:
     found: str = "scan"  # "scan", or when it slipped through: "epoch 3"
 
 
-def examine(path: Path | str, max_megapixels: float = 50.0) -> Verdict:
-    """Decode one file completely, in this process. Never raises on account of the file, nor of its disk."""
+def examine(path: Path | str, max_megapixels: float = 50.0, store: Store = FILES) -> Verdict:
+    """Decode one file (or name in `store`) completely, in this process. Never raises on account of the file or its disk."""
     try:
-        width, height, orientation = full_decode(path, max_megapixels=max_megapixels)
+        width, height, orientation = full_decode(path, max_megapixels=max_megapixels, store=store)
     except Undecodable as error:
         return Verdict(False, error.reason)
     except DataError as error:
@@ -70,6 +71,7 @@ def examine(path: Path | str, max_megapixels: float = 50.0) -> Verdict:
 def examine_isolated(
     paths: Sequence[Path | str],
     *,
+    root: Path = Path(),
     max_megapixels: float = 50.0,
     timeout_s: float = 30.0,
     memory_mb: int = 4096,
@@ -78,24 +80,26 @@ def examine_isolated(
     """Decode files in child processes, where a crash, a hang or a memory bomb is only a reason.
 
     Args:
-        paths: the files, in any number; one child serves many until it dies.
+        paths: the files, in any number, or names in the store of `root`; one child serves many until it dies.
+        root: of a manifest.
         timeout_s: seconds for one file.
         memory_mb: address space of a child, in MiB.
         workers: children at a time.
 
     Returns:
-        One verdict a path, in order.
+        One verdict per path, in order.
     """
     names = [os.fsencode(p) for p in paths]
     share = max(1, -(-len(names) // max(1, workers)))
     parts = [names[i : i + share] for i in range(0, len(names), share)]
-    examiner = _Child(max_megapixels, timeout_s, memory_mb)
+    examiner = _Child(os.fsencode(root), max_megapixels, timeout_s, memory_mb)
     with ThreadPoolExecutor(max(1, len(parts))) as pool:
         return [verdict for part in pool.map(examiner.examine_all, parts) for verdict in part]
 
 
 @dataclass(frozen=True)
 class _Child:
+    root: bytes
     max_megapixels: float
     timeout_s: float
     memory_mb: int
@@ -117,7 +121,7 @@ class _Child:
         )
         assert process.stdin is not None and process.stdout is not None
         try:
-            _feed(process, b"\0".join(names))
+            _feed(process, b"\0".join([self.root, *names]))
             verdicts, hung = self._collect(process, len(names))
         finally:
             process.kill()
@@ -162,17 +166,18 @@ def _feed(process: subprocess.Popen[bytes], names: bytes) -> None:
 
 
 def serve_child(arguments: Sequence[str]) -> None:
-    """The child's side: NUL-separated paths on stdin, one JSON verdict a line on stdout."""
+    """The child's side: a root and names on stdin, with NUL between them; one JSON verdict per line on stdout."""
     max_megapixels, memory_mb = float(arguments[0]), int(arguments[1])
     shelter.limit_this_process(memory_mb)
     shelter.enter()
     out = os.dup(1)
     os.dup2(2, 1)  # a decoder that writes to stdout must not be taken for a verdict
     reach.WAITS_S = ()  # the parent has the time limit, so it does the waiting
-    names = sys.stdin.buffer.read().split(b"\0")
+    root, *names = sys.stdin.buffer.read().split(b"\0")
+    store = open_store(Path(os.fsdecode(root)))
     os.write(out, b"ready\n")
     for name in names:
-        os.write(out, json.dumps(asdict(examine(os.fsdecode(name), max_megapixels))).encode("ascii") + b"\n")
+        os.write(out, json.dumps(asdict(examine(os.fsdecode(name), max_megapixels, store))).encode("ascii") + b"\n")
 
 
 def write_quarantine(path_csv: Path, rows: Iterable[BadFile]) -> None:

@@ -1,4 +1,4 @@
-"""Decoding in a child process what might take this process with it: a crash, a hang or a bomb becomes a reason.
+"""Decodes in a child process what might take this process with it: a crash, a hang or a bomb becomes a reason.
 
 Pillow's own code and libjpeg decode here, whatever the file. A WebP whose container is not well-formed and a TIFF that
 libtiff has to expand go to a child, which lives on for the next one. It takes the bytes, not a name, so a file that is
@@ -14,12 +14,11 @@ import selectors
 import signal
 import struct
 import subprocess
-import sys
 import threading
 import time
 import weakref
 from subprocess import PIPE
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -31,7 +30,7 @@ START_S = 60.0  # more for the first one of a child: its imports, on a busy mach
 MEMORY_MB = 4096  # address space of a child
 # of a child: OpenBLAS reserves 41 MB of address space a thread when numpy is imported, gigabytes on a machine with many cores
 ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-_HEAD = struct.Struct(">IQ")  # bytes of the words, bytes of the file
+HEAD = struct.Struct(">IQ")  # bytes of the words, bytes of the file or of the pixels
 _inside = False  # this process is such a child, and decodes itself
 
 
@@ -67,9 +66,6 @@ def decode(content: bytes, color: str, exif: str, max_megapixels: float, bits: i
     return _shelter().decode(content, {"color": color, "exif": exif, "max_megapixels": max_megapixels, "bits": bits})
 
 
-# ---------------------------------------------------------------- this side
-
-
 class _Shelter:
     """The children of one process, as many as ever decoded at the same time."""
 
@@ -96,7 +92,7 @@ class _Shelter:
 class _Child:
     def __init__(self) -> None:
         self.process = child.start(
-            "data.shelter", str(MEMORY_MB), variables=ONE_THREAD, stdin=PIPE, stdout=PIPE, stderr=subprocess.DEVNULL
+            "data.sheltered", str(MEMORY_MB), variables=ONE_THREAD, stdin=PIPE, stdout=PIPE, stderr=subprocess.DEVNULL
         )
         self._end = weakref.finalize(self, _end, self.process, os.getpid())
         self._allowance = TIMEOUT_S + START_S
@@ -105,7 +101,7 @@ class _Child:
         self._end()
 
     def ask(self, content: bytes, words: dict[str, Any]) -> dict[str, Any]:
-        """The answer to one file, as `_answer` makes it.
+        """The answer to one file, as `sheltered.py` makes it.
 
         Raises:
             Fate: the child died or was ended.
@@ -114,11 +110,11 @@ class _Child:
         deadline, self._allowance = time.monotonic() + self._allowance, TIMEOUT_S
         head = json.dumps(words).encode()
         writer = threading.Thread(
-            target=_write, args=(self.process.stdin, _HEAD.pack(len(head), len(content)), head, content)
+            target=_write, args=(self.process.stdin, HEAD.pack(len(head), len(content)), head, content)
         )
         writer.start()
         try:
-            words_bytes, pixel_bytes = _HEAD.unpack(self._read(_HEAD.size, deadline))
+            words_bytes, pixel_bytes = HEAD.unpack(self._read(HEAD.size, deadline))
             answer: dict[str, Any] = json.loads(self._read(words_bytes, deadline))
             if pixel_bytes:
                 flat = np.frombuffer(self._read(pixel_bytes, deadline), np.uint8)
@@ -179,9 +175,6 @@ def _shelter() -> _Shelter:
     return _shelters.setdefault(os.getpid(), _Shelter())
 
 
-# ---------------------------------------------------------------- the child's side
-
-
 def limit_this_process(memory_mb: int) -> None:
     """Bound the address space, and write no core file."""
     try:
@@ -191,38 +184,3 @@ def limit_this_process(memory_mb: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (memory_mb << 20, memory_mb << 20))
     except (ImportError, ValueError, OSError):
         pass  # no such limits here: the time limit and the process border remain
-
-
-def serve() -> None:
-    """Answer until the pipe is closed."""
-    limit_this_process(int(sys.argv[1]))
-    enter()
-    out = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # a decoder that writes to stdout must not be taken for an answer
-    while head := sys.stdin.buffer.read(_HEAD.size):
-        words_bytes, content_bytes = _HEAD.unpack(head)
-        words = json.loads(sys.stdin.buffer.read(words_bytes))
-        _answer(out, sys.stdin.buffer.read(content_bytes), words)
-
-
-def _answer(out: BinaryIO, content: bytes, words: dict[str, Any]) -> None:
-    from .decode import Undecodable, decode_bytes
-
-    pixels: np.ndarray | None = None
-    try:
-        pixels, orientation = decode_bytes(content, **words)
-        answer: dict[str, Any] = {"shape": pixels.shape, "orientation": orientation}
-    except Undecodable as fault:
-        answer = {"reason": fault.reason}
-    text = json.dumps(answer).encode("ascii")
-    out.write(_HEAD.pack(len(text), pixels.nbytes if pixels is not None else 0))
-    out.write(text)
-    if pixels is not None:
-        out.write(pixels.tobytes())
-    out.flush()
-
-
-if __name__ == "__main__":
-    from .shelter import serve as serve_as_module  # `decode.py` asks that module, not this one, whether it is inside
-
-    serve_as_module()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import numpy as np
 
 from ..core.batch import Batch
+from ..core.errors import DataError
 from ..core.manifest import Manifest
 from ..data import reach
 from ..data.decode import Undecodable, decode_pixels, read_file
@@ -75,8 +76,7 @@ def decode_batch(
 
     def reason_against(k: int) -> str | None:
         try:
-            path = sampler.manifest.path(int(request.rows[k]))
-            out[k] = decode_row(sampler, request, k, read_file(path, pixels.max_megapixels, patience=shared))
+            out[k] = decode_row(sampler, request, k, read_row(sampler, int(request.rows[k]), shared))
         except Undecodable as error:
             return error.reason
         return None
@@ -92,6 +92,17 @@ def decode_batch(
     wrong[[k for k, reason in zip(positions, reasons, strict=True) if reason is not None]] = True
     delivered = request.refilled(wrong)
     return fill(out, delivered), delivered, failed
+
+
+def read_row(sampler: Sampler, row: int, patience: reach.Patience) -> bytes:
+    """The bytes of a row's file.
+
+    Raises:
+        Undecodable: what is there is no image file.
+        DataError: D015 when it cannot be reached.
+    """
+    name, limit = sampler.manifest.paths[row], sampler.pixels.max_megapixels
+    return read_file(name, limit, store=sampler.store, patience=patience)
 
 
 def decode_row(sampler: Sampler, request: Request, position: int, content: bytes) -> np.ndarray:
@@ -110,11 +121,29 @@ def decode_row(sampler: Sampler, request: Request, position: int, content: bytes
         color=pixels.color,
         exif=pixels.exif,
         max_megapixels=pixels.max_megapixels,
-        name=str(sampler.manifest.path(row)),
+        name=sampler.store.where(sampler.manifest.paths[row]),
         bits=pixels.bits,
     )
     _check_size(sampler, row, image)
     return render(image, request, position, pixels)
+
+
+def batches_by(sampler: Sampler, view: Callable[[bytes], np.ndarray]) -> Generator[Batch, None, None]:
+    """The batches of a sampler, one image after the other, each by `view`: the bytes of a file to (S, S, C) uint8.
+
+    What raises DataError in `view`, or cannot be read, is a bad image.
+    """
+    spec, patience = sampler.pixels, reach.Patience()
+    for index in range(sampler.steps):
+        request = sampler.request(0, index)
+        out = np.zeros((len(request.rows), spec.size, spec.size, spec.channels), np.uint8)
+        bad = np.zeros(len(request.rows), bool)
+        for k in np.flatnonzero(request.rows >= 0):
+            try:
+                out[k] = view(read_row(sampler, int(request.rows[k]), patience))
+            except (DataError, Undecodable):
+                bad[k] = True
+        yield make_batch(sampler.manifest, request.refilled(bad), out)
 
 
 def fill(out: Any, delivered: Request) -> Any:
@@ -130,7 +159,7 @@ def _check_size(sampler: Sampler, row: int, image: np.ndarray) -> None:
     if image.shape[:2] != expected:
         (was_high, was_wide), (high, wide) = expected, image.shape[:2]
         reason = f"changed since the scan: {wide} x {high} pixels, was {was_wide} x {was_high}"
-        raise Undecodable(str(sampler.manifest.path(row)), reason)
+        raise Undecodable(sampler.store.where(sampler.manifest.paths[row]), reason)
 
 
 def report(failed: Mapping[int, str], epoch: int, bad: dict[int, str], on_bad: OnBad | None) -> None:

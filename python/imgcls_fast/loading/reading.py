@@ -19,9 +19,9 @@ import numpy as np
 
 from ..core.errors import DataError
 from ..data import reach
-from ..data.decode import Undecodable, read_file
+from ..data.decode import Undecodable
 from ..data.proof import JPEG, PNG, PNG_START, prove
-from .backend import decode_row
+from .backend import decode_row, read_row
 from .sampler import Request, Sampler
 
 
@@ -119,8 +119,7 @@ class Reader:
             Undecodable: what is there is no image file.
             DataError: D015 when it cannot be reached.
         """
-        path, limit = self.sampler.manifest.path(row), self.sampler.pixels.max_megapixels
-        return read_file(path, limit, patience=self.patience)
+        return read_row(self.sampler, row, self.patience)
 
     def is_for_dali(self, row: int, content: bytes) -> bool:
         """Whether DALI decodes these bytes safely, and as Pillow would."""
@@ -156,5 +155,5 @@ class Reader:
             if self.is_for_dali(row, content):
                 return content
             return decode_row(self.sampler, request, position, content)
-        except Undecodable as fault:
-            return fault.reason
+        except Undecodable as error:
+            return error.reason

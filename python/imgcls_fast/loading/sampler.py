@@ -15,6 +15,7 @@ import numpy as np
 
 from ..core.manifest import FLAG_PILLOW, Manifest
 from ..core.pixels import EXTREME_ASPECT, Pixels, evaluation_geometry
+from ..data.store import open_store
 from .augment import Augment, color_factors, random_resized_crops
 from .draws import COLUMNS, DRAW
 
@@ -111,6 +112,7 @@ class Sampler:
             raise ValueError(f"cannot make batches of {batch_size} from {len(rows)} rows")
         self.manifest, self.rows, self.pixels = manifest, np.asarray(rows, np.int64), pixels
         self.batch_size, self.seed, self.augment = batch_size, seed, augment
+        self.store = open_store(manifest.root)
         width, height = manifest.turned_size() if pixels.exif == "apply" else (manifest.width, manifest.height)
         self.width, self.height = width.astype(np.int64), height.astype(np.int64)
         self._order: tuple[int, np.ndarray] = (-1, self.rows)

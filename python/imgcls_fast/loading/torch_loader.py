@@ -189,12 +189,13 @@ class TorchLoader:
         """
         last = min(self.sampler.steps, index + self._workers * handover.AHEAD)
         rows = {int(row) for at in range(index, last) for row in self.sampler.rows_of(epoch, at)} - self.bad.keys()
-        paths = [self.sampler.manifest.path(row) for row in sorted(rows)]
+        store, root = self.sampler.store, self.sampler.manifest.root
+        names = self.sampler.manifest.paths[sorted(rows)]
         limit, at_once = self.sampler.pixels.max_megapixels, max(1, self._workers)
-        verdicts = examine_isolated(paths, max_megapixels=limit, workers=at_once)
-        for path, verdict in zip(paths, verdicts, strict=True):
+        verdicts = examine_isolated(names, root=root, max_megapixels=limit, workers=at_once)
+        for name, verdict in zip(names, verdicts, strict=True):
             if verdict.unreachable:
-                raise reach.unreachable(path, OSError(verdict.reason))
+                raise reach.unreachable(store.where(name), OSError(verdict.reason))
         found = {row: verdict.reason for row, verdict in zip(sorted(rows), verdicts, strict=True) if not verdict.ok}
         report(found, epoch, self.bad, self._on_bad)
         return bool(found)

@@ -31,7 +31,7 @@ from ..engines.as_found import as_found
 from ..engines.base import Engine
 from ..engines.predictor import Predictor
 from ..engines.runtimes import open_engine
-from ..loading.backend import make_batch
+from ..loading.backend import batches_by
 from ..loading.loader import comparison_rows, dali_missing, read_rows
 from ..loading.sampler import Sampler
 
@@ -257,21 +257,7 @@ def loader_source(backend: str, left: Undecoded | None = None) -> Source:
 def predictor_source(engine: Engine) -> Source:
     """The pixels that `predict` and servers make of single files."""
     predictor = Predictor(engine)
-
-    def batches(sampler: Sampler) -> Batches:
-        spec = sampler.pixels
-        for index in range(sampler.steps):
-            request = sampler.request(0, index)
-            out = np.zeros((len(request.rows), spec.size, spec.size, spec.channels), np.uint8)
-            bad = np.zeros(len(request.rows), bool)
-            for k, row in enumerate(request.rows):
-                try:
-                    out[k] = predictor.preprocess(sampler.manifest.path(int(row))) if row >= 0 else 0
-                except DataError:
-                    bad[k] = True
-            yield make_batch(sampler.manifest, request.refilled(bad), out)
-
-    return batches
+    return lambda sampler: batches_by(sampler, predictor.preprocess)
 
 
 # ---------------------------------------------------------------- the comparison
