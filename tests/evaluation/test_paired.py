@@ -13,16 +13,14 @@ from scipy import optimize, stats
 from imgcls_fast.core.errors import DataError
 from imgcls_fast.core.manifest import LabelSpace, Task
 from imgcls_fast.core.predictions import Predictions
-from imgcls_fast.evaluation.paired import (
-    against_majority,
-    compare,
-    judge,
+from imgcls_fast.evaluation.bounds import (
     mcnemar_exact,
     mcnemar_mid,
     rows_needed,
     tango_lower_bound,
     tango_upper_bound,
 )
+from imgcls_fast.evaluation.paired import against_majority, compare, judge
 
 Z = 1.6448536269514722  # of 95 %, one-sided
 
@@ -303,7 +301,7 @@ def test_rows_of_several_tasks_are_right_when_all_of_them_are():
     right = Predictions(rows, targets.copy(), targets, labels, ("p", "q", "r"))
     got = judge(right, Predictions(rows, scores, targets, labels, ("p", "q", "r")), 50, simulated=False)
     assert (got.lost, got.gained) == (1, 0)  # the second: 0.5 says that it bears the mark y
-    assert [name for name, *_ in got.per_class] == ["a", "b", "x", "y"]
+    assert [name for name, *_ in got.per_class] == ["kind: a", "kind: b", "marks: x", "marks: y"]
 
 
 def test_different_rows_and_rows_without_labels_are_refused():

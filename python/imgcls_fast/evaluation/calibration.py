@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from ..core.labels import LabelSpace
+from ..core.predictions import Predictions
 
 BINS = 15  # equal-width bins of Guo et al. 2017
 COVERAGE_POINTS = 100  # 1 %, 2 %, ... 100 % of the rows
 TEMPERATURES = (0.05, 20.0)
 WORTH_TELLING = 0.5  # nats over all rows together that another T than 1 must gain
+_LEAST, _MOST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).epsneg)
 _GRID, _GOLDEN = 25, (5**0.5 - 1) / 2
 
 
@@ -101,6 +105,66 @@ def apply_temperature(log_scores: np.ndarray, temperature: float) -> np.ndarray:
     return scores
 
 
+def apply_sigmoid_temperature(log_odds: np.ndarray, temperature: float) -> np.ndarray:
+    """sigmoid(log_odds / temperature), float32 of any shape; the order of two scores never changes."""
+    z = np.asarray(log_odds, np.float64) / temperature
+    return np.asarray(np.where(z >= 0, 1.0, np.exp(np.minimum(z, 0))) / (1 + np.exp(-np.abs(z))), np.float32)
+
+
+def log_odds_of(scores: np.ndarray) -> np.ndarray:
+    """float64 log(s / (1 - s)) of probabilities; 0 and 1 become what float32 can hold next to them."""
+    s = np.clip(np.asarray(scores, np.float64), _LEAST, 1 - _MOST)
+    return np.asarray(np.log(s) - np.log1p(-s))
+
+
+def fit_temperatures(predictions: Predictions) -> tuple[float, ...]:
+    """One temperature per task, fitted to the rows in which its answer is known; 1 for a task without such rows.
+
+    `one_of`: `fit_temperature`. `any_of`: the same with each known class of each row as a question with two answers, whose logits
+    are 0 and the log-odds of the score. Labels that are probabilities enter as such.
+
+    Args:
+        predictions: labelled validation rows with scores of a model at temperature 1.
+
+    Raises:
+        ValueError: no labels.
+    """
+    if predictions.targets is None:
+        raise ValueError("temperatures are fitted to labelled rows")
+    found = []
+    for k, task in enumerate(predictions.labels.tasks):
+        own = predictions.of_task(k)
+        if not len(own):
+            found.append(1.0)
+            continue
+        targets = np.asarray(own.targets)
+        if task.kind == "one_of":
+            soft = bool(((targets > 0) & (targets < 1)).any())
+            found.append(fit_temperature(log_scores_of(own.scores), targets if soft else own.truth))
+        else:
+            known = ~np.isnan(targets)
+            odds, holds = log_odds_of(own.scores[known]), targets[known].astype(np.float64)
+            pairs = np.stack([np.zeros_like(odds), odds], 1)
+            found.append(fit_temperature(pairs, np.stack([1 - holds, holds], 1)))
+    return tuple(found)
+
+
+def with_temperatures(scores: np.ndarray, labels: LabelSpace, temperatures: Sequence[float]) -> np.ndarray:
+    """(n, K) float32 scores as a model with these temperatures gives them, from its scores at temperature 1."""
+    out = np.empty(scores.shape, np.float32)
+    for (task, part), temperature in zip(labels.parts, temperatures, strict=True):
+        if task.kind == "one_of":
+            out[:, part] = apply_temperature(log_scores_of(scores[:, part]), temperature)
+        else:
+            out[:, part] = apply_sigmoid_temperature(log_odds_of(scores[:, part]), temperature)
+    return out
+
+
+def log_scores_of(scores: np.ndarray) -> np.ndarray:
+    """Logarithm of float32 probabilities; below the smallest normal number a score has lost its own."""
+    return np.asarray(np.log(np.maximum(scores, np.finfo(np.float32).tiny)))
+
+
 def fit_temperature(log_scores: np.ndarray, truth: np.ndarray) -> float:
     """The temperature T in [0.05, 20] that these rows and a prior make most likely; exactly 1 where they cannot tell.
 
@@ -119,7 +183,7 @@ def fit_temperature(log_scores: np.ndarray, truth: np.ndarray) -> float:
 
     Args:
         log_scores: (n, K) logits or log-probabilities (log 0 = -inf is allowed).
-        truth: (n,) int column of the true class.
+        truth: (n,) int column of the true class, or (n, K) probabilities that sum to 1 per row.
 
     Raises:
         ValueError: no rows, NaN or +inf, or a label outside 0 .. K - 1.
@@ -128,11 +192,11 @@ def fit_temperature(log_scores: np.ndarray, truth: np.ndarray) -> float:
     """
     if log_scores.ndim != 2 or len(log_scores) == 0 or len(truth) != len(log_scores):
         raise ValueError(f"need log_scores (n, K) and truth (n,) with n > 0, got {log_scores.shape} and {truth.shape}")
-    if truth.min() < 0 or truth.max() >= log_scores.shape[1]:
+    if truth.ndim == 1 and (truth.min() < 0 or truth.max() >= log_scores.shape[1]):
         raise ValueError(f"labels must lie in 0 .. {log_scores.shape[1] - 1}, got {truth.min()} .. {truth.max()}")
     z = _finite(log_scores)
     z -= z.max(1, keepdims=True)
-    of_truth = float(z[np.arange(len(z)), truth].sum())
+    of_truth = float(z[np.arange(len(z)), truth].sum() if truth.ndim == 1 else (z * truth).sum())
     scale = _prior_scale(z)
 
     def loss(log_t: float) -> float:

@@ -6,16 +6,18 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from statistics import NormalDist
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 import numpy as np
 
 from ..core.errors import ConfigError, DataError
+from ..core.figures import usual_figures
 from ..core.predictions import Predictions
 from ..core.text import some
 from ..core.undecoded import Undecoded
 from .calibration import Coverage, Reliability, apply_temperature, coverage, fit_temperature, reliability
 from .paired import Difference, against_majority
+from .resampling import percentiles
 
 __all__ = [
     "AverageName",
@@ -32,6 +34,7 @@ AverageName = Literal["macro", "micro", "weighted"]
 AVERAGES: tuple[str, ...] = get_args(AverageName)
 CLIP = float(np.finfo(np.float32).eps)  # 1.19e-7: a score of 0 for the true class costs 15.9 nats, not infinity
 SUM_TOLERANCE = 1e-3
+Judged = TypeVar("Judged", bound=Any)  # Metrics or `tasks.TaskMetrics`
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,8 @@ class Metrics:
     quite what it usually does.
     """
 
+    kind: ClassVar[str] = "one_of"
+
     n: int
     classes: tuple[str, ...]
     confidence_level: float
@@ -128,6 +133,11 @@ class Metrics:
         return self.averages["macro"].f1
 
     @property
+    def macro_ap(self) -> float:
+        """Mean average precision of the classes that occur in the truth."""
+        return self.average_precision
+
+    @property
     def imbalanced(self) -> bool:
         """Whether the largest class is so large that accuracy must be held against it: beyond its fair share by a fifth and 5 points."""
         fair = 1 / max(1, sum(c.support > 0 for c in self.per_class))
@@ -142,13 +152,14 @@ class Metrics:
         value |= {"majority": self.majority.to_dict(), "imbalanced": self.imbalanced}
         for name in ("reliability", "coverage"):
             value[name] = dict(vars(value[name]))
-        plain: dict[str, Any] = _plain(value)
+        value |= {figure.field: figure.value(self) for figure in usual_figures(single=True) if figure.field not in value}
+        plain: dict[str, Any] = plain_json(value)
         return plain
 
 
 def without(
-    metrics: Metrics, undecoded: Undecoded, notices: Sequence[str] = (), facts: Mapping[str, Any] | None = None
-) -> Metrics:
+    metrics: Judged, undecoded: Undecoded, notices: Sequence[str] = (), facts: Mapping[str, Any] | None = None
+) -> Judged:
     """The same figures, with the images that had to be left out of them, and other notices, among the warnings.
 
     Args:
@@ -206,7 +217,7 @@ def judge(
             label space that is not a single one_of task.
         ConfigError: C003 for an impossible top_k, bootstrap or confidence.
     """
-    _check_options(top_k, bootstrap, confidence)
+    check_options(top_k, bootstrap, confidence)
     _check_rows(predictions)
     truth, predicted, scores = predictions.truth, predictions.predicted, predictions.scores
     n, size = scores.shape
@@ -215,7 +226,7 @@ def judge(
     correct = truth == predicted
     bins = reliability(predictions.confidence, correct)
     present = [c for c in per_class if c.support]
-    own = scores[np.arange(n), truth].astype(np.float64)
+    log_loss, brier = _losses(predictions)
     return Metrics(
         n=n,
         classes=predictions.labels.classes,
@@ -223,7 +234,7 @@ def judge(
         bootstrap=bootstrap,
         accuracy=float(correct.mean()),
         accuracy_ci=accuracy_interval(int(correct.sum()), n, confidence),
-        macro_f1_ci=_percentiles(_macro_f1_draws(confusion, bootstrap, seed), confidence),
+        macro_f1_ci=percentiles(_macro_f1_draws(confusion, bootstrap, seed), confidence),
         top_k=_top_k(scores, truth, top_k),
         balanced_accuracy=_mean([c.recall for c in present]),
         majority=_majority(predictions, group),
@@ -232,12 +243,39 @@ def judge(
         confusion=confusion,
         roc_auc=_mean([c.roc_auc for c in present]),
         average_precision=_mean([c.average_precision for c in present]),
-        log_loss=float(-np.log(np.clip(own, CLIP, 1.0)).mean()),
-        brier=float((((scores.astype(np.float64)) ** 2).sum(1) - 2 * own + 1).mean()),
+        log_loss=log_loss,
+        brier=brier,
         ece=bins.ece,
         reliability=bins,
         coverage=coverage(predictions.confidence, correct),
-        warnings=_warnings(per_class, scores),
+        warnings=(*_warnings(per_class, scores), *_soft(predictions)),
+    )
+
+
+def _losses(predictions: Predictions) -> tuple[float, float]:
+    """Log-loss and Brier score; labels that are probabilities are what the scores are held against, not their highest class."""
+    scores, targets = predictions.scores, np.asarray(predictions.targets)
+    if _is_soft(targets):
+        log_loss = -(targets * np.log(np.clip(scores.astype(np.float64), CLIP, 1.0))).sum(1).mean()
+        return float(log_loss), float(((scores.astype(np.float64) - targets) ** 2).sum(1).mean())
+    own = scores[np.arange(len(scores)), predictions.truth].astype(np.float64)
+    brier = ((scores.astype(np.float64)) ** 2).sum(1) - 2 * own + 1
+    return float(-np.log(np.clip(own, CLIP, 1.0)).mean()), float(brier.mean())
+
+
+def _is_soft(targets: np.ndarray) -> bool:
+    return bool(((targets > 0) & (targets < 1)).any())
+
+
+def _soft(predictions: Predictions) -> tuple[str, ...]:
+    """A notice that labels are probabilities, and how sure they are."""
+    targets = np.asarray(predictions.targets)
+    if not _is_soft(targets):
+        return ()
+    sure, least = float(targets.max(1).mean()), float(-(targets * np.log(np.maximum(targets, CLIP))).sum(1).mean())
+    return (
+        f"labels are probabilities: an image counts as its most probable class ({sure:.0%} on average); log-loss and Brier score "
+        f"are against the probabilities, and no model can have a log-loss below {least:.3f}",
     )
 
 
@@ -246,7 +284,7 @@ def confusion_matrix(truth: np.ndarray, predicted: np.ndarray, size: int) -> np.
     return np.bincount(truth * size + predicted, minlength=size * size).reshape(size, size)
 
 
-def _check_options(top_k: Sequence[int], bootstrap: int, confidence: float) -> None:
+def check_options(top_k: Sequence[int], bootstrap: int, confidence: float) -> None:
     if any(k < 1 for k in top_k):
         raise ConfigError("C003", f"top_k must hold numbers >= 1, got {tuple(top_k)}")
     if bootstrap < 0:
@@ -262,14 +300,7 @@ def _check_rows(predictions: Predictions) -> None:
         raise DataError("D014", f"judge needs exactly one task of kind one_of, got {names}")
     if len(predictions) == 0:
         raise DataError("D014", "there are no rows to judge", try_="imgcls-fast data check DATA")
-    bad = ~((scores >= 0) & (scores <= 1 + SUM_TOLERANCE)).all(1)  # also true for NaN
-    if bad.any():
-        first = int(bad.argmax())
-        low, high = scores[first].min(), scores[first].max()
-        broken = not np.isfinite(scores[first]).all()
-        why = "the model returned NaN or inf" if broken else "logits are not probabilities; apply softmax first"
-        text = f"{bad.sum()} of {len(scores)} rows have scores outside [0, 1]; the first holds {low} .. {high}"
-        raise DataError("D014", text, where=f"row {predictions.rows[first]}, {predictions.paths[first]}", why=why)
+    check_scores(predictions)
     predictions.truth  # noqa: B018  (D004 where there are no labels)
     unknown = ~(np.asarray(predictions.targets) > 0).any(1)
     if unknown.any():
@@ -278,13 +309,30 @@ def _check_rows(predictions: Predictions) -> None:
         raise DataError("D014", text, where=f"row {predictions.rows[first]}, {predictions.paths[first]}")
 
 
+def check_scores(predictions: Predictions) -> None:
+    """Refuse scores that are no probabilities.
+
+    Raises:
+        DataError: D014.
+    """
+    scores = predictions.scores
+    bad = ~((scores >= 0) & (scores <= 1 + SUM_TOLERANCE)).all(1)  # also true for NaN
+    if bad.any():
+        first = int(bad.argmax())
+        low, high = scores[first].min(), scores[first].max()
+        broken = not np.isfinite(scores[first]).all()
+        why = "the model returned NaN or inf" if broken else "logits are not probabilities; apply softmax first"
+        text = f"{bad.sum()} of {len(scores)} rows have scores outside [0, 1]; the first holds {low} .. {high}"
+        raise DataError("D014", text, where=f"row {predictions.rows[first]}, {predictions.paths[first]}", why=why)
+
+
 def _per_class(confusion: np.ndarray, predictions: Predictions) -> tuple[ClassMetrics, ...]:
     hits, support, predicted = np.diag(confusion), confusion.sum(1), confusion.sum(0)
-    precision, recall = _ratio(hits, predicted), _ratio(hits, support)
-    f1 = _ratio(2 * hits, support + predicted)
+    precision, recall = ratio(hits, predicted), ratio(hits, support)
+    f1 = ratio(2 * hits, support + predicted)
     out = []
     for k, name in enumerate(predictions.labels.classes):
-        auc, ap = _ranking(predictions.scores[:, k], predictions.truth == k)
+        auc, ap = ranking(predictions.scores[:, k], predictions.truth == k)
         counts = int(support[k]), int(predicted[k])
         out.append(ClassMetrics(name, *counts, float(precision[k]), float(recall[k]), float(f1[k]), auc, ap))
     return tuple(out)
@@ -307,7 +355,7 @@ def _averages(confusion: np.ndarray, per_class: Sequence[ClassMetrics]) -> dict[
     }
 
 
-def _ranking(score: np.ndarray, positive: np.ndarray) -> tuple[float, float]:
+def ranking(score: np.ndarray, positive: np.ndarray) -> tuple[float, float]:
     """(ROC-AUC, average precision) of one class from one sort; rows of equal score enter together.
 
     scikit-learn has both, with a sort and 1 ms of checks each; with 1,000 classes that is most of the time of `judge`.
@@ -368,26 +416,19 @@ def _macro_f1_draws(confusion: np.ndarray, draws: int, seed: int) -> np.ndarray:
         support[:, rows] = np.add.reduceat(drawn, row_start, axis=1)
         claimed[:, columns] = np.add.reduceat(drawn[:, by_predicted], column_start, axis=1)
         hits[:, truth[on_diagonal]] = drawn[:, on_diagonal]
-        f1 = _ratio(2 * hits, support + claimed)
+        f1 = ratio(2 * hits, support + claimed)
         out.append((f1 * (support > 0)).sum(1) / (support > 0).sum(1))
     return np.concatenate(out) if out else np.zeros(0)
-
-
-def _percentiles(draws: np.ndarray, confidence: float) -> tuple[float, float]:
-    if not len(draws):
-        return float("nan"), float("nan")
-    low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(low), float(high)
 
 
 def _warnings(per_class: Sequence[ClassMetrics], scores: np.ndarray) -> tuple[str, ...]:
     out = []
     absent = [c.name for c in per_class if not c.support]
     if absent:
-        out.append(f"{_names(absent)}: no true rows, so ROC-AUC is undefined and macro averages leave them out")
+        out.append(f"{named_classes(absent)}: no true rows, so ROC-AUC is undefined and macro averages leave them out")
     never = [c.name for c in per_class if c.support and not c.predicted]
     if never:
-        out.append(f"{_names(never)}: never predicted, so precision and F1 count as 0")
+        out.append(f"{named_classes(never)}: never predicted, so precision and F1 count as 0")
     if len(per_class) - len(absent) == 1 and len(per_class) > 1:
         out.append("all rows have the same true class: ROC-AUC is undefined, accuracy says little")
     if np.abs(scores.sum(1, dtype=np.float64) - 1).max() > SUM_TOLERANCE:
@@ -395,11 +436,11 @@ def _warnings(per_class: Sequence[ClassMetrics], scores: np.ndarray) -> tuple[st
     return tuple(out)
 
 
-def _names(names: Sequence[str]) -> str:
+def named_classes(names: Sequence[str]) -> str:
     return ("class " if len(names) == 1 else "classes ") + some(names, 10, " and {:,} more")
 
 
-def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+def ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     """part / whole, 0 where whole is 0."""
     share: np.ndarray = np.divide(part, whole, out=np.zeros(part.shape), where=whole > 0)
     return share
@@ -411,13 +452,13 @@ def _mean(values: Sequence[float]) -> float:
     return float(np.mean(known)) if known else float("nan")
 
 
-def _plain(value: Any) -> Any:
+def plain_json(value: Any) -> Any:
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain_json(item) for key, item in value.items()}
     if isinstance(value, np.ndarray):
-        return _plain(value.tolist())
+        return plain_json(value.tolist())
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain_json(item) for item in value]
     if isinstance(value, float):
         return value if np.isfinite(value) else None
     return value

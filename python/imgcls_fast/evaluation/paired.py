@@ -1,163 +1,82 @@
-"""Two models on the same rows: how large the loss of accuracy may be, from the rows that only one of them gets right.
+"""Two models on the same rows: how large the loss of accuracy may be, and which of them is better.
 
-A bootstrap cannot judge a quantised model: where no row changes sides it always gives a loss of exactly 0, however few rows
-there are. The score interval of Tango (1998, "Equivalence test and confidence interval for the difference in proportions for the
-paired-sample design", Statistics in Medicine 17:891-908) does not degenerate there.
-
-Counts may be fractions (rates times rows), which is how figures for other numbers of rows are found.
+One-label data have one figure, accuracy. Others have two, and an engine must hold both: the share of rows in which every known
+answer is right, and the mean share of right answers per row. What is not known of a row counts in neither.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import Any, Literal
 
 import numpy as np
 
 from ..core.errors import DataError
-from ..core.manifest import LabelSpace
+from ..core.labels import LabelSpace
 from ..core.predictions import Predictions
+from .bounds import (
+    mcnemar_exact,
+    mcnemar_mid,
+    mean_lower_bound,
+    mean_rows_needed,
+    mean_upper_bound,
+    rows_needed,
+    tango_lower_bound,
+    tango_upper_bound,
+)
+from .row_scores import balanced_change, right_answers, row_scores, same_answers
 
 Verdict = Literal["pass", "fail", "underpowered"]
 Side = Literal["better", "worse", "even"]
 
 CONFIDENCE = 0.95
 
-_HALVINGS = 80  # of an interval of at most 2: beyond the last bit of a float
 _SAME = 1e-9  # of differences that are sums of fractions
 _MANY = 2000  # groups that change sides; their signs are summed by the normal distribution
-_NEVER = 1e9  # rows; a drop that differs from the allowed one by rounding alone would ask for more
 
 
-def tango_upper_bound(lost: float, gained: float, n: float, confidence: float = 0.95) -> float:
-    """One-sided upper bound of the drop of accuracy, p(lost) - p(gained), as a fraction in [-1, 1].
+@dataclass(frozen=True)
+class MeanDrop:
+    """The loss of the mean share of right answers per row; fractions, not points.
 
     Args:
-        lost: rows that the reference gets right and the candidate wrong.
-        gained: rows that the candidate gets right and the reference wrong.
-        n: all rows; 0 gives 1, because nothing is known.
-        confidence: one-sided, in [0.5, 1).
-
-    Raises:
-        ValueError: negative counts, more discordant rows than rows, or a confidence outside the range.
-
-    Source: Tango 1998, section 4; the score statistic at the bound equals minus the normal quantile.
+        accuracy, reference_accuracy: that mean of the engine and of FP32.
+        bound, lower_bound: one-sided bounds of the true drop (`bounds.mean_upper_bound`).
+        verdict: pass, fail or underpowered, against the same budget as the other figure.
+        rows_needed: about how many rows like these would be enough; None: no number.
     """
-    z = _checked_quantile(lost, gained, n, confidence)
-    if n == 0:
-        return 1.0
-    low, high = (lost - gained) / n, 1.0
-    for _ in range(_HALVINGS):  # the statistic falls with the drop: above the bound it is below -z
-        middle = (low + high) / 2
-        low, high = (middle, high) if _excess(lost / n, gained / n, middle) * math.sqrt(n) > -z else (low, middle)
-    return high
 
+    accuracy: float
+    reference_accuracy: float
+    drop: float
+    bound: float
+    lower_bound: float
+    verdict: Verdict
+    rows_needed: int | None
 
-def tango_lower_bound(lost: float, gained: float, n: float, confidence: float = 0.95) -> float:
-    """One-sided lower bound of the drop: `tango_upper_bound` of the two models in exchanged roles. -1 for no rows.
-
-    Raises:
-        ValueError: as `tango_upper_bound`.
-    """
-    return -tango_upper_bound(gained, lost, n, confidence)
-
-
-def mcnemar_exact(lost: int, gained: int) -> float:
-    """Two-sided exact p-value of "a changed row is lost as easily as gained": binomial with 1/2, twice the smaller tail.
-
-    Raises:
-        ValueError: negative counts.
-
-    Source: McNemar, Psychometrika 12 (1947); exact form as in Fagerland, Lydersen, Laake, BMC Med. Res. Methodol. 13:91 (2013).
-    """
-    if lost < 0 or gained < 0:
-        raise ValueError(f"counts must not be negative, got {lost} and {gained}")
-    n, fewer = lost + gained, min(lost, gained)
-    logs = [
-        math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) - n * math.log(2) for k in range(fewer + 1)
-    ]
-    return min(1.0, 2 * math.fsum(math.exp(value) for value in logs))
-
-
-def mcnemar_mid(lost: int, gained: int) -> float:
-    """Two-sided mid-p value of McNemar's test: the exact one, with half the weight of what was observed.
-
-    The exact test is timid: at a level of 0.05 it errs in 1 to 3 % of cases, this one in 2.5 to 4.6 % (100 and 225 rows).
-
-    Raises:
-        ValueError: negative counts.
-
-    Source: Fagerland, Lydersen, Laake, BMC Med. Res. Methodol. 13:91 (2013).
-    """
-    n, fewer = lost + gained, min(lost, gained)
-    exact = mcnemar_exact(lost, gained)
-    observed = math.exp(math.lgamma(n + 1) - math.lgamma(fewer + 1) - math.lgamma(n - fewer + 1) - n * math.log(2))
-    return 1.0 if lost == gained else min(1.0, exact - observed)
-
-
-def rows_needed(max_drop: float, lost: float, gained: float, n: float, confidence: float = 0.95) -> int | None:
-    """How many rows, changing sides as often as these do, bring the upper bound down to `max_drop` (a fraction).
-
-    At given rates the statistic grows with the square root of the rows, so the number has a closed form.
-
-    Returns:
-        The smallest such number, which may be below `n`; None when the observed drop is not below `max_drop`, so that no
-        number would do (nor one above a thousand million). With `n` = 0 the rates are taken as 0.
-
-    Raises:
-        ValueError: as `tango_upper_bound`, or `max_drop` outside (0, 1].
-    """
-    z = _checked_quantile(lost, gained, n, confidence)
-    if not 0 < max_drop <= 1:
-        raise ValueError(f"max_drop is a fraction in (0, 1], got {max_drop}")
-    p_lost, p_gained = (lost / n, gained / n) if n else (0.0, 0.0)
-    if p_lost - p_gained >= max_drop:
-        return None
-    rows = (z / _excess(p_lost, p_gained, max_drop)) ** 2
-    if rows > _NEVER:
-        return None
-    found = max(1, math.ceil(rows - 1e-9))
-    # rounding may have put it on the wrong side of the bound
-    enough = tango_upper_bound(p_lost * found, p_gained * found, found, confidence) <= max_drop
-    return found if enough else found + 1
-
-
-def _excess(p_lost: float, p_gained: float, drop: float) -> float:
-    """The score statistic for a drop, divided by the square root of the rows."""
-    variance = 2 * _gain_given(p_lost, p_gained, drop) + drop * (1 - drop)
-    distance = p_lost - p_gained - drop
-    return distance / math.sqrt(variance) if variance > 0 else math.copysign(math.inf, distance) if distance else 0.0
-
-
-def _gain_given(p_lost: float, p_gained: float, drop: float) -> float:
-    """Most likely rate of gained rows when the drop is `drop` (Tango 1998, equation 15), from the rates observed.
-
-    The root of 2 q^2 + b q - p_gained * drop * (1 - drop), in the form that does not subtract nearly equal numbers.
-    """
-    b = -p_lost - p_gained + (2 - p_lost + p_gained) * drop
-    c = -p_gained * drop * (1 - drop)
-    root = math.sqrt(max(0.0, b * b - 8 * c))
-    if b <= 0:
-        return (root - b) / 4
-    return -2 * c / (root + b)
-
-
-def _checked_quantile(lost: float, gained: float, n: float, confidence: float) -> float:
-    if lost < 0 or gained < 0 or lost + gained > n * (1 + 1e-12):
-        raise ValueError(f"{lost} lost and {gained} gained of {n} rows cannot be")
-    if not 0.5 <= confidence < 1:
-        raise ValueError(f"confidence must be in [0.5, 1), got {confidence}")
-    return NormalDist().inv_cdf(confidence)
+    def to_dict(self) -> dict[str, Any]:
+        """For gate.json; drops in percentage points."""
+        return {
+            "accuracy": self.accuracy,
+            "reference_accuracy": self.reference_accuracy,
+            "drop_pp": 100 * self.drop,
+            "bound_pp": 100 * self.bound,
+            "lower_bound_pp": 100 * self.lower_bound,
+            "verdict": self.verdict,
+            "rows_needed": self.rows_needed,
+        }
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """What labelled rows say about an engine. Drops, bounds and accuracies are fractions, not points.
+    """What an engine loses on labelled rows. Drops, bounds and accuracies are fractions, not points.
+
+    Where images have several labels, a row is right when all that is known of it is: `accuracy` is the exact match, and `per_label`
+    holds the other figure.
 
     Args:
-        rows: how many were judged.
+        rows: number of judged rows.
         lost: rows that FP32 gets right and the engine wrong.
         gained: rows that the engine gets right and FP32 wrong.
         agreement: share of rows with the same answer.
@@ -166,8 +85,9 @@ class Judgement:
         bound, lower_bound: one-sided bounds of the true drop, each at `confidence`.
         max_drop: the budget.
         p_value: exact McNemar test of "no difference".
-        per_class: for each class with rows: (name, rows, lost, gained).
-        verdict: pass, fail or underpowered.
+        per_class: (name, rows, lost, gained) of each class with rows: those of the class, or for a class of an `any_of` task those
+            in which it is known, lost and gained by the answer to it alone.
+        verdict: pass, fail or underpowered: pass if both figures pass, fail if one fails.
         simulated: judged in another runtime than the one that is exported.
         rows_needed: rows with which the bound would be within the budget if they went on like these; None: never.
     """
@@ -188,10 +108,11 @@ class Judgement:
     simulated: bool
     rows_needed: int | None
     confidence: float = CONFIDENCE
+    per_label: MeanDrop | None = None
 
     @property
     def passed(self) -> bool:
-        """Whether the upper bound of the drop is within the budget."""
+        """Whether the upper bound of each drop is within the budget."""
         return self.verdict == "pass"
 
     @property
@@ -221,6 +142,7 @@ class Judgement:
             "verdict": self.verdict,
             "simulated": self.simulated,
             "rows_needed": self.rows_needed,
+            **({"per_label": self.per_label.to_dict()} if self.per_label else {}),
         }
 
 
@@ -234,8 +156,8 @@ def judge(
 ) -> Judgement:
     """Compare the answers of an engine with those of FP32 to the same labelled rows.
 
-    A row is right when every task of it is: the highest score of a `one_of` task stands at the true class, and the scores of an
-    `any_of` task are at least 0.5 exactly where they should be. A row with a score that is not finite is wrong.
+    A row with a score that is not finite is wrong. Both use the thresholds of the reference. Rows of which nothing is known do not
+    count, where images may have several labels.
 
     Args:
         max_drop_pp: the budget, percentage points.
@@ -252,21 +174,27 @@ def judge(
             "D014", "rows without labels cannot judge an engine", try_="imgcls-fast export --gate-data DATA"
         )
     same_rows = np.array_equal(reference.rows, candidate.rows) and reference.labels == candidate.labels
-    if not same_rows or not np.array_equal(reference.targets, candidate.targets):
+    if not same_rows or not np.array_equal(reference.targets, candidate.targets, equal_nan=True):
         raise ValueError("reference and candidate must have answered the same labelled rows")
-    labels, n, budget = reference.labels, len(reference), max_drop_pp / 100
-    truth, was, now = (_answers(part, labels) for part in (reference.targets, reference.scores, candidate.scores))
-    right_was, right_now = (was == truth).all(1), (now == truth).all(1)
-    lost_rows, gained_rows = right_was & ~right_now, right_now & ~right_was
-    lost, gained = int(lost_rows.sum()), int(gained_rows.sum())
+    least, budget = reference.thresholds, max_drop_pp / 100
+    was, now = row_scores(reference, least), row_scores(candidate, least)
+    first = next(iter(was))
+    judged = ~np.isnan(was[first])
+    n, right_was, right_now = int(judged.sum()), was[first][judged] == 1, now[first][judged] == 1
+    lost, gained = int((right_was & ~right_now).sum()), int((right_now & ~right_was).sum())
     upper = tango_upper_bound(lost, gained, n, confidence)
     lower = tango_lower_bound(lost, gained, n, confidence)
-    member = (reference.targets[:, k] > 0 for k in range(labels.size))  # one class at a time: K may be thousands
+    verdict, needed = _verdict(upper, lower, budget), rows_needed(budget, lost, gained, n, confidence)
+    per_label = None
+    if "per_label" in was:
+        per_label = _mean_drop(was["per_label"][judged], now["per_label"][judged], budget, confidence)
+        verdict = next(side for side in ("fail", "underpowered", "pass") if side in (verdict, per_label.verdict))
+        needed = None if needed is None or per_label.rows_needed is None else max(needed, per_label.rows_needed)
     return Judgement(
         rows=n,
         lost=lost,
         gained=gained,
-        agreement=_share((was == now).all(1)),
+        agreement=_share(same_answers(reference, candidate)[judged]),
         accuracy=_share(right_now),
         reference_accuracy=_share(right_was),
         drop=(lost - gained) / max(n, 1),
@@ -274,16 +202,44 @@ def judge(
         lower_bound=lower,
         max_drop=budget,
         p_value=mcnemar_exact(lost, gained),
-        per_class=tuple(
-            (name, int(of.sum()), int((lost_rows & of).sum()), int((gained_rows & of).sum()))
-            for name, of in zip(labels.classes, member, strict=True)
-            if of.any()
-        ),
-        verdict="pass" if upper <= budget else "fail" if lower > budget else "underpowered",
+        per_class=_per_class(reference, candidate),
+        verdict=verdict,
         simulated=simulated,
-        rows_needed=rows_needed(budget, lost, gained, n, confidence),
+        rows_needed=needed,
         confidence=confidence,
+        per_label=per_label,
     )
+
+
+def _verdict(upper: float, lower: float, budget: float) -> Verdict:
+    return "pass" if upper <= budget else "fail" if lower > budget else "underpowered"
+
+
+def _mean_drop(was: np.ndarray, now: np.ndarray, budget: float, confidence: float) -> MeanDrop:
+    change = was - now
+    upper, lower = mean_upper_bound(change, confidence), mean_lower_bound(change, confidence)
+    return MeanDrop(
+        accuracy=_share(now),
+        reference_accuracy=_share(was),
+        drop=_share(change),
+        bound=upper,
+        lower_bound=lower,
+        verdict=_verdict(upper, lower, budget),
+        rows_needed=mean_rows_needed(budget, change, confidence),
+    )
+
+
+def _per_class(reference: Predictions, candidate: Predictions) -> tuple[tuple[str, int, int, int], ...]:
+    """(name, rows, lost, gained) of each class with rows, see `Judgement`."""
+    labels, targets, found = reference.labels, np.asarray(reference.targets), []
+    true = labels.decide(targets)
+    right = [right_answers(each, reference.thresholds) for each in (reference, candidate)]
+    for k, name in enumerate(labels.classes):  # one class at a time: K may be thousands
+        rows = ~np.isnan(targets[:, k]) if labels.any_of[k] else true[:, k]
+        if rows.any():
+            was, now = right[0][rows, k], right[1][rows, k]
+            found.append((name, int(rows.sum()), int((was & ~now).sum()), int((now & ~was).sum())))
+    return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -327,6 +283,9 @@ def compare(
     groups change sign instead: McNemar's test would call 10 to 19 % of equal models different. Balanced accuracies are always
     judged by random signs: a row counts by the size of its class, and the test stays exact with three rows of a class.
 
+    Where images have several labels, a row counts with its mean share of right answers (`row_scores`): random signs judge it, and
+    the interval is that of `bounds.mean_upper_bound`.
+
     Args:
         group: (N,) int group of each row of the manifest, -1 for a row on its own.
 
@@ -339,9 +298,12 @@ def compare(
     rows, ours, theirs = np.intersect1d(reference.rows, candidate.rows, assume_unique=True, return_indices=True)
     if not len(rows):
         return None
+    own = None if group is None else group[rows]
+    if not reference.labels.is_single:
+        return _mean_difference(reference, candidate, ours, theirs, own, confidence)
     was = (reference.predicted == reference.truth)[ours]
     now = (candidate.predicted == candidate.truth)[theirs]
-    return _difference(reference.truth[ours], was, now, None if group is None else group[rows], confidence)
+    return _difference(reference.truth[ours], was, now, own, confidence)
 
 
 def against_majority(predictions: Predictions, group: np.ndarray | None = None) -> tuple[int, Difference]:
@@ -393,6 +355,42 @@ def _difference(
     )
 
 
+def _mean_difference(
+    reference: Predictions,
+    candidate: Predictions,
+    ours: np.ndarray,
+    theirs: np.ndarray,
+    group: np.ndarray | None,
+    confidence: float,
+) -> Difference | None:
+    """`compare` where images have several labels."""
+    change = row_scores(candidate)["per_label"][theirs] - row_scores(reference)["per_label"][ours]
+    judged = ~np.isnan(change)
+    n, level = int(judged.sum()), 1 - confidence
+    if not n:
+        return None
+    shared = group is not None and _shared(group)
+    own = group[judged] if group is not None and shared else np.full(n, -1)
+    balanced = balanced_change(reference, candidate, ours, theirs)[judged]
+    change = change[judged]
+    gain, p_value = float(change.mean()), _flipped_signs(change, own)
+    balanced_gain, balanced_p = float(balanced.sum()), _flipped_signs(balanced, own)
+    sure = (1 + confidence) / 2
+    return Difference(
+        rows=n,
+        lost=int((change < -_SAME).sum()),
+        gained=int((change > _SAME).sum()),
+        gain=gain,
+        low=None if shared else mean_lower_bound(change, sure),
+        high=None if shared else mean_upper_bound(change, sure),
+        p_value=p_value,
+        verdict=_side(gain, p_value, level),
+        balanced_gain=balanced_gain,
+        balanced_p=balanced_p,
+        balanced_verdict=_side(balanced_gain, balanced_p, level),
+    )
+
+
 def _side(gain: float, p_value: float, level: float) -> Side:
     if p_value > level or abs(gain) < _SAME:
         return "even"
@@ -430,18 +428,10 @@ def _flipped_signs(change: np.ndarray, group: np.ndarray, draws: int = 9999) -> 
 
 
 def _labelled(targets: np.ndarray, labels: LabelSpace) -> bool:
-    """Whether every row has its class in every one_of task."""
-    return all((targets[:, part] > 0).any(1).all() for task, part in labels.parts if task.kind == "one_of")
-
-
-def _answers(scores: np.ndarray, labels: LabelSpace) -> np.ndarray:
-    """(n, answers) int64: the class of each one_of task, each yes or no of the any_of tasks; -1 where a score is not finite."""
-    parts, first = [], 0
-    for task in labels.tasks:
-        own = scores[:, first : first + len(task.classes)]
-        parts.append(own.argmax(1)[:, None] if task.kind == "one_of" else (own >= 0.5).astype(np.int64))
-        first += len(task.classes)
-    return np.where(np.isfinite(scores).all(1, keepdims=True), np.concatenate(parts, 1), -1)
+    """Whether each row has its class; of several labels, whether anything is known of some row."""
+    if labels.is_single:
+        return bool((targets > 0).any(1).all())
+    return not len(targets) or not bool(np.isnan(targets).all())
 
 
 def _share(rows: np.ndarray) -> float:

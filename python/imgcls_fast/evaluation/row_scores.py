@@ -1,0 +1,90 @@
+"""How right each row is, whatever kinds of labels it has."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..core.errors import DataError
+from ..core.labels import known
+from ..core.predictions import Predictions
+
+
+def row_scores(predictions: Predictions, thresholds: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    """How right each row is, as (n,) float64; NaN where nothing of it is known.
+
+    A row with a score that is not finite is wrong in all that is known of it.
+
+    Args:
+        thresholds: (K,) for classes of `any_of` tasks; None: those of the predictions, 0.5 where they have none.
+
+    Returns:
+        One-label data: "accuracy" (0 or 1). Others: "exact_match" (1 where each known answer is right, else 0) and "per_label" (mean
+        over the tasks that are known of 0 or 1 for `one_of`, of the share of right known classes for `any_of`).
+
+    Raises:
+        DataError: D004 when there are no labels.
+    """
+    if predictions.targets is None:
+        raise DataError("D004", "these predictions have no labels, so they cannot be judged")
+    labels, right = predictions.labels, right_answers(predictions, thresholds)
+    shares = np.full((len(predictions), len(labels.tasks)), np.nan)
+    for k, part in enumerate(labels.slices):
+        rows = known(predictions.targets, part)
+        there = ~np.isnan(predictions.targets[rows, part])
+        shares[rows, k] = (right[rows, part] & there).sum(1) / there.sum(1)
+    judged = ~np.isnan(shares)
+    some = judged.any(1)
+    exact = np.where(some, (~judged | (shares == 1)).all(1), np.nan)
+    if labels.is_single:
+        return {"accuracy": exact}
+    mean = np.divide(np.where(judged, shares, 0).sum(1), judged.sum(1), out=np.full(len(some), np.nan), where=some)
+    return {"exact_match": exact, "per_label": mean}
+
+
+def right_answers(predictions: Predictions, thresholds: np.ndarray | None = None) -> np.ndarray:
+    """(n, K) bool: whether the answer to each column is right; in columns of a `one_of` task whether that of the task is.
+
+    Where the truth is unknown it means nothing; in a row with a score that is not finite nothing is right.
+    """
+    labels, targets = predictions.labels, np.asarray(predictions.targets)
+    equal: np.ndarray = labels.decide(predictions.scores, _least(predictions, thresholds)) == labels.decide(targets)
+    equal &= np.isfinite(predictions.scores).all(1, keepdims=True)
+    for task, part in labels.parts:
+        if task.kind == "one_of":
+            equal[:, part] = equal[:, part].all(1, keepdims=True)
+    return equal
+
+
+def same_answers(reference: Predictions, candidate: Predictions) -> np.ndarray:
+    """(n,) bool: rows with the same answers to everything, with the thresholds of the reference."""
+    given = [reference.labels.decide(each.scores, reference.thresholds) for each in (reference, candidate)]
+    finite = [np.isfinite(each.scores).all(1) for each in (reference, candidate)]
+    same: np.ndarray = (given[0] == given[1]).all(1) & (finite[0] == finite[1])
+    return same
+
+
+def balanced_change(
+    reference: Predictions, candidate: Predictions, ours: np.ndarray, theirs: np.ndarray
+) -> np.ndarray:
+    """(n,) what each row adds to the difference of balanced accuracies, which are means over tasks and classes.
+
+    Args:
+        ours, theirs: (n,) places of the same rows in the two.
+    """
+    labels, targets = reference.labels, np.asarray(reference.targets)[ours]
+    true = labels.decide(targets)
+    was, now = right_answers(reference)[ours], right_answers(candidate)[theirs]
+    change, out = now.astype(np.float64) - was, np.zeros(len(ours))
+    for task, part in labels.parts:
+        own = true[:, part]
+        sides = [own] if task.kind == "one_of" else [own, ~np.isnan(targets[:, part]) & ~own]
+        sizes = [side.sum(0) for side in sides]
+        both = np.stack([size > 0 for size in sizes]).all(0)  # classes with rows on each side
+        if both.any():
+            weight = sum(side / np.maximum(size, 1) for side, size in zip(sides, sizes, strict=True)) * both
+            out += (change[:, part] * weight).sum(1) / (len(sides) * both.sum() * len(labels.tasks))
+    return out
+
+
+def _least(predictions: Predictions, thresholds: np.ndarray | None) -> np.ndarray | None:
+    return predictions.thresholds if thresholds is None else thresholds
