@@ -6,13 +6,19 @@ change when a run is resumed; every other field shapes the trajectory of the wei
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 
 from .config_verbs import ExportConfig
+from .figures import MONITORS
 from .schema import BITS, FREE, Auto, Fraction, Seconds, Section, Text, extras, flag, flag_row, listed, several
 from .verbs import Group
+
+if TYPE_CHECKING:
+    MonitorName = str
+else:
+    MonitorName = Literal[("auto", *MONITORS)]  # from the table; a type checker cannot read it
 
 
 def _sums_to_one(fractions: tuple[float, float, float]) -> tuple[float, float, float]:
@@ -275,7 +281,7 @@ class TrainConfig(Section):
         description="refuse operations without a deterministic form",
         json_schema_extra=flag("--deterministic", group="machine"),
     )
-    monitor: Literal["auto", "val/accuracy", "val/macro_f1", "val/balanced_accuracy", "val/loss"] = Field(
+    monitor: MonitorName = Field(
         "auto", description="metric that picks the best checkpoint and stops early", json_schema_extra=flag("--monitor")
     )
     patience: PositiveInt | None = Field(

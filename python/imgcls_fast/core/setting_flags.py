@@ -189,7 +189,7 @@ ROWS: tuple[dict[str, Any], ...] = (
         "names": ("--monitor",), "help": "metric that picks the best checkpoint and stops early",
         "setting": "train.monitor", "verbs": ("train",), "metavar": "NAME", "kind": "value",
         "group": "optimisation",
-        "choices": ("auto", "val/accuracy", "val/macro_f1", "val/balanced_accuracy", "val/loss"),
+        "choices": ("auto", "val/accuracy", "val/macro_f1", "val/balanced_accuracy", "val/macro_ap", "val/loss"),
     },
     {
         "names": ("--patience",), "help": "epochs without improvement before stopping (none: never)",

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import IO, TYPE_CHECKING, Any
 
 from ..core.env import terminal_moves
+from ..core.figures import MONITORS
 from ..core.phases import PhaseEvent
 from ..core.text import printable
 from .beat import BAR_S, LINE_S, Beat, Doing
@@ -218,7 +219,7 @@ class ConsoleSink:
         width = self.console.width if self.console.is_terminal else 0
         text = Text(epoch_line(event, width))
         text.highlight_regex(r"\*best$", "bold green")
-        lower = event.get("monitor") == "val/loss"
+        lower = not MONITORS[event.get("monitor") or "val/accuracy"].more_is_better
         text.highlight_regex(r"\(\+[^)]*\)", "red" if lower else "green")
         text.highlight_regex(r"\(-[^)]*\)", "green" if lower else "red")
         self._beat.touch()

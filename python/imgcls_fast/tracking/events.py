@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NotRequired, Protocol, TypedDict, TypeVar, cast
 
+from ..core.figures import FIGURES
 from ..core.phases import PhaseEvent
 
 _PACKAGE = str(Path(__file__).resolve().parents[1])
@@ -255,6 +256,8 @@ def event_of(kind: type[E], facts: Mapping[str, Any]) -> E:
         TypeError: a key that the kind does not have, or one that is missing.
     """
     required, optional = kind.__required_keys__, kind.__optional_keys__  # type: ignore[attr-defined]
+    if kind is EpochDone:
+        optional |= {figure.column for figure in FIGURES}
     if wrong := (facts.keys() - required - optional) | (required - facts.keys()):
         raise TypeError(f"{kind.__name__}: unknown or missing: {', '.join(sorted(wrong))}")
     return cast(E, dict(facts))

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from ..core.figures import FIGURES, MONITORS
 from ..core.phases import PhaseEvent
 from .events import (
     BaselineFitted,
@@ -28,16 +29,6 @@ def plain_lines(event: Event) -> list[str]:
     return _PLAIN.get(event["event"], lambda event: [])(event)
 
 
-MONITORS = {
-    "val/accuracy": "val acc",
-    "val/macro_f1": "f1",
-    "val/balanced_accuracy": "balanced acc",
-    "val/loss": "val loss",
-}
-_FIGURES = {"val/loss": "val_loss", "val/accuracy": "val_accuracy", "val/macro_f1": "val_macro_f1",
-            "val/balanced_accuracy": "val_balanced_accuracy"}  # fmt: skip
-
-
 def epoch_line(event: EpochDone, width: int = 0) -> str:
     """One epoch in one line; in a terminal of `width` columns the least important parts are left out (0: keep all).
 
@@ -45,11 +36,12 @@ def epoch_line(event: EpochDone, width: int = 0) -> str:
     """
     monitor, delta = event.get("monitor", "val/accuracy"), event.get("delta")
     found: Mapping[str, Any] = event
+    shown = (monitor, "val/accuracy", "val/macro_f1", *(["val/macro_ap"] if "val_macro_ap" in found else []))
     figures = [
-        f"{MONITORS[name]} {short(found.get(key))}"
-        + (f" ({_signed(delta)})" if name == monitor and delta is not None else "")
-        for name, key in _FIGURES.items()
-        if name in (monitor, "val/accuracy", "val/macro_f1")
+        f"{figure.short} {short(found.get(figure.column))}"
+        + (f" ({_signed(delta)})" if figure.monitor == monitor and delta is not None else "")
+        for figure in FIGURES
+        if figure.monitor in shown
     ]
     parts = [  # (importance, text)
         (9, f"ep {event['epoch']:>{len(str(event['epochs']))}}/{event['epochs']}"),
@@ -231,7 +223,7 @@ def _marks(event: Started) -> list[str]:
     """What *best and the brackets of the epoch lines mean."""
     if event.get("monitor") is None:
         return []
-    sign = "-" if event["monitor"] == "val/loss" else "+"
+    sign = "+" if MONITORS[event["monitor"]].more_is_better else "-"
     lines = [f"  *best: {_goal(event['monitor'])} so far, ({sign}.01): its change against the best before"]
     if (patience := event.get("patience")) is not None:
         lines.append(f"  stops early after {counted(patience, 'epoch')} without a better one")
@@ -239,7 +231,8 @@ def _marks(event: Started) -> list[str]:
 
 
 def _goal(monitor: str) -> str:
-    return f"{'lowest' if monitor == 'val/loss' else 'highest'} {MONITORS[monitor]}"
+    figure = MONITORS[monitor]
+    return f"{'highest' if figure.more_is_better else 'lowest'} {figure.short}"
 
 
 def _phase_lines(event: PhaseEvent) -> list[str]:
@@ -266,7 +259,7 @@ def ended_line(event: Ended) -> str:
 
 
 def _ended(event: Ended) -> tuple[str, str, str]:
-    name, waited = MONITORS[event["monitor"]], event["epoch"] - event["best_epoch"]
+    name, waited = MONITORS[event["monitor"]].short, event["epoch"] - event["best_epoch"]
     return (
         f"after epoch {event['epoch']} of {event['epochs']}",
         f"{name} has not improved for {counted(waited, 'epoch')} (patience {event['patience']})",

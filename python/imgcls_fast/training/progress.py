@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,9 @@ import torch
 
 from ..core.batch import Batch
 from ..core.config import TrainConfig
+from ..core.figures import MONITORS, usual_figures
 from ..evaluation.metrics import Metrics
+from ..evaluation.tasks import TaskMetrics
 from ..tracking.events import Ended
 
 
@@ -73,16 +76,8 @@ class Pace:
         return self.waited / max(self.waited + self.busy, 1e-9)
 
 
-MONITORS = {  # train.monitor -> (column of metrics.csv, whether more is better)
-    "val/accuracy": ("val_accuracy", True),
-    "val/macro_f1": ("val_macro_f1", True),
-    "val/balanced_accuracy": ("val_balanced_accuracy", True),
-    "val/loss": ("val_loss", False),
-}
-
-
 def end_epoch(
-    progress: Progress, monitor: str, metrics: Metrics, facts: dict[str, Any]
+    progress: Progress, monitor: str, metrics: Metrics | TaskMetrics, facts: dict[str, Any]
 ) -> tuple[dict[str, Any], float, float | None]:
     """Add an epoch to the history, and judge whether it is the best so far.
 
@@ -94,17 +89,16 @@ def end_epoch(
         The row of metrics.csv, the monitored value (higher is better), and the monitored figure minus that of the best
         epoch before (None in the first epoch).
     """
-    column, more_is_better = MONITORS[monitor]
+    monitored = MONITORS[monitor]
+    sign = 1 if monitored.more_is_better else -1
+    figures = usual_figures(single=isinstance(metrics, Metrics), monitor=monitor)
     record = {
         "epoch": progress.epoch + 1,
         "train_loss": facts["train_loss"],
-        "val_loss": metrics.log_loss,
-        "val_accuracy": metrics.accuracy,
-        "val_macro_f1": metrics.macro_f1,
-        "val_balanced_accuracy": metrics.balanced_accuracy,
+        **{figure.column: figure.value(metrics) for figure in figures},
         **facts,
     }
-    value = record[column] if more_is_better else -record[column]  # higher is better
+    value = sign * record[monitored.column]  # higher is better
     best, former = is_better(value, metrics.log_loss, progress), progress.best
     record["best"] = int(best)
     progress.history.append(record)
@@ -112,12 +106,12 @@ def end_epoch(
         progress.best, progress.best_loss, progress.best_epoch, progress.wait = value, metrics.log_loss, progress.epoch, 0
     else:
         progress.wait += 1
-    return record, value, None if former is None else (value - former) * (1 if more_is_better else -1)
+    return record, value, None if former is None else (value - former) * sign
 
 
 def is_better(value: float, loss: float, progress: Progress) -> bool:
     """Higher value; between equal values (common with few validation rows) the lower loss."""
-    if progress.best is None or value > progress.best:
+    if progress.best is None or math.isnan(progress.best) or value > progress.best:
         return True
     return value == progress.best and progress.best_loss is not None and loss < progress.best_loss
 
@@ -139,7 +133,7 @@ def how_it_ended(train: TrainConfig, history: Sequence[Mapping[str, Any]]) -> En
         "epochs": planned,
         "monitor": train.monitor,
         "best_epoch": int(best["epoch"]),
-        "best": best[MONITORS[train.monitor][0]],
+        "best": best[MONITORS[train.monitor].column],
         "patience": train.patience,
         "early": over and done < planned,
     }
