@@ -95,9 +95,9 @@ def close(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], Path]:
 
 
 def _make_bundle(
-    folder: Path, seed: int, arch: str = "small-cnn", *, size: int = 32, color: str = "rgb", temperature: float = 1.7,
+    folder: Path, seed: int, arch: str = "small-cnn", *, size: int = 32, color: str = "rgb", temperature: Any = 1.7,
     classes: int = 3, args: dict[str, Any] | None = None, crop_pct: float = 0.875,
-    seen: np.ndarray | Literal["noise", "nothing"] = "noise",
+    seen: np.ndarray | Literal["noise", "nothing"] = "noise", labels: Any = None, thresholds: Any = None,
 ) -> Any:  # fmt: skip
     import torch
     from safetensors.torch import save
@@ -111,7 +111,8 @@ def _make_bundle(
     mean, std = (0.5,) * channels, (0.25,) * channels
     torch.manual_seed(seed)
     own = args if args is not None else {"width": 8} if arch == "small-cnn" else {}
-    spec = ModelSpec(arch, num_outputs=classes, channels=channels, mean=mean, std=std, image_size=size, arch_args=own)
+    labels = labels or LabelSpace.single([f"class {k}" for k in range(classes)])
+    spec = ModelSpec(arch, num_outputs=labels.size, channels=channels, mean=mean, std=std, image_size=size, arch_args=own)
     model = build_model(spec)
     with torch.no_grad():  # untrained heads answer 1/K to everything, which would agree with anything
         for parameter in model.head_parameters():
@@ -130,10 +131,11 @@ def _make_bundle(
         folder / "bundle",
         lambda file: file.write(save(state)) and None,
         arch=model.spec.to_dict(),
-        labels=LabelSpace.single([f"class {k}" for k in range(classes)]),
+        labels=labels,
         pixels=Pixels(size, crop_pct, "bilinear", color, "apply", mean, std),  # type: ignore[arg-type]
         temperature=temperature,
         provenance={},
+        thresholds=thresholds,
     )
 
 

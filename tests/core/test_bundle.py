@@ -12,6 +12,7 @@ from imgcls_fast.core import bundle as bundle_module
 from imgcls_fast.core.bundle import bundle_around, read_bundle, write_bundle
 from imgcls_fast.core.errors import HardwareError, ModelError
 from imgcls_fast.core.files import read_sealed, sha256_file, write_sealed
+from imgcls_fast.core.labels import LabelSpace, Task
 
 
 def rewrite(bundle: Any, write: Callable[[Any], None]) -> Any:
@@ -113,6 +114,88 @@ def test_a_bundle_of_another_kind_has_its_own_file_and_digest(
     with pytest.raises(ModelError, match=r"newer imgcls-fast \(kind sklearn") as refused:
         read_bundle(made.directory)
     assert refused.value.code == "M004"
+
+
+# bundle.json as the version before labels of every kind wrote it, around weights of seven bytes
+OLD = """{
+  "schema": 1,
+  "arch": {
+    "arch": "small-cnn",
+    "num_outputs": 2
+  },
+  "labels": {
+    "tasks": [
+      {
+        "name": "label",
+        "classes": [
+          "cat",
+          "dog"
+        ],
+        "kind": "one_of"
+      }
+    ]
+  },
+  "pixels": {
+    "size": 32,
+    "crop_pct": 0.875,
+    "interpolation": "bilinear",
+    "color": "rgb",
+    "exif": "apply",
+    "mean": [
+      0.5,
+      0.5,
+      0.5
+    ],
+    "std": [
+      0.25,
+      0.25,
+      0.25
+    ],
+    "max_megapixels": 50.0
+  },
+  "temperature": 1.75,
+  "provenance": {
+    "run": "r"
+  },
+  "digests": {
+    "weights.safetensors": "9a129038d9a00aed0cf6a7ea059ca50a813449061ab87848cf1a13eafdf33b2c"
+  },
+  "seal": "408274b17dc68d2f3323565fb219cc4350a923b17b65c98e3b69f305d34ae0fb"
+}
+"""
+
+
+def test_a_bundle_of_the_version_before_opens_and_is_still_written_so(tmp_path: Any) -> None:
+    old = tmp_path / "old"
+    old.mkdir()
+    (old / "bundle.json").write_text(OLD)
+    (old / "weights.safetensors").write_bytes(b"weights")
+    bundle = read_bundle(old)
+    assert (bundle.kind, bundle.temperature, bundle.temperatures, bundle.thresholds) == ("torch", 1.75, (1.75,), None)
+    again = write_bundle(
+        tmp_path / "new",
+        lambda file: file.write(b"weights") and None,
+        arch=bundle.arch,
+        labels=bundle.labels,
+        pixels=bundle.pixels,
+        temperature=bundle.temperature,
+        provenance=bundle.provenance,
+    )
+    assert (again.directory / "bundle.json").read_text() == OLD
+
+
+def test_each_task_keeps_its_temperature_and_each_class_its_threshold(bundle_of: Callable[..., Any]) -> None:
+    labels = LabelSpace((Task("kind", ("a", "b")), Task("marks", ("x", "y"), "any_of")))
+    bundle = bundle_of(labels=labels, temperature=(1.5, 0.75), thresholds=(0.5, 0.5, 0.25, 0.875))
+    again = read_bundle(bundle.directory)
+    assert again == bundle and again.temperatures == (1.5, 0.75) and again.thresholds == (0.5, 0.5, 0.25, 0.875)
+    meta = read_sealed(bundle.directory / "bundle.json")
+    assert meta["schema"] == 2 and "temperature" not in meta  # versions before refuse it as newer
+    with pytest.raises(ValueError, match="2 tasks"):
+        again.temperature  # noqa: B018
+    for wrong in ({"temperature": (1.0,)}, {"thresholds": (0.5,)}, {"thresholds": (0.5, 0.5, 1.5, 0.5)}):
+        with pytest.raises(ValueError):
+            bundle_of(labels=labels, **wrong)
 
 
 @pytest.mark.parametrize("name", ["../elsewhere.txt", "/etc/hostname"])

@@ -77,7 +77,7 @@ def test_what_is_not_exactly_this_model_is_refused(exports: Path, bundle: Any, h
     elif how == "other model":
         bundle = replace(bundle, digests={"weights.safetensors": "0"})
     elif how == "other temperature":
-        bundle = replace(bundle, temperature=9.0)
+        bundle = replace(bundle, temperatures=(9.0,))
     else:
         (exports / "index.json").write_text("[1")
     with pytest.raises(ExportError) as refused:
@@ -160,7 +160,7 @@ def test_the_key_changes_with_everything_that_shapes_the_file(bundle: Any) -> No
     keys = [
         export_key(bundle, opset=20),
         export_key(bundle, opset=21),
-        export_key(replace(bundle, temperature=2.0), opset=20),
+        export_key(replace(bundle, temperatures=(2.0,)), opset=20),
         export_key(replace(bundle, digests={"weights.safetensors": "0"}), opset=20),
     ]
     assert len(set(keys)) == 4

@@ -56,7 +56,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 class FakeEngine:
     """Takes 3 ms a call and 1 ms an image, of which 2 ms an image on two cores; half of the call is not the device's."""
 
-    thread_safe, runtime, precision = True, "fake", "fp32"
+    thread_safe, runtime, precision, thresholds = True, "fake", "fp32", None
     labels = LabelSpace.single(["a", "b"])
     pixels = Pixels(4, 0.875, "bilinear", "rgb", "apply", (0.5,) * 3, (0.25,) * 3)
 

@@ -60,7 +60,7 @@ class Answers:
     """An engine that gives row k the answer `answers[k]`; a row's number is written into its pixels."""
 
     labels, pixels = LabelSpace.single(CLASSES), Pixels(1, 1.0, "bilinear", "rgba", "apply", (0.5,) * 4, (0.5,) * 4)
-    max_batch, thread_safe, runtime, precision = 512, True, "double", "fp32"
+    max_batch, thread_safe, runtime, precision, thresholds = 512, True, "double", "fp32", None
 
     def __init__(self, answers: np.ndarray) -> None:
         self.answers, self.seen = np.asarray(answers), np.zeros(0, np.int64)

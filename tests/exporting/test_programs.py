@@ -147,7 +147,7 @@ def test_a_program_that_disagrees_is_refused_and_nothing_is_left(
 
     def wrong(*arguments: Any) -> Any:
         scorer = scorer_of(*arguments)
-        scorer.temperature *= 1.5
+        scorer.temperature = tuple(1.5 * heat for heat in scorer.temperature)
         return scorer
 
     monkeypatch.setattr(programs, "scorer_of", wrong)

@@ -679,7 +679,7 @@ def test_an_encoded_image_gets_the_scores_of_torch_from_the_repositorys_own_file
     decoded = np.stack(run_pipeline((folder / "m_decode" / "1" / "model.dali").read_bytes(), files))
     session = runtime.InferenceSession(str(folder / "m" / "1" / "model.onnx"), providers=["CPUExecutionProvider"])
     served = session.run(["scores"], {"pixels": decoded})[0]
-    own = TorchEngine(load_model(bundle), bundle.labels, bundle.pixels, temperature=bundle.temperature).scores(
+    own = TorchEngine(load_model(bundle), bundle.labels, bundle.pixels, temperature=bundle.temperatures).scores(
         specified
     )
     assert np.ptp(own, axis=0).max() > 0.1, "the untrained network must not answer the same to everything"

@@ -104,7 +104,7 @@ def test_an_export_of_another_temperature_is_not_taken_for_this_model(
 
     bundle, exports, _ = exported
     with pytest.raises(ExportError):
-        open_engine(replace(bundle, temperature=1.0), "onnx", exports=exports)
+        open_engine(replace(bundle, temperatures=(1.0,)), "onnx", exports=exports)
 
 
 def test_a_graph_that_disagrees_is_refused_and_nothing_is_left(
@@ -116,7 +116,7 @@ def test_a_graph_that_disagrees_is_refused_and_nothing_is_left(
 
     def wrong(*arguments: Any, **more: Any) -> Any:
         scorer = original(*arguments, **more)
-        scorer.temperature *= 1.5
+        scorer.temperature = tuple(1.5 * heat for heat in scorer.temperature)
         return scorer
 
     monkeypatch.setattr(onnx_graph, "scorer_of", wrong)

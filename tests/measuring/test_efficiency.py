@@ -273,7 +273,7 @@ def test_images_that_are_gone_leave_accuracy_unknown_and_the_rest_stands(
 class Fake:
     """An engine with little memory, whose file may take one batch size only."""
 
-    thread_safe, runtime, precision, max_batch = True, "onnx", "fp32", 64
+    thread_safe, runtime, precision, max_batch, thresholds = True, "onnx", "fp32", 64, None
 
     def __init__(self, engine: Engine, memory: int) -> None:
         self.labels, self.pixels, self.memory = engine.labels, engine.pixels, memory

@@ -62,7 +62,7 @@ class Changed:
     def __init__(self, engine: Any, before: Any = None, after: Any = None, precision: str = "fp32") -> None:
         self._engine, self._before, self._after, self.precision = engine, before, after, precision
         self.labels, self.pixels, self.max_batch, self.thread_safe = engine.labels, engine.pixels, 16, True
-        self.runtime, self.closed = "double", False
+        self.runtime, self.closed, self.thresholds = "double", False, None
 
     def scores(self, pixels: Any) -> np.ndarray:
         scores = self._engine.scores(np.ascontiguousarray(self._before(pixels)) if self._before else pixels)
@@ -261,7 +261,7 @@ def test_batches_are_no_larger_than_the_smallest_engine_allows(drawn, bundle_of)
             return super().scores(pixels)
 
     whole = open_engine(bundle)
-    small = Small(whole.model, bundle.labels, bundle.pixels, temperature=bundle.temperature, max_batch=5)  # type: ignore[union-attr]
+    small = Small(whole.model, bundle.labels, bundle.pixels, temperature=bundle.temperatures, max_batch=5)  # type: ignore[union-attr]
     result = verify_run(bundle, drawn, whole, {"small": small}, sources={"predictor": predictor_source(whole)})
     assert max(seen) == 5 and sum(seen) == result["images"] == 12
     assert MAX_SCORE == 1e-4 and (verify.MAX_LEVELS, verify.MEAN_LEVELS) == (2, 0.25)

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from .errors import ModelError
 from .files import explained_write, read_sealed, sha256_file, sync_directory, write_sealed, write_whole
-from .manifest import LabelSpace
+from .labels import LabelSpace
 from .pixels import Pixels
 
-SCHEMA = 1
+SCHEMA = 2  # 1 is still written where it suffices: one-label models of torch
 KINDS = {"torch": "weights.safetensors"}  # kind of model -> the file that carries it
 
 
@@ -27,21 +27,45 @@ class Bundle:
         arch: the architecture and its arguments, as `models.build.ModelSpec.to_dict()` gives them.
         labels: what each score means.
         pixels: how a file becomes input.
-        temperature: scores are softmax(logits / temperature); fitted on validation rows.
+        temperatures: one per task; scores are softmax or sigmoid of logits / temperature. Fitted on validation rows.
         provenance: run, data fingerprint, versions, metrics.
         digests: SHA-256 of each other file of the bundle. bundle.json holds one of itself (`files.write_sealed`);
             those written before it did are read without that check.
         kind: one of `KINDS`.
+        thresholds: least score with which each column's class holds, fitted on validation rows; one_of columns are ignored. None
+            where no task is any_of, or none were fitted (0.5).
+
+    Raises:
+        ValueError: not one temperature per task, or not one threshold in 0..1 per column.
     """
 
     directory: Path
     arch: dict[str, Any]
     labels: LabelSpace
     pixels: Pixels
-    temperature: float
+    temperatures: tuple[float, ...]
     provenance: dict[str, Any]
     digests: dict[str, str]
     kind: str = "torch"
+    thresholds: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        tasks, columns = len(self.labels.tasks), self.labels.size
+        if len(self.temperatures) != tasks:
+            raise ValueError(f"{tasks} tasks need as many temperatures, got {self.temperatures}")
+        if self.thresholds is not None and (len(self.thresholds) != columns or not all(0 <= t <= 1 for t in self.thresholds)):
+            raise ValueError(f"{columns} classes need as many thresholds in 0..1, got {self.thresholds}")
+
+    @property
+    def temperature(self) -> float:
+        """The temperature of a model with one task.
+
+        Raises:
+            ValueError: there are several tasks.
+        """
+        if len(self.temperatures) > 1:
+            raise ValueError(f"the model has {len(self.temperatures)} tasks, and one temperature for each")
+        return self.temperatures[0]
 
     @property
     def weights(self) -> Path:
@@ -53,14 +77,22 @@ class Bundle:
         """SHA-256 of `weights`: the identity of the model."""
         return self.digests[KINDS[self.kind]]
 
+    def scaling(self) -> dict[str, Any]:
+        """What lies between logits and answers, as files record it: temperature (one-label), else temperatures and thresholds."""
+        if self.labels.is_single:
+            return {"temperature": self.temperature}
+        least = {} if self.thresholds is None else {"thresholds": list(self.thresholds)}
+        return {"temperatures": list(self.temperatures), **least}
+
     def to_dict(self) -> dict[str, Any]:
+        plain = self.labels.is_single and self.kind == "torch"  # as the versions before write and read it
         return {
-            "schema": SCHEMA,
+            "schema": 1 if plain else SCHEMA,
             **({} if self.kind == "torch" else {"kind": self.kind}),
             "arch": self.arch,
             "labels": self.labels.to_dict(),
             "pixels": self.pixels.to_dict(),
-            "temperature": self.temperature,
+            **self.scaling(),
             "provenance": self.provenance,
             "digests": self.digests,
         }
@@ -73,20 +105,27 @@ def write_bundle(
     arch: dict[str, Any],
     labels: LabelSpace,
     pixels: Pixels,
-    temperature: float,
+    temperature: float | Sequence[float],
     provenance: dict[str, Any],
     kind: str = "torch",
+    thresholds: Sequence[float] | None = None,
 ) -> Bundle:
     """Write a new bundle; the directory appears whole.
 
     Args:
         write_weights: writes the model (kind "torch": as safetensors) into the open file that it is given.
+        temperature: one for all tasks, or one per task.
         kind: one of `KINDS`.
+        thresholds: see `Bundle`.
 
     Raises:
+        ValueError: as `Bundle`.
         ModelError: M004 when the directory already holds a bundle: bundles are never rewritten.
         HardwareError: H003 when the disk refuses.
     """
+    several = [temperature] * len(labels.tasks) if isinstance(temperature, int | float) else temperature
+    least = None if thresholds is None else tuple(float(t) for t in thresholds)
+    bundle = Bundle(directory, arch, labels, pixels, tuple(several), provenance, {}, kind, least)
     if directory.exists():
         raise ModelError(
             "M004", f"{directory} already exists, and a bundle is never rewritten", try_="choose another run directory"
@@ -98,8 +137,7 @@ def write_bundle(
         temporary.mkdir(parents=True)
         try:
             write_whole(temporary / KINDS[kind], write_weights)
-            digests = {KINDS[kind]: sha256_file(temporary / KINDS[kind])}
-            bundle = Bundle(directory, arch, labels, pixels, temperature, provenance, digests, kind)
+            bundle = replace(bundle, digests={KINDS[kind]: sha256_file(temporary / KINDS[kind])})
             write_sealed(temporary / "bundle.json", bundle.to_dict())
             sync_directory(temporary)
             os.rename(temporary, directory)
@@ -139,10 +177,11 @@ def read_bundle(directory: Path, *, verify: bool = True) -> Bundle:
             meta["arch"],
             LabelSpace.from_dict(meta["labels"]),
             Pixels.from_dict(meta["pixels"]),
-            meta["temperature"],
+            tuple(meta["temperatures"]) if "temperatures" in meta else (meta["temperature"],),
             meta["provenance"],
             meta["digests"],
             kind,
+            tuple(meta["thresholds"]) if meta.get("thresholds") is not None else None,
         )
         for name, digest in bundle.digests.items() if verify else ():
             if sha256_file(directory / name) != digest:

@@ -44,8 +44,8 @@ class Export:
 
     Args:
         folder: where it lies.
-        meta: content of meta.json: target, precision, file, sha256, bytes, bundle, temperature, classes, pixels, versions, and what
-            the target adds.
+        meta: content of meta.json: target, precision, file, sha256, bytes, bundle, temperature (or temperatures and thresholds), classes,
+            pixels, versions, and what the target adds.
     """
 
     folder: Path
@@ -86,8 +86,19 @@ class Export:
 
 
 def export_key(bundle: Bundle, **facts: Any) -> str:
-    """Eight hex digits that change with the weights, the temperature and everything else that shapes the file."""
-    return sha256_json({"bundle": bundle.digest, "temperature": bundle.temperature, **facts})[:8]
+    """Eight hex digits that change with the weights, the temperatures and everything else that shapes the file."""
+    return sha256_json({"bundle": bundle.digest, **_inside(bundle.scaling()), **facts})[:8]
+
+
+def _inside(scaling: dict[str, Any]) -> dict[str, Any]:
+    """The part of `Bundle.scaling` that is inside an exported graph; thresholds are applied to its scores."""
+    return {name: value for name, value in scaling.items() if name != "thresholds"}
+
+
+def is_of(meta: dict[str, Any], bundle: Bundle) -> bool:
+    """Whether an export was made of exactly this model."""
+    inside = _inside(bundle.scaling())
+    return meta.get("bundle") == bundle.digest and {name: meta.get(name) for name in inside} == inside
 
 
 def export_folder(path: Path) -> Path | None:
@@ -97,10 +108,10 @@ def export_folder(path: Path) -> Path | None:
 
 
 def common_meta(bundle: Bundle) -> dict[str, Any]:
-    """What every meta.json says about the model itself."""
+    """What every meta.json records about the model itself."""
     return {
         "bundle": bundle.digest,
-        "temperature": bundle.temperature,
+        **bundle.scaling(),
         "classes": list(bundle.labels.classes),
         "labels": bundle.labels.to_dict(),
         "pixels": bundle.pixels.to_dict(),
@@ -210,8 +221,7 @@ def demand_own(export: Export, bundle: Bundle, again: str) -> None:
     Raises:
         ExportError: E001 when it is damaged, or of another model.
     """
-    same = export.meta.get("bundle") == bundle.digest and export.meta.get("temperature") == bundle.temperature
-    if not same or not _intact(export):
+    if not is_of(export.meta, bundle) or not _intact(export):
         raise ExportError(
             "E001", f"{export.folder / str(export.meta.get('file'))} is damaged, or was made from another model", try_=again
         )  # fmt: skip

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import platform
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..core.errors import ExportError
-from ..core.manifest import LabelSpace
+from ..core.labels import LabelSpace
 from ..core.pixels import Pixels
 from .torch_runtime import MAX_BATCH, FunctionEngine, first_line
 
@@ -38,6 +39,7 @@ class AotiEngine(FunctionEngine):
         *,
         device: str | torch.device = "cpu",
         max_batch: int = MAX_BATCH,
+        thresholds: Sequence[float] | None = None,
     ) -> None:
         device = torch.device(device)
         foreign = foreign_host(meta.get("host") or {}, aoti_host(device))
@@ -59,6 +61,7 @@ class AotiEngine(FunctionEngine):
             precision=str(meta["effective_precision"]),
             max_batch=batch or max_batch,
             fixed=batch is not None,
+            thresholds=thresholds,
         )
         self._host = dict(meta["host"])
 

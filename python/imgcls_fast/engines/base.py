@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from ..core.manifest import LabelSpace
+from ..core.labels import LabelSpace
 from ..core.pixels import Pixels
 
 _WIDTH = ("int8", "fp16", "bf16", "tf32", "fp32")  # the wider wins where two are equally frequent
@@ -30,6 +30,11 @@ class Engine(Protocol):
     thread_safe: bool
     runtime: str
     precision: str
+
+    @property
+    def thresholds(self) -> np.ndarray | None:
+        """(K,) float32, least scores with which classes of any_of tasks hold; None: 0.5. See `LabelSpace.decide`."""
+        ...
 
     def scores(self, pixels: Any) -> np.ndarray:
         """(N, K) float32 probabilities of (N, H, W, C) uint8 pixels."""
@@ -84,6 +89,20 @@ def score_in_parts(
     if not parts:
         return np.zeros((0, columns), np.float32)
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def least_scores(labels: LabelSpace, thresholds: Sequence[float] | None) -> np.ndarray | None:
+    """(K,) float32 of an engine's thresholds; None where there are none.
+
+    Raises:
+        ValueError: not one per column.
+    """
+    if thresholds is None:
+        return None
+    least = np.asarray(thresholds, np.float32)
+    if least.shape != (labels.size,):
+        raise ValueError(f"{labels.size} classes need as many thresholds, got {least.shape}")
+    return least
 
 
 def blank(pixels: Pixels, n: int) -> np.ndarray:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +15,10 @@ import numpy as np
 
 from ..core import env
 from ..core.errors import ExportError, HardwareError
-from ..core.manifest import LabelSpace
+from ..core.labels import LabelSpace
 from ..core.onnx_bytes import HostileOnnx, OnnxFacts, check_onnx
 from ..core.pixels import Pixels
-from .base import blank, closed, dominant, score_in_parts
+from .base import blank, closed, dominant, least_scores, score_in_parts
 
 MAX_BATCH = 1024
 # Operators that do the multiplying, of standard ONNX and of ONNX Runtime's optimised graphs.
@@ -79,6 +79,7 @@ class GraphEngine:
 
     labels: LabelSpace
     pixels: Pixels
+    thresholds: np.ndarray | None
     max_batch: int
     _fixed: int | None  # batch size of the file; None: dynamic
 
@@ -103,9 +104,10 @@ class OnnxEngine(GraphEngine):
     """An exported graph in ONNX Runtime. See `base.Engine`.
 
     Args:
-        path: a graph `pixels` (batch, S, S, C) uint8 -> `scores` (batch, K) float32; softmax and temperature are inside.
+        path: a graph `pixels` (batch, S, S, C) uint8 -> `scores` (batch, K) float32; softmax or sigmoid and temperatures are inside.
         device: "cpu", or "cuda[:n]" with onnxruntime-gpu.
-        threads: of one batch on the CPU; 0: one for each core.
+        threads: CPU threads per batch; 0 uses every core.
+        thresholds: least score per column, see `base.Engine`.
 
     Raises:
         HardwareError: H004 without ONNX Runtime, or without its CUDA part.
@@ -124,10 +126,12 @@ class OnnxEngine(GraphEngine):
         device: str = "cpu",
         threads: int = 0,
         max_batch: int = MAX_BATCH,
+        thresholds: Sequence[float] | None = None,
     ) -> None:
         onnxruntime = env.require("onnxruntime", "onnx", "the runtime onnx")
         graph, threads = read_graph(path), threads or env.usable_cpus()  # by itself it counts cores that are not ours
         self.labels, self.pixels, self.device = labels, pixels, device
+        self.thresholds = least_scores(labels, thresholds)
         self._gpu = _Gpu(onnxruntime, device) if device != "cpu" else None
         with tempfile.TemporaryDirectory(prefix="imgcls-fast-") as folder:
             options = onnxruntime.SessionOptions()

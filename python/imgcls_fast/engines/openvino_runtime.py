@@ -6,7 +6,7 @@ import ctypes
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from ..core import env
-from ..core.manifest import LabelSpace
+from ..core.labels import LabelSpace
 from ..core.pixels import Pixels
-from .base import blank, closed, dominant
+from .base import blank, closed, dominant, least_scores
 from .onnx_runtime import MAX_BATCH, PRECISION_NAMES, GraphEngine, checked_edges, explained, read_graph
 
 _SS_DISABLE = 2  # of sigaltstack(2): there is none
@@ -33,7 +33,8 @@ class OpenVinoEngine(GraphEngine):
         path: as for `OnnxEngine`.
         compute: "f32" (what the file says), or "bf16" to let OpenVINO round. Without a hint it rounds by itself on CPUs that
             have bfloat16 instructions.
-        threads: of one batch; 0: one for each core.
+        threads: CPU threads per batch; 0 uses every core.
+        thresholds: least score per column, see `base.Engine`.
 
     Raises:
         HardwareError: H004 without OpenVINO.
@@ -52,10 +53,12 @@ class OpenVinoEngine(GraphEngine):
         compute: str = "f32",
         threads: int = 0,
         max_batch: int = MAX_BATCH,
+        thresholds: Sequence[float] | None = None,
     ) -> None:
         openvino = quiet_openvino()
         read_graph(path)
         self.labels, self.pixels = labels, pixels
+        self.thresholds = least_scores(labels, thresholds)
         settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": compute}
         counted = env.cpus()
         if not threads and counted.threads < counted.affinity:  # it counts the mask by itself, and no quota

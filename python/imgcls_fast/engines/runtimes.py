@@ -85,12 +85,12 @@ def open_export(
         ExportError: E001, E005, E006; HardwareError: H001, H004.
     """
     demand_trusted(export, trust=trust)
-    most: dict[str, Any] = {} if batch is None else {"max_batch": batch}
+    more: dict[str, Any] = {"thresholds": bundle.thresholds} | ({} if batch is None else {"max_batch": batch})
     place = Export(plain_path(export.folder), export.meta)
     if export.meta.get("target") == "onnx" and not is_own(export.meta):
         read_graph(place.path)  # what its bytes show comes first
         demand_survivable(place.path, str(export.meta["sha256"]), runtime, bundle.pixels)
-    return OPENERS[runtime](place, bundle, device, threads, most)
+    return OPENERS[runtime](place, bundle, device, threads, more)
 
 
 def _open_torch(bundle: Bundle, runtime: str, device: str, precision: str | None, batch: int | None) -> TorchEngine:
@@ -102,8 +102,8 @@ def _open_torch(bundle: Bundle, runtime: str, device: str, precision: str | None
     if precision in AUTOCAST:
         model = halved(model, AUTOCAST[precision])
     kind = CompiledEngine if runtime == "compile" else TorchEngine
-    most: dict[str, Any] = {} if batch is None else {"max_batch": batch}
-    return kind(model, bundle.labels, bundle.pixels, temperature=bundle.temperature, device=device, **most)
+    more: dict[str, Any] = {"thresholds": bundle.thresholds} | ({} if batch is None else {"max_batch": batch})
+    return kind(model, bundle.labels, bundle.pixels, temperature=bundle.temperatures, device=device, **more)
 
 
 def _open_auto(
@@ -123,28 +123,36 @@ def _open_auto(
     return _open_torch(bundle, "torch", device, precision, batch)
 
 
-def _open_aoti(export: Export, bundle: Bundle, device: str, threads: int, most: dict[str, Any]) -> Engine:
+def _open_aoti(export: Export, bundle: Bundle, device: str, threads: int, more: dict[str, Any]) -> Engine:
     from .aoti_runtime import AotiEngine
 
     made = str((export.meta.get("host") or {}).get("device", "cpu"))  # a package knows its kind of device
     device = device if torch.device(device).type == made else made
-    return AotiEngine(export.path, export.meta, bundle.labels, bundle.pixels, device=device, **most)
+    return AotiEngine(export.path, export.meta, bundle.labels, bundle.pixels, device=device, **more)
 
 
-def _open_onnx(export: Export, bundle: Bundle, device: str, threads: int, most: dict[str, Any]) -> Engine:
+def _open_onnx(export: Export, bundle: Bundle, device: str, threads: int, more: dict[str, Any]) -> Engine:
     device = device if cuda_provider() else "cpu"
-    return OnnxEngine(export.path, bundle.labels, bundle.pixels, device=device, threads=threads, **most)
+    return OnnxEngine(export.path, bundle.labels, bundle.pixels, device=device, threads=threads, **more)
 
 
-def _open_openvino(export: Export, bundle: Bundle, device: str, threads: int, most: dict[str, Any]) -> Engine:
-    return OpenVinoEngine(export.path, bundle.labels, bundle.pixels, threads=threads, **most)
+def _open_openvino(export: Export, bundle: Bundle, device: str, threads: int, more: dict[str, Any]) -> Engine:
+    return OpenVinoEngine(export.path, bundle.labels, bundle.pixels, threads=threads, **more)
 
 
-def _open_trt(export: Export, bundle: Bundle, device: str, threads: int, most: dict[str, Any]) -> Engine:
+def _open_trt(export: Export, bundle: Bundle, device: str, threads: int, more: dict[str, Any]) -> Engine:
     from .trt_runtime import TrtEngine
 
     index = torch.device(device).index or 0
-    return TrtEngine(export.path, export.meta, bundle.labels, bundle.pixels, device=index, bundle=bundle.digest)
+    return TrtEngine(
+        export.path,
+        export.meta,
+        bundle.labels,
+        bundle.pixels,
+        device=index,
+        bundle=bundle.digest,
+        thresholds=bundle.thresholds,
+    )
 
 
 # how each runtime of `targets.READS` opens its file

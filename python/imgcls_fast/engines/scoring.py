@@ -42,7 +42,7 @@ def predict(
         seen += int((rows[-1] >= 0).sum())
         if progress:
             progress(seen)
-    return Predictions.gather(rows, scores, targets if labelled else None, engine.labels, paths, fingerprint)
+    return Predictions.gather(rows, scores, targets if labelled else None, engine.labels, paths, fingerprint, engine.thresholds)
 
 
 def score_rows(

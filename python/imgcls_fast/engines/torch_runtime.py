@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,12 +14,12 @@ from torch.nn.modules.conv import _ConvNd
 from ..core import env
 from ..core.bundle import Bundle
 from ..core.errors import ExportError, ModelError
-from ..core.manifest import LabelSpace
+from ..core.labels import LabelSpace
 from ..core.pixels import Pixels
 from ..models.build import ModelSpec, build_model, load_weights
 from ..models.classifier import Classifier, probabilities
 from ..models.kernels import use_kernels
-from .base import blank, closed, dominant
+from .base import blank, closed, dominant, least_scores
 from .hush import hushed
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -38,6 +38,7 @@ class FunctionEngine:
         score: the function.
         precision: what it computes in.
         fixed: it takes batches of exactly `max_batch`; what is missing is padded.
+        thresholds: least score per column, see `base.Engine`.
     """
 
     thread_safe = True
@@ -53,8 +54,10 @@ class FunctionEngine:
         precision: str = "fp32",
         max_batch: int = MAX_BATCH,
         fixed: bool = False,
+        thresholds: Sequence[float] | None = None,
     ) -> None:
         self.labels, self.pixels, self.runtime = labels, pixels, runtime
+        self.thresholds = least_scores(labels, thresholds)
         self.device, self.precision, self.max_batch = torch.device(device), precision, max_batch
         self._fixed = fixed
         self._function: Callable[[Tensor], Tensor] | None = score
@@ -125,7 +128,7 @@ class TorchEngine(FunctionEngine):
 
     Args:
         model: (N, H, W, C) uint8 -> (N, K) logits; put into eval mode only while scoring.
-        temperature: scores are softmax (or sigmoid) of logits / temperature.
+        temperature: one for all tasks, or one per task; scores are softmax or sigmoid of logits / temperature.
         precision: "bf16" or "fp16" for autocast of the forward pass; else the model computes in the type of its weights.
     """
 
@@ -135,12 +138,21 @@ class TorchEngine(FunctionEngine):
         labels: LabelSpace,
         pixels: Pixels,
         *,
-        temperature: float = 1.0,
+        temperature: float | Sequence[float] = 1.0,
         device: str | torch.device = "cpu",
         precision: str = "fp32",
         max_batch: int = MAX_BATCH,
+        thresholds: Sequence[float] | None = None,
     ) -> None:
-        super().__init__(self._scores_of_model, labels, pixels, runtime="torch", device=device, max_batch=max_batch)
+        super().__init__(
+            self._scores_of_model,
+            labels,
+            pixels,
+            runtime="torch",
+            device=device,
+            max_batch=max_batch,
+            thresholds=thresholds,
+        )
         self.model, self.temperature = model, temperature
         self._autocast = AUTOCAST.get(precision)
         self._operators = operators_of(model, self.device, self._autocast)
@@ -192,16 +204,24 @@ class CompiledEngine(TorchEngine):
         labels: LabelSpace,
         pixels: Pixels,
         *,
-        temperature: float = 1.0,
+        temperature: float | Sequence[float] = 1.0,
         device: str | torch.device = "cpu",
         precision: str = "fp32",
         max_batch: int | None = None,
+        thresholds: Sequence[float] | None = None,
     ) -> None:
         self._graphs = torch.device(device).type == "cuda"
         env.require_compiler(str(device), "the runtime compile", "--runtime torch")
         most = max_batch or (_COMPILED_MAX_BATCH if self._graphs else MAX_BATCH)
         super().__init__(
-            model.eval(), labels, pixels, temperature=temperature, device=device, precision=precision, max_batch=most
+            model.eval(),
+            labels,
+            pixels,
+            temperature=temperature,
+            device=device,
+            precision=precision,
+            max_batch=most,
+            thresholds=thresholds,
         )
         self.runtime = "compile"
         self._sizes: set[int] = set()
@@ -248,7 +268,7 @@ class CompiledEngine(TorchEngine):
 class _Scores(nn.Module):
     """What is compiled: pixels to scores, without the engine around it."""
 
-    def __init__(self, model: nn.Module, labels: LabelSpace, temperature: float) -> None:
+    def __init__(self, model: nn.Module, labels: LabelSpace, temperature: float | Sequence[float]) -> None:
         super().__init__()
         self.model, self.labels, self.temperature = model, labels, temperature
 
@@ -333,8 +353,8 @@ class Scorer(nn.Module):
 
     Args:
         model: the classifier; its backbone is converted to `dtype` in place. Pixels and scores stay float32 at the edges.
-        labels: softmax or sigmoid, for each task.
-        temperature: divides the logits.
+        labels: softmax or sigmoid, per task.
+        temperature: divides the logits; one for all tasks, or one per task.
         logits: stop before softmax and temperature.
     """
 
@@ -342,7 +362,7 @@ class Scorer(nn.Module):
         self,
         model: Classifier,
         labels: LabelSpace,
-        temperature: float,
+        temperature: float | Sequence[float],
         *,
         dtype: torch.dtype = torch.float32,
         logits: bool = False,
@@ -360,5 +380,5 @@ def scorer_of(bundle: Bundle, precision: str = "fp32", *, logits: bool = False) 
     """The trained network of a bundle, ready to be exported: the libraries' own attention, eval mode, on the CPU."""
     model = load_model(bundle)
     use_kernels(model, "off")  # exported graphs hold what other runtimes know how to fuse
-    made = Scorer(model, bundle.labels, bundle.temperature, dtype=DTYPES[precision], logits=logits)
+    made = Scorer(model, bundle.labels, bundle.temperatures, dtype=DTYPES[precision], logits=logits)
     return made.eval()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from ..core.errors import HardwareError, ImgclsError
-from ..core.manifest import LabelSpace
+from ..core.labels import LabelSpace
 from ..core.pixels import Pixels
-from .base import blank, closed, score_in_parts
+from .base import blank, closed, least_scores, score_in_parts
 from .trt_plan import CudaDevice, Messages, check_plan, foreign, listening, machine, require_trt, start_runtime
 
 if TYPE_CHECKING:
@@ -95,6 +95,7 @@ class TrtEngine:
         device: which GPU.
         streams: batches in flight.
         bundle: digest of the bundle that is meant; empty: not compared.
+        thresholds: least score per column, see `base.Engine`.
 
     Raises:
         HardwareError: H004 without TensorRT, H001 without a GPU, H002 when its memory does not suffice.
@@ -114,11 +115,13 @@ class TrtEngine:
         device: int = 0,
         streams: int = 1,
         bundle: str = "",
+        thresholds: Sequence[float] | None = None,
     ) -> None:
         if streams < 1:
             raise ValueError(f"streams must be at least 1, got {streams}")
         require_trt(f"the engine {plan.name}")
         self.plan, self.labels, self.pixels = plan, labels, pixels
+        self.thresholds = least_scores(labels, thresholds)
         self.precision = str(meta.get("effective_precision") or meta.get("precision") or "")
         self._heard = Messages()
         self._gathering = threading.Lock()  # held while all lanes are taken out of the pool

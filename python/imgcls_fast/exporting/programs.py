@@ -283,7 +283,7 @@ def _verify(
     settings: ExportConfig,
 ) -> dict[str, Any]:
     """Score real images, and one alone, with the file that was just written and with torch."""
-    reference = TorchEngine(load_model(bundle), bundle.labels, bundle.pixels, temperature=bundle.temperature)
+    reference = TorchEngine(load_model(bundle), bundle.labels, bundle.pixels, temperature=bundle.temperatures)
     engine = _load(path, target, bundle, facts, device)
     listed = list(batches)
     listed += [listed[0][:1]] if listed and settings.batch is None else []  # a trace may have swallowed the batch size

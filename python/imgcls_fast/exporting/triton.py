@@ -22,7 +22,7 @@ from typing import Any
 from ..core import env
 from ..core.bundle import Bundle
 from ..core.errors import ConfigError, ExportError, HardwareError
-from ..core.exports import GATE, Export, choose, export_key, find_key, finish, new_export
+from ..core.exports import GATE, Export, choose, export_key, find_key, finish, is_of, new_export
 from ..core.files import explained_write, sha256_file, write_text, write_whole
 from ..core.pixels import FULL_BITS
 from ..core.text import command
@@ -191,7 +191,7 @@ def _check_source(bundle: Bundle, export: Export, options: TritonOptions) -> Non
             try_="imgcls-fast export RUN --triton",
         )
     again = command("export", export.folder.parent.parent, f"--{target}")
-    if meta.get("bundle") != bundle.digest or meta.get("temperature") != bundle.temperature:
+    if not is_of(meta, bundle):
         raise ExportError("E001", f"{export.path} was made from another model than {bundle.directory}", try_=again)
     if not export.path.is_file() or sha256_file(export.path) != meta.get("sha256"):
         raise ExportError("E001", f"{export.path} is missing or damaged", try_=again)

@@ -176,13 +176,13 @@ def _cast_first(graph: Any) -> None:
 
 
 def file_facts(bundle: Bundle) -> dict[str, str]:
-    """What an exported file says about itself: classes, pixel specification, and which bundle it was made of."""
+    """Facts that an exported file records about itself: classes, pixel specification, and which bundle it was made of."""
     return {
         "classes": to_json(list(bundle.labels.classes)),
         "labels": to_json(bundle.labels.to_dict()),
         "pixels": to_json(bundle.pixels.to_dict()),
         "bundle": bundle.digest,
-        "temperature": repr(bundle.temperature),
+        **{name: repr(value) for name, value in bundle.scaling().items()},
         "arch": str(bundle.arch.get("arch")),
     }
 
@@ -216,7 +216,7 @@ def verify_graph(
         ExportError: E001 without images; GateFailed: E901 when the scores differ.
     """
     reference = TorchEngine(
-        load_model(bundle), bundle.labels, bundle.pixels, temperature=bundle.temperature
+        load_model(bundle), bundle.labels, bundle.pixels, temperature=bundle.temperatures
     )  # in float32, whatever the file is in
     if precision != "bf16":
         engine: Engine = OnnxEngine(path, bundle.labels, bundle.pixels)
@@ -240,7 +240,7 @@ def _small(path: Path, bundle: Bundle) -> bool:
 class _ReferenceEngine:
     """ONNX's reference evaluator as an Engine: slow, and exact about types that runtimes do not have."""
 
-    thread_safe, runtime, precision, max_batch = False, "reference", "bf16", 1024
+    thread_safe, runtime, precision, max_batch, thresholds = False, "reference", "bf16", 1024, None
 
     def __init__(self, path: Path, bundle: Bundle) -> None:
         from onnx.reference import ReferenceEvaluator

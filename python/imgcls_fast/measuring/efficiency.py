@@ -193,6 +193,7 @@ class _EndToEnd:
     def __init__(self, engine: Engine) -> None:
         self.labels, self.pixels, self.max_batch = engine.labels, engine.pixels, engine.max_batch
         self.thread_safe, self.runtime, self.precision = engine.thread_safe, engine.runtime, engine.precision
+        self.thresholds = engine.thresholds
         self.scores, self.warmup, self.close = engine.scores, engine.warmup, engine.close
 
 

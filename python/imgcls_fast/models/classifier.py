@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..core.errors import ConfigError
-from ..core.manifest import LabelSpace
+from ..core.labels import LabelSpace
 from .backbones import (
     INCEPTION_AUX_SIDE,
     ModelSpec,
@@ -239,13 +239,19 @@ class Classifier(nn.Module):
         )
 
 
-def probabilities(logits: Tensor, labels: LabelSpace, temperature: float) -> Tensor:
-    """(N, K) float32 scores of (N, K) logits: of each task softmax (one_of) or sigmoid (any_of) of logits / temperature."""
-    logits = logits.float() / temperature
+def probabilities(logits: Tensor, labels: LabelSpace, temperature: float | Sequence[float]) -> Tensor:
+    """(N, K) float32 scores of (N, K) logits: per task softmax (one_of) or sigmoid (any_of) of logits / temperature.
+
+    Args:
+        temperature: one for all tasks, or one per task.
+    """
     sizes = [len(task.classes) for task in labels.tasks]
+    several = [temperature] * len(sizes) if isinstance(temperature, int | float) else temperature
+    logits = logits.float()
+    columns = logits.split(sizes, 1) if len(sizes) > 1 else (logits,)
     parts = [
-        torch.softmax(part, 1) if task.kind == "one_of" else torch.sigmoid(part)
-        for task, part in zip(labels.tasks, logits.split(sizes, 1) if len(sizes) > 1 else (logits,), strict=True)
+        torch.softmax(part / heat, 1) if task.kind == "one_of" else torch.sigmoid(part / heat)
+        for task, part, heat in zip(labels.tasks, columns, several, strict=True)
     ]
     return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
