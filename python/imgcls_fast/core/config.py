@@ -10,15 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 
+from .choices import OPTIMIZERS, SCHEDULES
 from .config_verbs import ExportConfig
 from .figures import MONITORS
 from .schema import BITS, FREE, Auto, Fraction, Seconds, Section, Text, extras, flag, flag_row, listed, several
 from .verbs import Group
 
 if TYPE_CHECKING:
-    MonitorName = str
-else:
-    MonitorName = Literal[("auto", *MONITORS)]  # from the table; a type checker cannot read it
+    MonitorName = OptimizerName = ScheduleName = str
+else:  # from tables, which a type checker cannot read
+    MonitorName = Literal[("auto", *MONITORS)]
+    OptimizerName = Literal[("auto", *OPTIMIZERS)]
+    ScheduleName = Literal[("auto", *SCHEDULES)]
 
 
 def _sums_to_one(fractions: tuple[float, float, float]) -> tuple[float, float, float]:
@@ -197,7 +200,7 @@ class LossConfig(Section):
 class OptimConfig(Section):
     """How it is minimised."""
 
-    opt: Literal["auto", "sgd", "adamw"] = Field("auto", description="optimizer", json_schema_extra=flag("--opt"))
+    opt: OptimizerName = Field("auto", description="optimizer", json_schema_extra=flag("--opt"))
     lr: Annotated[float, Field(gt=0, le=100)] | Auto = Field(
         "auto", description="peak learning rate", json_schema_extra=flag("--lr", metavar="LR")
     )
@@ -207,7 +210,7 @@ class OptimConfig(Section):
         json_schema_extra=flag("--weight-decay", metavar="W"),
     )
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="SGD momentum (Nesterov)")
-    sched: Literal["auto", "cosine", "onecycle", "step", "plateau", "none"] = Field(
+    sched: ScheduleName = Field(
         "auto", description="learning-rate schedule", json_schema_extra=flag("--sched")
     )
     warmup: Annotated[float, Field(ge=0)] | Auto = Field(

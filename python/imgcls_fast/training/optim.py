@@ -1,17 +1,19 @@
-"""Optimizers: the table OPTIMIZERS, groups of parameters, averaged weights."""
+"""Optimizers, groups of parameters, averaged weights. `core.choices.OPTIMIZERS` names the optimizers."""
 
 from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from fnmatch import fnmatchcase
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from ..core.choices import OPTIMIZERS
 from ..core.config import OptimConfig
 from .schedule import number
 
@@ -55,26 +57,22 @@ def _named(name: str, listed: Collection[str]) -> bool:
     return "cpb_mlp" in name or any(fnmatchcase(name, pattern) for pattern in listed)
 
 
-def _sgd(groups: list[dict[str, Any]], config: OptimConfig, fused: bool) -> torch.optim.Optimizer:
-    return torch.optim.SGD(
-        groups, lr=number(config.lr), momentum=config.momentum, nesterov=config.momentum > 0, fused=fused
-    )
-
-
-def _adamw(groups: list[dict[str, Any]], config: OptimConfig, fused: bool) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(groups, lr=number(config.lr), fused=fused)
-
-
-OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], OptimConfig, bool], torch.optim.Optimizer]] = {
-    "sgd": _sgd,
-    "adamw": _adamw,
-}
-
-
 def build_optimizer(model: nn.Module, config: OptimConfig, device: torch.device) -> torch.optim.Optimizer:
-    """The optimizer of a resolved configuration, fused: a third of the time on a CPU, no host sync for a scaler on a GPU."""
+    """Build the optimizer of a resolved configuration.
+
+    Fused where it can be: a third of the time on a CPU, and no host sync for a scaler on a GPU.
+    """
+    chosen = OPTIMIZERS[config.opt]
+    settings = {
+        "momentum": config.momentum,
+        "nesterov": config.momentum > 0,
+        "fused": device.type in ("cpu", "cuda"),
+    }
     groups = parameter_groups(model, number(config.weight_decay))
-    return OPTIMIZERS[config.opt](groups, config, device.type in ("cpu", "cuda"))
+    made: torch.optim.Optimizer = resolve_name(chosen.make)(
+        groups, lr=number(config.lr), **{name: settings[name] for name in chosen.takes}
+    )
+    return made
 
 
 class Averaged:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
+from ..core.choices import OPTIMIZERS
 from ..core.config import RunConfig
 from ..core.errors import ConfigError, HardwareError
 from ..core.manifest import Manifest
@@ -223,16 +224,17 @@ def choose_optimizer(notes: Notes, recipe: Recipe) -> None:
     """Optimizer, rates, schedule, smoothing and averaging."""
     opt = notes.decide("optim.opt", recipe.opt, "recipe")
     batch = notes.value("train.batch_size")
-    base_lr, base_batch = recipe.lr[opt]
+    like = OPTIMIZERS[opt].like
+    base_lr, base_batch = recipe.lr[like]
     # linear for SGD (Goyal et al. 2017), square root for adaptive methods (Malladi et al. 2022)
-    scale = (batch / base_batch) if opt == "sgd" else math.sqrt(batch / base_batch)
+    scale = (batch / base_batch) if like == "sgd" else math.sqrt(batch / base_batch)
     usual = float(f"{base_lr * scale:.3g}")
     asked_lr = notes.decide("optim.lr", usual, f"{base_lr:g} at batch {base_batch}, scaled to {batch}")
     if not usual / _FAR <= asked_lr <= usual * _FAR:
         far = f"{asked_lr / usual:,.0f} times" if asked_lr > usual else f"1/{usual / asked_lr:,.0f} of"
         end = "training will most likely diverge" if asked_lr > usual else "training will hardly move"
         notes.told.append(f"optim.lr {asked_lr:g} is {far} the usual {usual:g} of {opt} at batch {batch}: {end}   (--lr auto)")
-    notes.decide("optim.weight_decay", recipe.weight_decay[opt], "recipe")
+    notes.decide("optim.weight_decay", recipe.weight_decay[like], "recipe")
     sched = notes.decide("optim.sched", recipe.sched, "recipe")
     epochs = notes.value("train.epochs")
     if sched == "onecycle":  # Smith and Topin 2017; a rise before this one would run the cycle twice

@@ -1,12 +1,14 @@
-"""Learning-rate schedules: the table SCHEDULES, and the rate of every optimizer step."""
+"""Learning-rate schedules: their shapes, and the rate of every optimizer step. `core.choices.SCHEDULES` names them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
+from ..core.choices import SCHEDULES
 from ..core.config import OptimConfig
 
 if TYPE_CHECKING:
@@ -29,7 +31,7 @@ class Schedule:
         self.config, self.steps_per_epoch = config, steps_per_epoch
         self.total = steps_per_epoch * epochs
         self.warmup = round(number(config.warmup) * steps_per_epoch)
-        self.shape = SCHEDULES[config.sched]
+        self.shape: Shape = resolve_name(SCHEDULES[config.sched])
         self.state: dict[str, Any] = {"factor": 1.0, "best": None, "wait": 0}
 
     def lr(self, step: int) -> float:
@@ -99,14 +101,11 @@ class Shape:
     watches: bool = False
 
 
-SCHEDULES: dict[str, Shape] = {
-    "cosine": Shape(_cosine),
-    # Smith and Topin, "Super-convergence", 2017: the rise is the first part of the cycle
-    "onecycle": Shape(_onecycle, _half_cosine, cycles_momentum=True),
-    "step": Shape(_step),
-    "plateau": Shape(lambda schedule, done, step: float(schedule.state["factor"]), watches=True),
-    "none": Shape(lambda schedule, done, step: 1.0),
-}
+COSINE = Shape(_cosine)
+ONECYCLE = Shape(_onecycle, _half_cosine, cycles_momentum=True)  # the rise is the first part of the cycle (as above)
+STEP = Shape(_step)
+PLATEAU = Shape(lambda schedule, done, step: float(schedule.state["factor"]), watches=True)
+NONE = Shape(lambda schedule, done, step: 1.0)
 
 
 def set_rates(optimizer: torch.optim.Optimizer, schedule: Schedule, step: int) -> float:

@@ -1,0 +1,80 @@
+"""One more choice is one entry of one table: schema, --help, documentation and errors know it without another edit."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def tried(entry: str, more: str) -> dict[str, Any]:
+    """What a process that begins with the line `entry`, before any schema is built, prints as JSON."""
+    program = f"""
+import json, sys
+sys.path.insert(0, {str(ROOT / "scripts")!r})
+from imgcls_fast.core import choices
+{entry}
+import make_docs
+from imgcls_fast.core.config import flag_rows
+from imgcls_fast.core.errors import ConfigError
+from imgcls_fast.core.settings import build_config
+def refused(settings):
+    try:
+        build_config(settings)
+    except ConfigError as error:
+        return str(error)
+found = {{
+    "help": {{row["setting"]: row.get("choices", ()) for row in flag_rows()}},
+    "docs": make_docs.configuration_page(),
+    "rows": make_docs.setting_flags_module(),
+}}
+{more}
+print(json.dumps(found))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    assert not done.returncode, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+@pytest.fixture(scope="module")
+def extended() -> dict[str, Any]:
+    """A process with one optimizer and one schedule more."""
+    return tried(
+        """
+choices.OPTIMIZERS["adagrad"] = choices.Optimizer("torch.optim:Adagrad", ("fused",))
+choices.SCHEDULES["flat"] = "imgcls_fast.training.schedule:NONE"
+""",
+        """
+import torch
+from imgcls_fast.training.optim import build_optimizer
+from imgcls_fast.training.schedule import Schedule
+asked = {"optim.opt": "adagrad", "optim.sched": "flat", "optim.lr": 0.5, "optim.weight_decay": 0, "optim.warmup": 0}
+config = build_config(asked).optim
+optimizer = build_optimizer(torch.nn.Linear(2, 2), config, torch.device("cpu"))
+found |= {
+    "error": {name: refused({f"optim.{name}": "nothing"}) for name in ("opt", "sched")},
+    "made": [type(optimizer).__name__, optimizer.param_groups[0]["lr"]],
+    "rates": [Schedule(config, 2, 3).lr(step) for step in range(6)],
+}
+""",
+    )
+
+
+@pytest.mark.parametrize(("setting", "name"), [("opt", "adagrad"), ("sched", "flat")])
+def test_one_more_choice_is_in_schema_help_docs_and_errors(setting: str, name: str, extended: dict[str, Any]) -> None:
+    assert name in extended["help"][f"optim.{setting}"]
+    assert f"`{name}`" in next(line for line in extended["docs"].splitlines() if f"`optim.{setting}`" in line)
+    assert f'"{name}"' in extended["rows"]
+    assert f"'{name}'" in extended["error"][setting]
+
+
+def test_one_more_optimizer_and_schedule_train_with_their_own_object(extended: dict[str, Any]) -> None:
+    assert extended["made"] == ["Adagrad", 0.5]
+    assert extended["rates"] == [0.5] * 6
