@@ -15,7 +15,7 @@ class Batch:
     """
 
     pixels: Any  # (N, H, W, C) uint8, channels in RGB order
-    targets: Any  # (N, K) float32: one-hot, 0 and 1, or probabilities; NaN where unknown
+    targets: Any  # (N, K) float32: one-hot, 0 and 1, or probabilities; NaN where unknown, 0 in padding
     weight: Any  # (N,) float32, 0 for padding
     rows: Any  # (N,) int64 row numbers of the manifest, -1 for padding
 

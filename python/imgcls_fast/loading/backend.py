@@ -49,8 +49,8 @@ def make_batch(manifest: Manifest, request: Request, pixels: Any) -> Batch:
     """The Batch of a request whose pixels (B, H, W, C) uint8 are ready; CPU torch tensors, pixels on any device."""
     import torch
 
-    known = np.where(request.rows >= 0, request.rows, 0)
-    targets = manifest.targets(known) * request.weight[:, None]
+    targets = manifest.targets(np.where(request.rows >= 0, request.rows, 0))
+    targets[request.rows < 0] = 0  # not by multiplication: what is unknown of the row that stands in is NaN
     return Batch(
         pixels=torch.from_numpy(pixels) if isinstance(pixels, np.ndarray) else pixels,
         targets=torch.from_numpy(targets),
