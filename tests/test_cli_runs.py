@@ -15,6 +15,7 @@ import pytest
 from rich.console import Console
 
 from imgcls_fast.cli.app import main
+from imgcls_fast.core.diary import append_event
 from imgcls_fast.core.run import Run
 from imgcls_fast.core.runs import mark_begun, mark_last
 from imgcls_fast.core.settings import build_config
@@ -99,7 +100,7 @@ def test_the_state_of_a_run_tells_who_writes_and_how_it_ended(make: Callable[...
     assert run.state == "finished"
     (run.bundle_path / "bundle.json").unlink()
     assert run.state == "stopped"
-    run.append_event({"event": "failed", "message": "x"})
+    append_event(run.directory, {"event": "failed", "message": "x"})
     assert run.state == "failed"
     writer = Run(run.directory)
     writer.lock()

@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from imgcls_fast.core import env, files, homes, locks, trust
+from imgcls_fast.core.diary import append_event, last_end
 from imgcls_fast.core.errors import HardwareError
 from imgcls_fast.core.exports import remove_stale
 from imgcls_fast.core.run import Run
@@ -369,13 +370,13 @@ def test_a_clock_that_was_set_back_neither_hides_nor_locks_a_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shift_s: float
 ) -> None:
     run = Run.create(tmp_path / "run")
-    run.append_event({"event": "plan"})
+    append_event(run.directory, {"event": "plan"})
     run.unlock()
     now = time.time
     monkeypatch.setattr(time, "time", lambda: max(0.0, now() + shift_s))
     run.lock()
-    run.append_event({"event": "interrupted"})
-    assert run.last_end() is not None
+    append_event(run.directory, {"event": "interrupted"})
+    assert last_end(run.directory) is not None
     run.unlock()
 
 

@@ -49,8 +49,6 @@ CIRCLES: list[set[str]] = [
     # data
 ]
 LARGE_CLASSES: set[str] = {
-    "Run",
-    # data
     # training
     # exporting
     "Exporter",

@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 
 from imgcls_fast.core.bundle import read_bundle
+from imgcls_fast.core.diary import last_end
 from imgcls_fast.core.errors import DataError
 from imgcls_fast.core.manifest import LabelSpace, Manifest, PathList
+from imgcls_fast.core.overview import brief
 from imgcls_fast.core.predictions import Predictions
 from imgcls_fast.core.run import Run
 
@@ -128,7 +130,7 @@ def test_a_run_with_a_damaged_file_is_listed_beside_the_others(tmp_path: Path) -
         folder.mkdir()
         (folder / "config.yaml").write_text("train: {}\n")
         (folder / "data.json").write_text(text)
-    data = {name: Run(tmp_path / name).brief()["data"] for name in ("good", "deep", "list")}
+    data = {name: brief(Run(tmp_path / name))["data"] for name in ("good", "deep", "list")}
     assert data == {"good": "photos", "deep": "unreadable (D016)", "list": None}
 
 
@@ -136,7 +138,7 @@ def test_hostile_lines_of_the_log_of_events_are_passed_over(tmp_path: Path) -> N
     run = Run(tmp_path)
     good = json.dumps({"event": "done"})
     (tmp_path / "events.jsonl").write_bytes(b"[" * 200_000 + b"\n" + b"\xff\n" + good.encode() + b"\n" + b'{"event": "fai')
-    ended = run.last_end()
+    ended = last_end(run.directory)
     assert ended is not None and ended["event"] == "done"
 
 
@@ -144,13 +146,13 @@ def test_a_huge_log_of_events_is_read_from_its_end(tmp_path: Path) -> None:
     huge(tmp_path / "events.jsonl")
     with open(tmp_path / "events.jsonl", "ab") as file:
         file.write(b'\n{"event": "done"}\n')
-    ended = Run(tmp_path).last_end()
+    ended = last_end(tmp_path)
     assert ended is not None and ended["event"] == "done"
 
 
 def test_a_pipe_in_place_of_the_log_of_events_does_not_block(tmp_path: Path) -> None:
     pipe(tmp_path / "events.jsonl")
-    assert Run(tmp_path).last_end() is None
+    assert last_end(tmp_path) is None
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 from imgcls_fast.core.errors import HardwareError
 from imgcls_fast.core.exports import new_export, remove_stale
 from imgcls_fast.core.files import write_text
-from imgcls_fast.core.places import RUN_NAMES
+from imgcls_fast.core.places import RUN_NAMES, clear_leftovers
 from imgcls_fast.core.run import Run
 
 
@@ -61,7 +61,7 @@ def test_what_is_tidied_away_is_ours_alone(home: Path, tmp_path: Path) -> None:
     before = everything(home)
     remove_stale(home)
     _sweep(home)
-    Run(home).clear_leftovers()
+    clear_leftovers(home)
     assert everything(home) == before
     left = [
         home / ".onnx-fp32-0a1b2c3d.0a1b2c3d",
@@ -74,7 +74,7 @@ def test_what_is_tidied_away_is_ours_alone(home: Path, tmp_path: Path) -> None:
     (home / ".x.json.12.tmp").touch()
     remove_stale(home)
     _sweep(home)
-    Run(home).clear_leftovers()
+    clear_leftovers(home)
     assert everything(home) == before
 
 

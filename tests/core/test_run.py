@@ -14,8 +14,10 @@ import pytest
 
 from imgcls_fast.core import locks
 from imgcls_fast.core.errors import HardwareError, UsageError
+from imgcls_fast.core.files import write_text
 from imgcls_fast.core.manifest import LabelSpace, Manifest, PathList
-from imgcls_fast.core.run import Run
+from imgcls_fast.core.places import clear_leftovers
+from imgcls_fast.core.run import Kept, Run
 from imgcls_fast.core.runs import (
     find_run,
     is_run_folder,
@@ -409,7 +411,7 @@ def test_leftovers_of_a_killed_writer_are_cleared_and_nothing_else(make_run: Cal
     (run.directory / ".bundle.123.tmp").mkdir()
     (run.directory / ".bundle.123.tmp" / "weights.safetensors").write_text("half")
     kept = {path.name for path in run.directory.iterdir() if not path.name.endswith(".tmp")}
-    run.clear_leftovers()
+    clear_leftovers(run.directory)
     assert {path.name for path in run.directory.iterdir()} == kept
 
 
@@ -418,3 +420,15 @@ def test_no_directory_can_be_made_where_there_is_no_permission_or_a_file(tmp_pat
     with pytest.raises(HardwareError) as refused:
         Run.create(tmp_path / "file" / "run")
     assert refused.value.code == "H003"
+
+
+def test_what_a_run_keeps_is_read_once_and_again_when_its_file_has_changed(tmp_path: Path) -> None:
+    read, path = [], tmp_path / "x"
+    kept = Kept(lambda path: read.append(path) or path.read_text())
+    path.write_text("a")
+    assert [kept(path), kept(path)] == ["a", "a"]
+    write_text(path, "b")
+    assert [kept(path), kept(path), len(read)] == ["b", "b", 2]
+    path.unlink()
+    with pytest.raises(FileNotFoundError):
+        kept(path)

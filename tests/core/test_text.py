@@ -14,6 +14,7 @@ import yaml
 
 from imgcls_fast.core.bundle import read_bundle
 from imgcls_fast.core.config import RunConfig
+from imgcls_fast.core.diary import append_event, append_log
 from imgcls_fast.core.errors import DataError
 from imgcls_fast.core.files import plain_path, read_json, write_json, write_text
 from imgcls_fast.core.manifest import LabelSpace
@@ -98,8 +99,8 @@ def test_settings_are_read_back_exactly_from_yaml(name: str, tmp_path: Path) -> 
 @named
 def test_a_line_of_the_log_stays_one_line(name: str, tmp_path: Path) -> None:
     run = Run(tmp_path)
-    run.append_log(f"warning: {name}")
-    run.append_event({"event": "warning", "text": name})
+    append_log(run.directory, f"warning: {name}")
+    append_event(run.directory, {"event": "warning", "text": name})
     lines = (tmp_path / "log.txt").read_bytes().decode("utf-8").split("\n")
     assert len(lines) == 2 and lines[0].isprintable()
     assert json.loads((tmp_path / "events.jsonl").read_bytes().decode("ascii"))["text"] == name

@@ -22,6 +22,7 @@ from imgcls_fast.core.bundle import read_bundle
 from imgcls_fast.core.errors import ConfigError, ExportError, HardwareError, ModelError
 from imgcls_fast.core.exports import list_exports
 from imgcls_fast.core.files import read_sealed, write_json, write_sealed
+from imgcls_fast.core.overview import details
 from imgcls_fast.core.run import Run
 from imgcls_fast.core.targets import RUNTIMES
 from imgcls_fast.engines.base import Engine
@@ -153,7 +154,7 @@ class TestWholeVerb:
 
         text = run.efficiency_path.read_text("utf-8")
         assert json.loads(text, parse_constant=refuse) == {k: v for k, v in found.items() if k != "warnings"}
-        assert run.details()["efficiency"] == run.efficiency
+        assert details(run)["efficiency"] == run.efficiency
 
     def test_people_get_tables_reasons_and_the_path(
         self, found: dict[str, Any], run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

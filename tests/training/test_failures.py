@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from imgcls_fast.core.bundle import read_bundle
+from imgcls_fast.core.diary import last_end
 from imgcls_fast.core.errors import (
     ConfigError,
     DataError,
@@ -26,6 +27,7 @@ from imgcls_fast.core.errors import (
     ModelError,
     UsageError,
 )
+from imgcls_fast.core.overview import details
 from imgcls_fast.core.run import Run
 from imgcls_fast.core.runs import last_begun
 from imgcls_fast.data import reach
@@ -72,7 +74,7 @@ def failed(config: Any, kind: type[BaseException]) -> tuple[Run, Any, list[dict[
 
 def require_trace(run: Run, code: str) -> dict[str, Any]:
     """Asserts that event and log name the failure and the command; returns the event."""
-    end = run.last_end()
+    end = last_end(run.directory)
     assert end is not None
     assert (end["event"], end["code"], end["command"]) == (
         "failed",
@@ -176,7 +178,7 @@ def test_files_out_of_reach_in_baseline_and_judging_leave_a_run_that_resumes(
     require_trace(run, "D015")
     bring_back(own_data)
     assert session.resume(run, {}).finished
-    assert run.last_end()["event"] == "done"  # type: ignore[index]
+    assert last_end(run.directory)["event"] == "done"  # type: ignore[index]
 
 
 def spoil(path: Path) -> None:
@@ -586,7 +588,7 @@ def test_a_training_process_that_dies_by_a_signal_is_reported_in_log_and_on_stde
     heard: list[dict[str, Any]] = []
     session.resume(run, {}, [heard.append])
     assert any(how in e["text"] for e in heard if e["event"] == "warning")
-    assert json.dumps(run.details(), default=str)
+    assert json.dumps(details(run), default=str)
 
 
 def test_after_a_run_no_watcher_is_left_and_the_fault_handler_is_as_before(

@@ -15,6 +15,7 @@ import pytest
 from imgcls_fast.core.compilers import Lack
 from imgcls_fast.core.config import bits_settings, free_settings
 from imgcls_fast.core.errors import DataError, HardwareError, Interrupted
+from imgcls_fast.core.overview import brief, details
 from imgcls_fast.core.record import NAME, record_of, resumed_lines, unequal_line, work_on
 from imgcls_fast.core.run import Run
 from imgcls_fast.core.runs import list_runs
@@ -48,7 +49,7 @@ def test_a_run_interrupted_twice_tells_when_where_and_with_what_it_went_on(
 ) -> None:
     stop_at(2)
     run = interrupt(configure())
-    created = run.brief()["created"]
+    created = brief(run)["created"]
     events: list[dict[str, Any]] = []
     stop_at(STEPS + 3)
     with pytest.raises(Interrupted):
@@ -71,7 +72,7 @@ def test_a_run_interrupted_twice_tells_when_where_and_with_what_it_went_on(
     assert [entry["differences"] for entry in record["work"]] == [[], ["threads was 1, is 2"], []]
     times = [entry[when] for entry in record["work"] for when in ("began", "ended")]
     assert times == sorted(times)
-    assert run.brief()["created"] == created == record["created"]
+    assert brief(run)["created"] == created == record["created"]
     lost = unequal_line(record)
     assert lost.startswith("not bitwise equal to an uninterrupted run: threads was 1, is 2 (resumed 20")
     assert lost in next(event for event in events if event["event"] == "done")["notes"]
@@ -80,7 +81,7 @@ def test_a_run_interrupted_twice_tells_when_where_and_with_what_it_went_on(
     assert "interrupted 20" in page
     assert "train.threads 1 -&gt; 2" in page
     assert "given when the run was resumed; was 1" in page
-    assert run.details()["work"] == record["work"]
+    assert details(run)["work"] == record["work"]
 
 
 def test_early_stopping_is_told_in_events_log_and_report(parent: Run) -> None:

@@ -6,18 +6,19 @@ from pathlib import Path
 from typing import Any
 
 from ..core import runs as _runs
+from ..core.overview import brief, details
 from ..core.run import Run
 from .common import RunLike, run_of
 
 
 def list_runs() -> list[dict[str, Any]]:
     """The runs in the folder of runs, the oldest first: name, data, model, epochs, accuracy, split, created, finished, state."""
-    return [run.brief() for run in _runs.list_runs()]
+    return [brief(run) for run in _runs.list_runs()]
 
 
 def show_run(run: RunLike = None) -> dict[str, Any]:
     """One run: its brief, configuration, data, metrics of each split, efficiency, epochs and paths."""
-    return run_of(run).details()
+    return details(run_of(run))
 
 
 def diff_runs(a: RunLike, b: RunLike) -> dict[str, Any]:

@@ -151,9 +151,11 @@ def _ask(runs: Sequence[Any], session: Session, request: Request) -> None:
     """
     if session.json or not sys.stdin.isatty():
         raise UsageError("U002", "runs are deleted after asking, and nobody can be asked here", try_=command(*request.words, "--yes"))
+    from ..core.overview import brief
+
     for run in runs:
-        brief = run.brief()
-        about = f"{_date(brief['created'])}, {brief['state']}, accuracy {share(brief['accuracy'])}"
+        line = brief(run)
+        about = f"{_date(line['created'])}, {line['state']}, accuracy {share(line['accuracy'])}"
         print(printable(f"{run.directory}   {about}"), file=sys.stderr)
     what = "this run" if len(runs) == 1 else f"these {len(runs)} runs"
     print(f"delete {what} for good? [y/N] ", end="", file=sys.stderr, flush=True)

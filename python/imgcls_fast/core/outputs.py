@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 from .errors import UsageError
 from .files import explained_write, parse_json, read_json, read_start, sha256_file
-from .places import BENCH_TITLE, RUN_NAMES, is_run_folder
-from .text import quoted
+from .places import BENCH_TITLE, RUN_NAMES, is_run_folder, others_files
+from .text import command, quoted
 
 _HEAD_BYTES = 1 << 16
 _OF_FILES = frozenset((".csv", ".htm", ".html", ".json", ".jsonl", ".parquet", ".png", ".tsv", ".txt", ".xlsx", ".yaml", ".yml"))
@@ -293,3 +293,25 @@ REPORT = Kind("a report", (".html",), lambda path: b"imgcls-fast report</title>"
 JUDGED = Kind("an evaluation", (), _judged_folder)
 BENCH_PAGE = Kind("a page of benchmarks", (), _bench_page)
 JUDGED_NAMES = ("confusion.csv", "metrics.json", "per_class.csv", "plots", "predictions.csv", "predictions.json", "scores.npy")
+
+
+def demand_vacant(directory: Path) -> None:
+    """Raise where no new run can be made; makes nothing.
+
+    Raises:
+        UsageError: U002 when the directory already holds a run (a whole one: one that was killed at birth may be
+            overwritten), or files of somebody else's that a run would replace.
+        HardwareError: H003 when nothing can be written there.
+    """
+    with explained_write(directory):
+        whole, taken = is_run_folder(directory), others_files(directory)
+    if whole:
+        try_ = f"{command('train', directory, '--resume')}   (or another --out)"
+        raise UsageError("U002", f"{directory} already holds a run", try_=try_)
+    if taken:
+        raise UsageError(
+            "U002",
+            f"{directory} is not a run, and holds files that a run would replace: {', '.join(taken)}",
+            try_="choose an empty or new directory with --out",
+        )
+    demand_room(directory)

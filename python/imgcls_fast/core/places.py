@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -22,6 +23,7 @@ RUN_NAMES = (
     "events.jsonl", "exports", "log.txt", "manifest.npz", "metrics.csv", "model.json", "plots", "quarantine.csv",
     "report.html", "run.json", "split.csv",
 )  # fmt: skip
+_LEFTOVER = re.compile(r"\..+\.\d+\.tmp", re.DOTALL)  # of `files.write_whole`
 
 
 def is_run_folder(path: Path) -> bool:
@@ -141,3 +143,18 @@ def remove_if_empty(directory: Path) -> list[str]:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
     return left
+
+
+def clear_leftovers(directory: Path) -> None:
+    """Remove the half-written files of a process that was killed; only for the holder of the lock."""
+    for inner in ("", "plots", "eval/val", "eval/test", "eval/baseline"):
+        folder = directory / inner
+        if folder.resolve() != directory.resolve() / inner:
+            continue  # a link leads elsewhere
+        for left in folder.glob(".*.tmp"):
+            if not _LEFTOVER.fullmatch(left.name):  # somebody else's
+                continue
+            if left.is_dir() and not left.is_symlink():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)

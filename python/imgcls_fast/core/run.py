@@ -3,44 +3,58 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 import os
-import re
-import shutil
-import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from . import locks
-from .bounds import TEXT_BYTES
 from .config import RunConfig
-from .errors import DataError, HardwareError, UsageError
-from .files import explained_write, parse_json, read_bounded, read_end, read_json, write_json, write_text
+from .diary import last_end, read_epochs, write_epochs
+from .errors import DataError, HardwareError
+from .files import explained_write, read_json, write_json
 from .manifest import Manifest
-from .outputs import demand_room
-from .places import demand_no_links, is_run_folder, others_files
+from .outputs import demand_vacant
+from .places import demand_no_links
 from .predictions import Predictions
-from .record import record_of
-from .settings import build_config, save_config
-from .text import command, printable, quoted
+from .settings import read_config, save_config
+from .text import command, quoted
 
 EFFICIENCY_SCHEMA = 1  # of bench/efficiency.json
-# everything that training, judging, exporting and timing write into the directory of a run
-_LEFTOVER = re.compile(r"\..+\.\d+\.tmp", re.DOTALL)  # of `files.write_whole`
+T = TypeVar("T")
+
+
+class Kept(Generic[T]):
+    """What a file holds, read again only when it is another file, or has changed: a list of a million images takes a second."""
+
+    def __init__(self, read: Callable[[Path], T]) -> None:
+        self._read = read
+        self._known: tuple[tuple[int, int, int], T] | None = None
+
+    def __call__(self, path: Path) -> T:
+        try:
+            facts = path.stat()
+        except OSError:
+            return self._read(path)  # which raises what is wrong with it
+        mark = (facts.st_ino, facts.st_size, facts.st_mtime_ns)
+        if self._known is None or self._known[0] != mark:
+            self._known = (mark, self._read(path))
+        return self._known[1]
 
 
 class Run:
     """One directory. A single process writes it; files appear whole.
 
-    Attributes are paths and readers; nothing is cached, so a Run can be used while another process writes.
+    Attributes are paths and readers; what is kept in memory is read again when its file has changed, so a Run can be used while
+    another process writes.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = Path(directory)
         self._lock: locks.Lock | None = None
+        self._config = Kept(read_config)
+        self._manifest = Kept(Manifest.load)
 
     def __repr__(self) -> str:
         done = os.path.exists(self.bundle_path / "bundle.json")  # raises nothing, whatever the disk does
@@ -91,12 +105,13 @@ class Run:
 
     @property
     def config(self) -> RunConfig:
-        """The resolved configuration, without "auto"."""
-        return build_config(file=self.config_path)
+        """The resolved configuration, without "auto"; read again when the file has changed."""
+        return self._config(self.config_path)
 
     @property
     def manifest(self) -> Manifest:
-        return Manifest.load(self.manifest_path)
+        """The images, labels and splits; read again when the file has changed."""
+        return self._manifest(self.manifest_path)
 
     def read_json(self, name: str) -> Any:
         """A JSON file of the run, or None where it is not there (yet), or half.
@@ -124,42 +139,18 @@ class Run:
             DataError: D016 when it is larger than `bounds.TEXT_BYTES`, or no table.
         """
         try:
-            text = read_bounded(self.directory / "metrics.csv", TEXT_BYTES).decode("utf-8", "surrogateescape")
-            lines = csv.DictReader(io.StringIO(text, newline=""))
-            return [{k: _number(v) for k, v in line.items() if k is not None} for line in lines]
-        except FileNotFoundError:
-            return []
+            return read_epochs(self.directory)
         except (OSError, ValueError, csv.Error) as error:
             raise self._unreadable("metrics.csv", error) from error
 
     def metrics(self, split: str) -> dict[str, Any] | None:
         """metrics.json of one judged split."""
-        return _object(self.read_json(f"eval/{split}/metrics.json")) or None
+        found = self.read_json(f"eval/{split}/metrics.json")
+        return found if found and isinstance(found, dict) else None
 
     def predictions(self, split: str = "test") -> Predictions:
         """The stored scores of one judged split, aligned with file names."""
         return Predictions.load(self.evaluation(split))
-
-    def brief(self) -> dict[str, Any]:
-        """One line of the list of runs: name, data, model, epochs, accuracy, split, created, finished, state.
-
-        A run with a damaged file is listed all the same, with the error's code in place of its data.
-        """
-        line: dict[str, Any] = dict.fromkeys(("name", "data", "model", "epochs", "accuracy", "split"))
-        try:
-            data, model = _object(self.read_json("data.json")), _object(self.read_json("model.json"))
-            split = next((name for name in ("test", "val") if self.metrics(name)), None)
-            metrics = self.metrics(split) if split else None
-            line |= {
-                "data": data.get("source"),
-                "model": _object(model.get("spec")).get("arch"),
-                "epochs": len(self.epochs),
-                "accuracy": metrics.get("accuracy") if metrics else None,
-                "split": split,
-            }
-        except DataError as error:
-            line["data"] = f"unreadable ({error.code})"
-        return {**line, "name": self.name, "created": record_of(self.directory)["created"], "finished": self.finished, "state": self.state}
 
     @property
     def state(self) -> str:
@@ -168,32 +159,8 @@ class Run:
             return "finished"
         if locks.is_taken(self.directory / ".lock"):
             return "running"
-        end = str((self.last_end() or {}).get("event"))
+        end = str((last_end(self.directory) or {}).get("event"))
         return end if end in ("interrupted", "failed") else "stopped"
-
-    def _ended(self) -> str:
-        """How work on this run ended last, in a few words; empty while it goes on, or where it ended without a word."""
-        end = self.last_end() or {}
-        message = end.get("message")
-        return f"failed: {message}" if end.get("event") == "failed" and message else str(end.get("event", ""))
-
-    def details(self) -> dict[str, Any]:
-        """The brief, with settings, data, metrics of each split, epochs, efficiency and paths."""
-        from .settings import flatten
-
-        return {
-            **self.brief(),
-            "directory": str(self.directory),
-            "ended": self._ended(),
-            **{name: value for name, value in record_of(self.directory).items() if name in ("parent", "work")},
-            "data_facts": self.read_json("data.json"),
-            "settings": flatten(self.config),
-            "baseline": self.read_json("baseline.json"),
-            "metrics": {split: self.metrics(split) for split in ("val", "test") if self.metrics(split)},
-            "efficiency": self.efficiency,
-            "history": self.epochs,
-            "report": str(self.report_path) if self.report_path.exists() else None,
-        }
 
     @property
     def efficiency_path(self) -> Path:
@@ -204,46 +171,6 @@ class Run:
         """What `bench` found; None where it has not been asked, or by another version."""
         found = self.read_json("bench/efficiency.json")
         return found if isinstance(found, dict) and found.get("schema") == EFFICIENCY_SCHEMA else None
-
-    def last_end(self) -> dict[str, Any] | None:
-        """The event with which work on this run ended last: done, interrupted or failed. None: it never did, or goes on."""
-        ended = None
-        for event in self._events():
-            if event.get("event") in ("done", "interrupted", "failed"):
-                ended = event
-            elif event.get("event") in ("data", "plan", "start"):
-                ended = None
-        return ended
-
-    @property
-    def began_training(self) -> bool:
-        """Whether the loop of training was entered."""
-        return self.checkpoints.exists() or any(event.get("event") == "start" for event in self._events())
-
-    def unexplained_end(self) -> str:
-        """A sentence when this run ended by the death of its process, else an empty one; only for the holder of the lock."""
-        events = self._events()
-        if not any(event.get("event") == "plan" for event in events):
-            return ""
-        end = self.last_end()
-        if end is None:
-            return (
-                f"{self.name} ended without a word the last time: its process, or the machine, was stopped from outside"
-            )
-        died = str(end.get("message", ""))
-        return f"last time {died}" if end["event"] == "failed" and died.startswith("the training process died") else ""
-
-    def _events(self) -> list[dict[str, Any]]:
-        """events.jsonl, of a very long one the end; a line that a dying process left half is passed over."""
-        try:
-            content = read_end(self.directory / "events.jsonl", TEXT_BYTES)
-        except (FileNotFoundError, ValueError):  # ValueError: a pipe
-            return []
-        found = []
-        for line in content.splitlines():
-            with suppress(ValueError):
-                found.append(parse_json(line))
-        return [event for event in found if isinstance(event, dict)]
 
     @property
     def finished(self) -> bool:
@@ -261,38 +188,14 @@ class Run:
         """Make a new, empty run directory and lock it.
 
         Raises:
-            UsageError: U002 when the directory already holds a run (a whole one: one that was killed at birth may be
-                overwritten), or files of somebody else's that a run would replace.
-            HardwareError: H003 when it cannot be made.
+            UsageError, HardwareError: as `outputs.demand_vacant`, and H003 when it cannot be made.
         """
         run = cls(directory)
-        run.demand_vacant()
+        demand_vacant(directory)
         with explained_write(directory):
             run.directory.mkdir(parents=True, exist_ok=True)
         run.lock()
         return run
-
-    def demand_vacant(self) -> None:
-        """Raise where no new run can be made; makes nothing.
-
-        Raises:
-            UsageError, HardwareError: as `create`.
-        """
-        with explained_write(self.directory):
-            whole, taken = is_run_folder(self.directory), others_files(self.directory)
-        if whole:
-            raise UsageError(
-                "U002",
-                f"{self.directory} already holds a run",
-                try_=f"{self.resume_command}   (or another --out)",
-            )
-        if taken:
-            raise UsageError(
-                "U002",
-                f"{self.directory} is not a run, and holds files that a run would replace: {', '.join(taken)}",
-                try_="choose an empty or new directory with --out",
-            )
-        demand_room(self.directory)
 
     def demand_own_places(self) -> None:
         """`places.demand_no_links` of this run."""
@@ -310,35 +213,12 @@ class Run:
         """
         if not to_delete:
             self.demand_own_places()
-        try:
-            with explained_write(self.directory / ".lock", verb="delete" if to_delete else "write"):
-                if to_delete and (self.directory / ".lock").is_symlink():
-                    (self.directory / ".lock").unlink()
-                self._lock = locks.take(self.directory / ".lock")
-        except locks.Taken as owner:
-            raise HardwareError(
-                "H005",
-                f"{self.directory} is being written by another process ({owner})",
-                try_="wait for it, or train into another directory with --out",
-            ) from owner
+        self._lock = _locked(self.directory, to_delete)
 
     @property
     def caution(self) -> str:
         """Why a second writer may go unnoticed; empty without a lock, and where the file system has locks."""
         return self._lock.caution if self._lock else ""
-
-    def clear_leftovers(self) -> None:
-        """Remove the half-written files of a process that was killed; only for the holder of the lock."""
-        for folder in (self.directory, self.plots, *map(self.evaluation, ("val", "test", "baseline"))):
-            if folder.resolve() != self.directory.resolve() / folder.relative_to(self.directory):
-                continue  # a link leads elsewhere
-            for left in folder.glob(".*.tmp"):
-                if not _LEFTOVER.fullmatch(left.name):  # somebody else's
-                    continue
-                if left.is_dir() and not left.is_symlink():
-                    shutil.rmtree(left, ignore_errors=True)
-                else:
-                    left.unlink(missing_ok=True)
 
     def unlock(self) -> None:
         """Let others write."""
@@ -352,46 +232,21 @@ class Run:
     def write_json(self, name: str, value: Any) -> None:
         write_json(self.directory / name, value)
 
-    def append_event(self, event: Mapping[str, Any]) -> None:
-        """Add one line to events.jsonl."""
-        with (
-            explained_write(self.directory / "events.jsonl"),
-            open(self.directory / "events.jsonl", "a", encoding="utf-8") as file,
-        ):
-            file.write(json.dumps({"time": round(time.time(), 3), **event}, default=str) + "\n")
-
-    def append_log(self, line: str) -> None:
-        """Add one line to log.txt."""
-        with (
-            explained_write(self.directory / "log.txt"),
-            open(self.directory / "log.txt", "a", encoding="utf-8") as file,
-        ):
-            file.write(printable(line) + "\n")
-
     def write_epochs(self, epochs: list[dict[str, Any]]) -> None:
-        """Rewrite metrics.csv: one row an epoch, so that a resumed run has no row twice."""
-        out = io.StringIO()
-        names = list(dict.fromkeys(key for epoch in epochs for key in epoch))
-        writer = csv.DictWriter(out, names, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(epochs)
-        write_text(self.directory / "metrics.csv", out.getvalue())
+        """Rewrite metrics.csv: one row per epoch, so that a resumed run has no row twice."""
+        write_epochs(self.directory, epochs)
 
 
-
-
-def _object(value: Any) -> dict[str, Any]:
-    """The value where it is a JSON object, else an empty one."""
-    return value if isinstance(value, dict) else {}
-
-
-def _number(text: str | None) -> Any:
-    if text is None or text == "":
-        return None
+def _locked(directory: Path, to_delete: bool) -> locks.Lock:
+    path = directory / ".lock"
     try:
-        return int(text)
-    except ValueError:
-        try:
-            return float(text)
-        except ValueError:
-            return text
+        with explained_write(path, verb="delete" if to_delete else "write"):
+            if to_delete and path.is_symlink():
+                path.unlink()
+            return locks.take(path)
+    except locks.Taken as owner:
+        raise HardwareError(
+            "H005",
+            f"{directory} is being written by another process ({owner})",
+            try_="wait for it, or train into another directory with --out",
+        ) from owner

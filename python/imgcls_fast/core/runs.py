@@ -10,7 +10,7 @@ from pathlib import Path
 from . import env
 from .errors import HardwareError, UsageError, near
 from .files import explained_write, read_start, write_text
-from .places import BEGUN, LAST, POINTER_MARK, delete_run_files, remove_if_empty
+from .places import BEGUN, LAST, POINTER_MARK, clear_leftovers, delete_run_files, remove_if_empty
 from .places import is_run_folder as is_run_folder  # the one answer to "data or a run?"
 from .record import record_of
 from .run import Run
@@ -165,7 +165,7 @@ def remove_run(run: Run) -> list[str]:
     run = Run(directory.resolve())  # "." cannot be removed by that name
     run.lock(to_delete=True)
     try:
-        run.clear_leftovers()
+        clear_leftovers(run.directory)
         forget(run)
         with explained_write(run.directory, verb="delete"):
             delete_run_files(run.directory)

@@ -81,6 +81,15 @@ def save_config(config: RunConfig, path: Path) -> None:
     write_text(path, to_yaml(config))
 
 
+def read_config(path: Path) -> RunConfig:
+    """What `save_config` wrote.
+
+    Raises:
+        ConfigError: as `build_config`.
+    """
+    return build_config(file=path)
+
+
 def flatten(config: RunConfig) -> dict[str, Any]:
     """Dotted names to values."""
     flat: dict[str, Any] = {}

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
+from ..core.diary import append_event, append_log
 from ..core.phases import PhaseEvent
 from .console import ConsoleSink
 from .events import Event, Sink, Warned
@@ -55,9 +56,9 @@ class LogSink:
     def __call__(self, event: Event) -> None:
         if event["event"] in ("progress", "validate") or (event["event"] == "phase" and not _took_long(event)):
             return
-        self.run.append_event(event)
+        append_event(self.run.directory, event)
         for line in plain_lines(event):
-            self.run.append_log(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}")
+            append_log(self.run.directory, f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}")
 
     def close(self) -> None:
         """Nothing stays open between events."""

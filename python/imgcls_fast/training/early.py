@@ -7,9 +7,8 @@ from pathlib import Path
 from ..core import env
 from ..core.config import RunConfig
 from ..core.manifest import LabelSpace
-from ..core.outputs import demand_room
+from ..core.outputs import demand_room, demand_vacant
 from ..core.pixels import CHANNELS
-from ..core.run import Run
 from ..loading.loader import require_loader
 from ..models.build import ModelSpec, outline_of
 from .defaults import Machine, Notes
@@ -31,7 +30,7 @@ def refuse_early(config: RunConfig, machine: Machine) -> None:
     if config.out is None:
         demand_room(env.runs_dir())
     else:
-        Run(Path(config.out)).demand_vacant()
+        demand_vacant(Path(config.out))
     notes = Notes(config)  # of its own: nothing that is found here goes into the plan
     device = choose_device(notes, machine)
     require_device_for(config, device)

@@ -8,6 +8,7 @@ from types import TracebackType
 
 import torch
 
+from ..core.diary import began_training
 from ..core.errors import ConfigError, HardwareError, ImgclsError, Interrupted, ModelError, UsageError
 from ..core.places import delete_run_files, remove_if_empty
 from ..core.run import Run
@@ -76,7 +77,7 @@ def _refused(error: BaseException, run: Run) -> bool:
     A run that met bad data, a full disk or memory that ran out stays: its log and quarantine.csv are wanted, or it goes on.
     """
     wrong = isinstance(error, UsageError | ConfigError | ModelError) or getattr(error, "code", "") in ("H001", "H004")
-    return wrong and not run.began_training
+    return wrong and not began_training(run.directory)
 
 
 def explained(error: BaseException, run: Run | None) -> ImgclsError | None:

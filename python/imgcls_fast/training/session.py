@@ -13,10 +13,12 @@ from typing import Any
 from ..core import env
 from ..core.bundle import Bundle, read_bundle
 from ..core.config import RunConfig, bits_settings, free_settings
+from ..core.diary import last_end, unexplained_end
 from ..core.errors import DataError, HardwareError, Interrupted, ModelError
 from ..core.manifest import Manifest
 from ..core.phases import heard_by, phase
 from ..core.pixels import Pixels
+from ..core.places import clear_leftovers
 from ..core.predictions import Predictions
 from ..core.record import Work, record_of, unequal_line, work_on
 from ..core.run import Run
@@ -147,7 +149,7 @@ def resume(run: Run, changes: dict[str, Any], sinks: Sequence[Callable[[Any], An
     began, listeners = time.monotonic(), Sinks(sinks)
     run.lock()
     try:
-        run.clear_leftovers()
+        clear_leftovers(run.directory)
         config = _changed_config(run, changes)
         manifest = run.manifest
         facts = run.read_json("model.json")
@@ -162,7 +164,7 @@ def resume(run: Run, changes: dict[str, Any], sinks: Sequence[Callable[[Any], An
             require_same_trajectory(facts["trajectory"], trajectory(plan, manifest), run, run.directory / "model.json")
         listeners.sinks.append(LogSink(run))
         _warn_without_locks(run, listeners)
-        death, end = run.unexplained_end(), run.last_end()
+        death, end = unexplained_end(run.directory), last_end(run.directory)
         if death:
             listeners(Warned(event="warning", text=death))
         if run.finished and run.report_path.exists():
