@@ -85,7 +85,7 @@ def test_the_health_of_this_machine_is_told_by_an_exit_code(monkeypatch: pytest.
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    rows = [("python", "3.12", True, ""), ("torch.compile, GPU", "no", None, "")]
+    rows = [("python", "3.12", True, ""), ("export --aoti", "no", None, ""), ("torch.compile, GPU", "no compiler", False, "gcc")]
     monkeypatch.setattr(module, "doctor", lambda: {"sections": [("this machine", rows)]})
     assert module.main() == 0 and capsys.readouterr().err == ""
     rows.append(("compiled half", "missing", False, "pip install ."))

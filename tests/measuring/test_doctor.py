@@ -51,6 +51,13 @@ def test_a_missing_compiler_is_shown_with_the_line_that_installs_it(monkeypatch:
     assert all(row[2] and not row[3] for row in doctor._compilers())
 
 
+@pytest.mark.parametrize("gpu", [True, False])
+def test_kernels_that_were_not_compiled_are_missed_where_a_gpu_could_run_them(gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(env, "build_info", lambda: {"version": "1", "cuda": False, "why_no_cuda": "IMGCLS_CUDA=off at build time"})
+    monkeypatch.setattr(doctor, "_has_gpu", lambda: gpu)
+    assert rows(doctor._extension())["CUDA half"][1:3] == ("not built: IMGCLS_CUDA=off at build time", False if gpu else None)
+
+
 def test_places_that_cannot_be_written_are_shown_with_the_variable_that_moves_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

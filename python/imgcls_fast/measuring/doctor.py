@@ -86,8 +86,15 @@ def _extension() -> list[Row]:
         rows.append(("CUDA half", "built", True, ""))
     else:
         hint = "install the CUDA toolkit and build again with IMGCLS_CUDA=on"
-        rows.append(("CUDA half", f"not built: {info.get('why_no_cuda') or 'unknown'}", False, hint))
+        missing = False if _has_gpu() else None  # nothing here could run it
+        rows.append(("CUDA half", f"not built: {info.get('why_no_cuda') or 'unknown'}", missing, hint))
     return rows
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _gpu() -> list[Row]:
