@@ -6,7 +6,7 @@ change when a run is resumed; every other field shapes the trajectory of the wei
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import AfterValidator, BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 
@@ -17,7 +17,9 @@ from .schema import BITS, FREE, Auto, Fraction, Seconds, Section, Text, extras, 
 from .verbs import Group
 
 if TYPE_CHECKING:
-    MonitorName = OptimizerName = ScheduleName = str
+    MonitorName: TypeAlias = str
+    OptimizerName: TypeAlias = str
+    ScheduleName: TypeAlias = str
 else:  # from tables, which a type checker cannot read
     MonitorName = Literal[("auto", *MONITORS)]
     OptimizerName = Literal[("auto", *OPTIMIZERS)]
