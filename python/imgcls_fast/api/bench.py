@@ -49,9 +49,15 @@ def benchmark(
     from ..measuring.efficiency import examine
 
     return examine(
-        *_run_or_export(run), runtimes=tuple(runtimes), batches=tuple(batches), duration_s=duration_s,
-        device=device or usual_device(), out=None if out is None else Path(out), say=say or say_warning, trust=trust,
-    )  # fmt: skip
+        *_run_or_export(run),
+        runtimes=tuple(runtimes),
+        batches=tuple(batches),
+        duration_s=duration_s,
+        device=device or usual_device(),
+        out=None if out is None else Path(out),
+        say=say or say_warning,
+        trust=trust,
+    )
 
 
 def bench_report(

@@ -96,9 +96,13 @@ def verify(
     bundle = read_bundle(found.bundle_path)
     reference, engines = engines_of(bundle, found.exports, usual_device(), trust=trust)
     result = verify_run(
-        bundle, found.manifest, reference, engines,
-        images=images or found.config.export.verify_images, run=str(found.directory),
-    )  # fmt: skip
+        bundle,
+        found.manifest,
+        reference,
+        engines,
+        images=images or found.config.export.verify_images,
+        run=str(found.directory),
+    )
     if out is not None:
         write_json(Path(out), result)
     return result | {"table": verify_table(result)}

@@ -73,15 +73,23 @@ def evaluate(
     asked = rows_to_judge(found, images, split, engine, include_train=include_train)
     settings = found.config.evaluate
     predictions = score_rows(
-        engine, asked.manifest, asked.rows, batch_size=batch_size or int(settings.batch_size),
-        on_bad=asked.undecoded.of(asked.manifest), loader=usual_loader(engine.pixels, device), workers=min(4, env.usable_cpus()),
-    )  # fmt: skip
+        engine,
+        asked.manifest,
+        asked.rows,
+        batch_size=batch_size or int(settings.batch_size),
+        on_bad=asked.undecoded.of(asked.manifest),
+        loader=usual_loader(engine.pixels, device),
+        workers=min(4, env.usable_cpus()),
+    )
     engine.close()
     predictions = asked.kept(predictions)
     metrics = judge(
-        predictions, top_k=settings.top_k, bootstrap=settings.bootstrap, seed=found.config.train.seed,
+        predictions,
+        top_k=settings.top_k,
+        bootstrap=settings.bootstrap,
+        seed=found.config.train.seed,
         group=asked.manifest.group,
-    )  # fmt: skip
+    )
     metrics = without(metrics, asked.undecoded, (*asked.warnings, *asked.notices), asked.facts)
     if out is not None:
         write_evaluation(Path(out), predictions, metrics, Path(out) / "plots")

@@ -42,9 +42,15 @@ def export(request: Request, session: Session) -> Answer:
     from ..api import export as api
 
     made = api.export(
-        run, target, precision=precision, overrides=asked, out=request.get("out"), say=session.note,
-        progress=_progress(session), force=bool(request.get("force")),
-    ).to_dict()  # fmt: skip
+        run,
+        target,
+        precision=precision,
+        overrides=asked,
+        out=request.get("out"),
+        say=session.note,
+        progress=_progress(session),
+        force=bool(request.get("force")),
+    ).to_dict()
     if request.get("out"):
         made["copy"] = request.get("out")
 
@@ -173,7 +179,11 @@ def _show_latency(console: Any, latency: dict[str, Any] | None) -> None:
     if not latency:
         return
     rows = [
-        [str(t["batch"]), *(f"{t['end_to_end'][name]:.3g}" for name in ("p50_ms", "p90_ms", "p99_ms")), f"{t['images_per_s']:,.0f}"]
+        [
+            str(t["batch"]),
+            *(f"{t['end_to_end'][name]:.3g}" for name in ("p50_ms", "p90_ms", "p99_ms")),
+            f"{t['images_per_s']:,.0f}",
+        ]
         for t in {row["batch"]: row for row in (latency["one"], latency["best"])}.values()
-    ]  # fmt: skip
+    ]
     table(console, ["batch", "p50 ms", "p90 ms", "p99 ms", "images/s"], rows, numbers=range(5))

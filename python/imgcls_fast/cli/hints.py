@@ -16,11 +16,29 @@ from ..core.verbs import VERBS, Flag, Verb
 _COUNTS = ("-e", "-b", "-k")  # short options whose value is a number
 _TARGETS = {"onnx": "onnx", "engine": "trt", "tensorrt": "trt", "trt": "trt", "torchscript": "torchscript", "pt2": "pt2"}
 _VALUES = {  # what the value becomes, where another tool has a switch or a number of a device
-    "pretrained": "pretrained", "finetune": "pretrained", "fine_tune": "pretrained", "amp": "auto", "half": "fp16", "fp16": "fp16",
-    "bf16": "bf16", "gpu": "cuda", "gpu_id": "cuda", "gpu_ids": "cuda", "cuda": "cuda", "use_cuda": "cuda", "no_cuda": "cpu",
-    "freeze_backbone": "backbone", "balanced": "auto", "weighted_loss": "auto", "class_weight": "auto", "early_stopping": "10",
-    "early_stop": "10", "mixed_precision": "auto", "use_amp": "auto", "ema_decay": "0.999",
-}  # fmt: skip
+    "pretrained": "pretrained",
+    "finetune": "pretrained",
+    "fine_tune": "pretrained",
+    "amp": "auto",
+    "half": "fp16",
+    "fp16": "fp16",
+    "bf16": "bf16",
+    "gpu": "cuda",
+    "gpu_id": "cuda",
+    "gpu_ids": "cuda",
+    "cuda": "cuda",
+    "use_cuda": "cuda",
+    "no_cuda": "cpu",
+    "freeze_backbone": "backbone",
+    "balanced": "auto",
+    "weighted_loss": "auto",
+    "class_weight": "auto",
+    "early_stopping": "10",
+    "early_stop": "10",
+    "mixed_precision": "auto",
+    "use_amp": "auto",
+    "ema_decay": "0.999",
+}
 
 _OFF = {  # and where that switch is turned off; 0 is also a number of a device
     "train.precision": "fp32", "model.init": "scratch", "model.freeze": "none", "train.patience": "none", "optim.ema": "0",

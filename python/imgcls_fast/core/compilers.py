@@ -58,7 +58,7 @@ def compiler_lack(
         headers: folder of Python.h; None: this interpreter's.
 
     Source: `get_cpp_compiler` in torch/_inductor/cpp_builder.py, `_find_compiler` in triton/runtime/build.py.
-    """  # fmt: skip
+    """
     gpu = device.startswith("cuda")
     if gpu and find_spec("triton") is None:
         return Lack("Triton is not installed", "pip install triton")

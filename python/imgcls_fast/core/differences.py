@@ -39,9 +39,12 @@ def _data(run: Run) -> Row:
     splits = {f"{split} images": n for split, n in (facts.get("splits") or {}).items()}
     counts = {f"images of {name}": n for name, n in (facts.get("counts") or {}).items()}
     named = {
-        "source": "source", "images": "images", "quarantined": "quarantined", "duplicates_removed": "duplicates removed",
+        "source": "source",
+        "images": "images",
+        "quarantined": "quarantined",
+        "duplicates_removed": "duplicates removed",
         "fingerprint": "fingerprint of files, labels and splits",
-    }  # fmt: skip
+    }
     return {shown: facts.get(name) for name, shown in named.items()} | splits | counts
 
 

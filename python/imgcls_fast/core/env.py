@@ -18,9 +18,22 @@ from .cpus import Cpus, count_cpus
 from .errors import HardwareError
 
 LIBRARIES = (
-    "torch", "torchvision", "timm", "nvidia-dali-cuda130", "numpy", "pillow", "scikit-learn", "safetensors",
-    "pydantic", "onnx", "onnxscript", "onnxruntime", "openvino", "nvidia-modelopt", "tensorrt",
-)  # fmt: skip
+    "torch",
+    "torchvision",
+    "timm",
+    "nvidia-dali-cuda130",
+    "numpy",
+    "pillow",
+    "scikit-learn",
+    "safetensors",
+    "pydantic",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "openvino",
+    "nvidia-modelopt",
+    "tensorrt",
+)
 _NAME = "imgcls-fast"
 _lowered: dict[str, str | None] = {}  # OMP_NUM_THREADS as it was found, and what `calm_threads` made of it
 _COMMIT = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")

@@ -18,14 +18,25 @@ from .verbs import VERBS, Flag
 _PROGRAM = "imgcls-fast"
 # verb -> function and the keywords of its positional words; the rest of many goes to the last one
 _CALLS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "train": ("train", ("data",)), "eval": ("evaluate", ("run", "data")), "predict": ("predict", ("run", "images")),
-    "export": ("export", ("run", "target")), "verify": ("verify", ("run",)), "deploy render": ("deploy", ("kind", "run")),
-    "bench": ("benchmark", ("run",)), "bench report": ("bench_report", ("results",)),
+    "train": ("train", ("data",)),
+    "eval": ("evaluate", ("run", "data")),
+    "predict": ("predict", ("run", "images")),
+    "export": ("export", ("run", "target")),
+    "verify": ("verify", ("run",)),
+    "deploy render": ("deploy", ("kind", "run")),
+    "bench": ("benchmark", ("run",)),
+    "bench report": ("bench_report", ("results",)),
     "bench compare": ("bench_compare", ("before", "after")),
-    "report": ("report", ("run",)), "data check": ("check_data", ("data",)), "data split": ("split_data", ("data",)),
-    "data stats": ("data_stats", ("data",)), "runs list": ("list_runs", ()), "runs show": ("show_run", ("run",)),
-    "models list": ("list_models", ("pattern",)), "demo": ("demo", ()), "doctor": ("doctor", ()),
-}  # fmt: skip
+    "report": ("report", ("run",)),
+    "data check": ("check_data", ("data",)),
+    "data split": ("split_data", ("data",)),
+    "data stats": ("data_stats", ("data",)),
+    "runs list": ("list_runs", ()),
+    "runs show": ("show_run", ("run",)),
+    "models list": ("list_models", ("pattern",)),
+    "demo": ("demo", ()),
+    "doctor": ("doctor", ()),
+}
 _RENAMED = {
     "engine_precision": "precision",
     ("bench", "runtime"): "runtimes",

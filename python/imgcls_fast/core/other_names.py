@@ -58,7 +58,7 @@ _SETTINGS = {  # our setting: their names, lower case, words joined by _
     "train.log_every": "log_interval log_freq print_freq logging_steps",
     "out": "output output_dir out_dir save_dir log_dir logdir results_dir workdir work_dir project exp_name experiment "
     "experiment_name run_name name savedir",
-}  # fmt: skip
+}
 _OWN = (  # settings of training that have no flag: --momentum 0.9 is --set optim.momentum=0.9
     "data.split_seed data.split_col data.max_megapixels data.verify data.duplicates pixels.crop_pct pixels.interpolation "
     "pixels.exif augment.scale augment.ratio augment.flip augment.brightness augment.contrast augment.saturation augment.hue "
@@ -71,31 +71,53 @@ _MEANT = {name.partition(".")[2]: name for name in _OWN.split(" ")} | {
 }
 
 NOT_NEEDED = {
-    **dict.fromkeys(("num_classes", "nc", "n_classes", "classes", "n_class", "class_names"), "the classes are those of the data"),
-    **dict.fromkeys(("loss", "criterion", "loss_fn"), "the loss is cross-entropy; see --label-smoothing and --class-weights"),
+    **dict.fromkeys(
+        ("num_classes", "nc", "n_classes", "classes", "n_class", "class_names"), "the classes are those of the data"
+    ),
+    **dict.fromkeys(
+        ("loss", "criterion", "loss_fn"), "the loss is cross-entropy; see --label-smoothing and --class-weights"
+    ),
     **dict.fromkeys(("verbose", "v"), "all that matters is shown; --quiet shows less, --debug shows tracebacks"),
-    **dict.fromkeys(("exist_ok", "overwrite", "force"), "a run is never overwritten; choose another directory with --out"),
+    **dict.fromkeys(
+        ("exist_ok", "overwrite", "force"), "a run is never overwritten; choose another directory with --out"
+    ),
     **dict.fromkeys(("task", "mode"), "the verb says what is done: train, eval, predict, export"),
     **dict.fromkeys(("channels_last", "pin_mem", "pin_memory", "prefetch"), "it is done where it helps"),
-    **dict.fromkeys(("save", "save_model", "plots", "val", "do_train", "do_eval"), "a training run is always saved, judged and drawn"),
+    **dict.fromkeys(
+        ("save", "save_model", "plots", "val", "do_train", "do_eval"),
+        "a training run is always saved, judged and drawn",
+    ),
     **dict.fromkeys(("shuffle",), "training images are always shuffled"),
-}  # fmt: skip
+}
 
 _VALUES = {  # our value of an option: theirs
-    "cuda": "gpu gpu:0 cuda:0 cuda0 nvidia", "cpu": "mps tpu xpu none",
-    "adamw": "adam adamax nadam radam lion lamb adan", "sgd": "momentum nesterov sgdm rmsprop",
-    "cosine": "cos cosineannealinglr cosine_annealing poly linear cosineannealing", "none": "constant off no false",
-    "step": "steplr multistep multisteplr exponential", "onecycle": "one_cycle onecyclelr 1cycle",
+    "cuda": "gpu gpu:0 cuda:0 cuda0 nvidia",
+    "cpu": "mps tpu xpu none",
+    "adamw": "adam adamax nadam radam lion lamb adan",
+    "sgd": "momentum nesterov sgdm rmsprop",
+    "cosine": "cos cosineannealinglr cosine_annealing poly linear cosineannealing",
+    "none": "constant off no false",
+    "step": "steplr multistep multisteplr exponential",
+    "onecycle": "one_cycle onecyclelr 1cycle",
     "plateau": "reducelronplateau reduce_on_plateau",
-    "fp16": "16 16-mixed 16-true half float16 fp16-mixed", "bf16": "bf16-mixed bf16-true bfloat16 amp mixed true",
-    "fp32": "32 32-true float32 full float", "medium": "randaugment randaug trivialaugment autoaugment auto_augment augmix default",
-    "heavy": "strong hard", "light": "weak basic flip",
-    "val": "validation valid dev eval", "test": "testing holdout",
-    "val/accuracy": "accuracy acc val_acc val_accuracy top1 acc1", "val/loss": "loss val_loss", "val/macro_f1": "f1 macro_f1",
-    "pretrained": "imagenet imagenet1k imagenet_1k imagenet1k_v1 imagenet1k_v2 default yes true", "scratch": "random no false none",
-    "3": "rgb color colour", "1": "gray grey grayscale greyscale l mono", "4": "rgba",
+    "fp16": "16 16-mixed 16-true half float16 fp16-mixed",
+    "bf16": "bf16-mixed bf16-true bfloat16 amp mixed true",
+    "fp32": "32 32-true float32 full float",
+    "medium": "randaugment randaug trivialaugment autoaugment auto_augment augmix default",
+    "heavy": "strong hard",
+    "light": "weak basic flip",
+    "val": "validation valid dev eval",
+    "test": "testing holdout",
+    "val/accuracy": "accuracy acc val_acc val_accuracy top1 acc1",
+    "val/loss": "loss val_loss",
+    "val/macro_f1": "f1 macro_f1",
+    "pretrained": "imagenet imagenet1k imagenet_1k imagenet1k_v1 imagenet1k_v2 default yes true",
+    "scratch": "random no false none",
+    "3": "rgb color colour",
+    "1": "gray grey grayscale greyscale l mono",
+    "4": "rgba",
     "backbone": "all true yes encoder features",
-}  # fmt: skip
+}
 
 VERBS_ELSEWHERE = {
     "eval": "val validate validation test evaluate evaluation score benchmark-accuracy",

@@ -112,9 +112,10 @@ def demand_outside(folder: Path, inputs: Iterable[Path]) -> None:
         between = (place, *place.parents)[: len(place.parts) - len(images.parts) + 1]
         if not any(is_run_folder(inner) for inner in between):
             raise UsageError(
-                "U002", f"{folder} lies in the images that are read ({given}), and what is written there would become data",
+                "U002",
+                f"{folder} lies in the images that are read ({given}), and what is written there would become data",
                 try_="choose another place with --out",
-            )  # fmt: skip
+            )
 
 
 def demand_new(path: Path, kind: Kind) -> Path:

@@ -19,10 +19,27 @@ BEGUN = "begun.txt"  # names the run that was begun last, finished or not: what 
 POINTER_MARK = "# the last run; written by imgcls-fast"  # in both of them
 BENCH_TITLE = "<title>Benchmarks · imgcls-fast</title>".encode()
 RUN_NAMES = (
-    ".lock", "baseline.json", "bench", "bundle", "checkpoints", "config.yaml", "data.json", "env.json", "eval",
-    "events.jsonl", "exports", "log.txt", "manifest.npz", "metrics.csv", "model.json", "plots", "quarantine.csv",
-    "report.html", "run.json", "split.csv",
-)  # fmt: skip
+    ".lock",
+    "baseline.json",
+    "bench",
+    "bundle",
+    "checkpoints",
+    "config.yaml",
+    "data.json",
+    "env.json",
+    "eval",
+    "events.jsonl",
+    "exports",
+    "log.txt",
+    "manifest.npz",
+    "metrics.csv",
+    "model.json",
+    "plots",
+    "quarantine.csv",
+    "report.html",
+    "run.json",
+    "split.csv",
+)
 _LEFTOVER = re.compile(r"\..+\.\d+\.tmp", re.DOTALL)  # of `files.write_whole`
 
 

@@ -233,9 +233,14 @@ def _where(name: str, origin: dict[str, str]) -> str:
 
 
 _PLAIN = {  # what pydantic calls a type, and what people do
-    "integer": "a whole number", "number": "a number", "string": "a text", "tuple": "a list of numbers", "dictionary": "pairs NAME=NUMBER",
-    "boolean": "true or false", "list": "a list",
-}  # fmt: skip
+    "integer": "a whole number",
+    "number": "a number",
+    "string": "a text",
+    "tuple": "a list of numbers",
+    "dictionary": "pairs NAME=NUMBER",
+    "boolean": "true or false",
+    "list": "a list",
+}
 
 
 def _wanted(item: Any) -> str:
