@@ -135,7 +135,7 @@ def weight_left_alone(g: Graph) -> None:
     g.node("conv2").input[1] = "second_w"
 
 
-def nothing_quantised(g: Graph) -> None:
+def nothing_quantized(g: Graph) -> None:
     g.node("conv1").input[:] = ["normalised", "first_w"]
     g.node("conv2").input[:] = ["relu1", "second_w"]
     g.node("sum").input[:] = ["conv2", "relu1"]
@@ -150,11 +150,11 @@ def insert_pair(g: Graph, tensor: str, user: str, scale: float, dtype: Any = HAL
     g.nodes += behind
 
 
-def residual_and_branch_quantised(g: Graph) -> None:
+def residual_and_branch_quantized(g: Graph) -> None:
     insert_pair(g, "conv2", "sum", 0.05)
 
 
-def branch_quantised_in_place_of_the_residual(g: Graph) -> None:
+def branch_quantized_in_place_of_the_residual(g: Graph) -> None:
     insert_pair(g, "conv2", "sum", 0.05)
     g.node("sum").input[1] = "relu1"
 
@@ -163,7 +163,7 @@ def pair_before_the_activation(g: Graph) -> None:
     insert_pair(g, "conv1", "relu1", 0.05)
 
 
-def softmax_quantised(g: Graph) -> None:
+def softmax_quantized(g: Graph) -> None:
     g.node("scores").output[0] = "probabilities"
     g.pair("probabilities", 1 / 127, dtype=np.float32)
     g.node("probabilities_dq").output[0] = "scores"
@@ -260,11 +260,11 @@ PLANTS: list[tuple[str, Callable[[Graph], None], Callable[[Any], None] | None]] 
     ("activation-per-channel", activation_with_sixteen_scales, None),
     ("weight-axis", weight_scales_along_the_inputs, None),
     ("half-quantised", weight_left_alone, None),
-    ("nothing-quantised", nothing_quantised, None),
-    ("residual-add", residual_and_branch_quantised, None),
-    ("residual-add", branch_quantised_in_place_of_the_residual, None),
+    ("nothing-quantised", nothing_quantized, None),
+    ("residual-add", residual_and_branch_quantized, None),
+    ("residual-add", branch_quantized_in_place_of_the_residual, None),
     ("before-activation", pair_before_the_activation, None),
-    ("softmax", softmax_quantised, None),
+    ("softmax", softmax_quantized, None),
     ("rescale", moved_between_two_scales, None),
     ("fp32-island", classifier_in_float32, None),
     ("batch-norm", batch_norm_left, None),
@@ -390,9 +390,9 @@ def test_the_page_on_int8_lists_every_rule_with_its_files() -> None:
     ("plant", "kind"),
     [
         (pair_before_the_activation, "activations"),
-        (residual_and_branch_quantised, "additions"),
-        (branch_quantised_in_place_of_the_residual, "additions"),
-        (softmax_quantised, "softmaxes"),
+        (residual_and_branch_quantized, "additions"),
+        (branch_quantized_in_place_of_the_residual, "additions"),
+        (softmax_quantized, "softmaxes"),
     ],
     ids=lambda value: getattr(value, "__name__", value),
 )

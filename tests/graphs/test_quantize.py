@@ -90,7 +90,7 @@ def test_of_a_transformer_neither_attention_nor_residuals_are_quantised(
     assert len(products) == 4 and not products & set(facts["int8_layers"])
     assert len(facts["int8_layers"]) >= 9  # the patches, and four linear layers of each block
     additions = [node for node in view.nodes if node.op_type == "Add"]
-    assert not any(view.quantised(name) for node in additions for name in node.input)
+    assert not any(view.quantized(name) for node in additions for name in node.input)
     assert qdq.metadata(view.model)["imgcls_fast.bundle"] == bundle.digest, "the quantizer lost the metadata"
     exact, found = (half.run_in_steps(half.session(path), noise(24)[:8])[0][0] for path in (source, out))
     assert np.abs(exact - found).max() < 0.1
@@ -116,7 +116,7 @@ def test_scales_of_quantisation_aware_training_are_kept(onnx_of: Callable[..., P
     import torch
     from torch import Tensor, nn
 
-    class Quantised(nn.Conv2d):
+    class Quantized(nn.Conv2d):
         weight_scale: Tensor
         scale: Tensor
 
@@ -136,9 +136,9 @@ def test_scales_of_quantisation_aware_training_are_kept(onnx_of: Callable[..., P
             weight = torch.fake_quantize_per_channel_affine(self.weight, self.weight_scale, zeros, 0, -128, 127)
             return self._conv_forward(x, weight, self.bias)
 
-    quantize.allow_fake_quantise()
+    quantize.allow_fake_quantize()
     net = nn.Sequential(
-        Quantised(3, 16, False), nn.ReLU(), Quantised(16, 32, True), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 5)
+        Quantized(3, 16, False), nn.ReLU(), Quantized(16, 32, True), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 5)
     )  # fmt: skip
     source, out = onnx_of(net, tmp_path / "qat.onnx", size=12), tmp_path / "int8.onnx"
     facts = quantize.quantize(source, out, noise(4, 12))

@@ -133,7 +133,7 @@ def test_a_tensor_that_is_pooled_and_added_is_freed_everywhere(onnx_of: Callable
     nodes = {node.op_type: node for node in view.nodes}
     body = next(node for node in view.nodes if node.name == "node_conv2d_1")
     for node in (nodes["MaxPool"], nodes["Add"], body):
-        assert not any(view.quantised(name) for name in node.input), node.name
+        assert not any(view.quantized(name) for name in node.input), node.name
     (exact, found) = (session(path).run(None, {"pixels": images})[0] for path in (source, out))
     np.testing.assert_allclose(found, exact, atol=0.02)
 

@@ -184,7 +184,7 @@ def _edges(view: View) -> set[str]:
 def _overflowing(view: View, tensors: set[str]) -> set[str]:
     """Names of the nodes that touch a tensor or a constant that FP16 cannot hold; a Q/DQ goes with what it feeds."""
     for node in view.nodes:  # quantised values have the range of what was quantised
-        if node.op_type == DEQUANTIZE and (pair := view.quantised(node.output[0])) and pair.source in tensors:
+        if node.op_type == DEQUANTIZE and (pair := view.quantized(node.output[0])) and pair.source in tensors:
             tensors |= {node.output[0]}
     constants = {name: view.array(name) for name, tensor in view.constants.items() if tensor.data_type == FLOAT}
     large = {name for name, value in constants.items() if (np.abs(value[np.isfinite(value)]) > LARGEST_HALF).any()}

@@ -30,14 +30,14 @@ from .qdq import (
     SMALLEST_HALF,
     UINT8,
     WEIGHTED,
-    Quantised,
+    Quantized,
     View,
     attribute,
     double_additions,
     metadata,
     opset,
-    quantised_branches,
-    quantised_softmaxes,
+    quantized_branches,
+    quantized_softmaxes,
     split_activations,
 )
 
@@ -203,13 +203,13 @@ def _scale_opset(view: View) -> Found:
                 yield node.name, f"an FP16 scale in opset {opset(view.model)}"
 
 
-def _is_weight(view: View, pair: Quantised) -> bool:
+def _is_weight(view: View, pair: Quantized) -> bool:
     return pair.source in view.constants
 
 
 def _activation_per_channel(view: View) -> Found:
     for node in view.nodes:
-        if node.op_type == DEQUANTIZE and (pair := view.quantised(node.output[0])) is not None:
+        if node.op_type == DEQUANTIZE and (pair := view.quantized(node.output[0])) is not None:
             size = view.array(pair.scale).size if pair.scale in view.constants else 1
             if size > 1 and not _is_weight(view, pair):
                 yield node.name, f"{size} scales for the activation {pair.source}"
@@ -224,14 +224,14 @@ def _weight_axis(view: View) -> Found:
                 yield node.name, f"the weight's scales go along axis {pair.axis}, not {axis}"
 
 
-def _half_quantised(view: View) -> Found:
+def _half_quantized(view: View) -> Found:
     for node, operands in view.layers():
         if any(operands) and not all(operands):
             bare = node.input[operands.index(None)]
             yield node.name, f"{node.op_type} has a quantised operand and one that is not: {bare}"
 
 
-def _nothing_quantised(view: View) -> Found:
+def _nothing_quantized(view: View) -> Found:
     if not view.int8_layers():
         yield "", "no Conv, Gemm or MatMul is quantised"
 
@@ -239,7 +239,7 @@ def _nothing_quantised(view: View) -> Found:
 def _residual_add(view: View) -> Found:
     for node, _ in double_additions(view):
         yield node.name, "both inputs are quantised; the branch that ends in the layer to fuse with must not be"
-    for node, k, _ in quantised_branches(view):
+    for node, k, _ in quantized_branches(view):
         yield node.name, f"the layer's branch is quantised and the residual {node.input[1 - k]} is not"
 
 
@@ -249,7 +249,7 @@ def _before_activation(view: View) -> Found:
 
 
 def _softmax(view: View) -> Found:
-    for node in quantised_softmaxes(view):
+    for node in quantized_softmaxes(view):
         yield node.name, "probabilities in steps of 1/127: an attention spread over 197 tokens rounds to 0 or 2/127"
 
 
@@ -258,7 +258,7 @@ def _rescale(view: View) -> Found:
         if node.op_type not in (*MOVES, "Concat", "Split", "Slice"):
             continue
         data = node.input if node.op_type == "Concat" else node.input[:1]
-        before = [view.quantised(name) for name in data if name not in view.constants]
+        before = [view.quantized(name) for name in data if name not in view.constants]
         after = [user for name in node.output for user in view.users[name] if user.op_type == QUANTIZE]
         names = [pair.scale for pair in before if pair] + [user.input[1] for user in after]
         scales = {float(view.array(name).reshape(-1)[0]) for name in names if name in view.constants}
@@ -369,25 +369,51 @@ _REDUCED = ("fp16", "bf16", "int8")
 
 RULES: tuple[Rule, ...] = (
     Rule("zero-point", "Zero points are int8 and zero.", _PARSER, _zero_point),
-    Rule("missing-zero-point", "Every Q says that its values are int8.", "ONNX QuantizeLinear: uint8 by default", _missing_zero_point),
-    Rule("dynamic-scale", "Scales are constants.", "TensorRT has no DynamicQuantizeLinear (" + _PARSER + ")", _dynamic_scale),
+    Rule(
+        "missing-zero-point",
+        "Every Q says that its values are int8.",
+        "ONNX QuantizeLinear: uint8 by default",
+        _missing_zero_point,
+    ),
+    Rule(
+        "dynamic-scale",
+        "Scales are constants.",
+        "TensorRT has no DynamicQuantizeLinear (" + _PARSER + ")",
+        _dynamic_scale,
+    ),
     Rule("scale-value", "Scales are positive numbers.", _GUIDE, _scale_value),
-    Rule("subnormal-scale", "FP16 scales are at least 6.104e-5.", "IEEE 754 binary16: smaller ones lose bits", _subnormal_scale),
+    Rule(
+        "subnormal-scale",
+        "FP16 scales are at least 6.104e-5.",
+        "IEEE 754 binary16: smaller ones lose bits",
+        _subnormal_scale,
+    ),
     Rule("scale-opset", "FP16 scales need opset 19.", "ONNX QuantizeLinear-19", _scale_opset),
     Rule("activation-per-channel", "Activations have one scale.", _GUIDE, _activation_per_channel),
     Rule("weight-axis", "Scales of a convolution's weight go along its output channels.", _GUIDE, _weight_axis),
-    Rule("half-quantised", "A layer has both operands quantised or none.", _GUIDE, _half_quantised),
-    Rule("nothing-quantised", "An INT8 file has an INT8 layer.", "imgcls-fast", _nothing_quantised, _INT8),
+    Rule("half-quantised", "A layer has both operands quantised or none.", _GUIDE, _half_quantized),
+    Rule("nothing-quantised", "An INT8 file has an INT8 layer.", "imgcls-fast", _nothing_quantized, _INT8),
     Rule("residual-add", "Of a residual addition only the residual is quantised.", _GUIDE, _residual_add),
     Rule("before-activation", "Nothing is quantised between a layer and its activation.", _GUIDE, _before_activation),
     Rule("softmax", "A softmax is not quantised.", "measured: 9.1 dB with, 28.1 dB without on ViT-Tiny", _softmax),
     Rule("rescale", "Values are moved at one scale.", _GUIDE, _rescale),
-    Rule("fp32-island", "Layers compute in the precision of the file.", "strong typing: TensorRT obeys the graph", _fp32_island, _REDUCED),
+    Rule(
+        "fp32-island",
+        "Layers compute in the precision of the file.",
+        "strong typing: TensorRT obeys the graph",
+        _fp32_island,
+        _REDUCED,
+    ),
     Rule("batch-norm", "Batch normalisation is folded into the layer before it.", _GUIDE, _batch_norm),
-    Rule("uint8", "The first and only user of the bytes is a Cast to a float.", "DataType.UINT8 of TensorRT 11.4; " + _PARSER, _uint8),
+    Rule(
+        "uint8",
+        "The first and only user of the bytes is a Cast to a float.",
+        "DataType.UINT8 of TensorRT 11.4; " + _PARSER,
+        _uint8,
+    ),
     Rule("operator", "TensorRT's parser has every operator.", _PARSER, _operator),
     Rule("domain", "All operators are standard ONNX.", _PARSER, _domain),
     Rule("opset", "The operator set is 9 to 25.", "TensorRT 10.1: 9 to 20; 10.15: to 24; 11: to 25", _opset),
     Rule("external-data", "The weights are inside the file.", "one file, one digest", _external_data),
     Rule("dynamic-size", "Only the batch is dynamic.", "one optimisation profile for each engine", _dynamic_size),
-)  # fmt: skip
+)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +22,6 @@ from ..engines.base import Engine
 from ..engines.onnx_runtime import OnnxEngine
 from ..engines.torch_runtime import DTYPES, TorchEngine, load_model, scorer_of
 
-Precision = Literal["fp32", "fp16", "bf16"]
 BF16_OPSET = 22  # the first whose convolutions and poolings take bfloat16
 STRUCTURE_ONLY = "structure-only"
 
@@ -39,7 +38,7 @@ def export_onnx(
     exports: Path,
     batches: Iterable[np.ndarray],
     *,
-    precision: Precision = "fp32",
+    precision: str = "fp32",
     settings: ExportConfig | None = None,
     name_it: bool = True,
 ) -> Export:
@@ -106,9 +105,17 @@ def write_graph(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             torch.onnx.export(
-                scorer, (example,), str(path), dynamo=True, opset_version=opset, input_names=["pixels"],
-                output_names=["scores"], dynamic_shapes=dynamic, external_data=False, verbose=False,
-            )  # fmt: skip
+                scorer,
+                (example,),
+                str(path),
+                dynamo=True,
+                opset_version=opset,
+                input_names=["pixels"],
+                output_names=["scores"],
+                dynamic_shapes=dynamic,
+                external_data=False,
+                verbose=False,
+            )
     except (torch.onnx.OnnxExporterError, RuntimeError, ValueError, TypeError, AssertionError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ExportError(

@@ -25,23 +25,23 @@ FP32_ON_PURPOSE = "imgcls_fast.fp32_nodes"  # in the model's metadata: names, on
 
 
 @dataclass(frozen=True)
-class Quantised:
+class Quantized:
     """One pair Q -> DQ, or a lone DQ of stored INT8 values.
 
     Args:
         source: the float tensor in front of the Q; of a lone DQ the INT8 tensor.
         scale, zero: names of the constants of the DQ ("" where there is no zero point).
         axis: of a per-channel scale.
-        quantise: the Q node, or None.
-        dequantise: the DQ node.
+        quantize: the Q node, or None.
+        dequantize: the DQ node.
     """
 
     source: str
     scale: str
     zero: str
     axis: int
-    quantise: Any
-    dequantise: Any
+    quantize: Any
+    dequantize: Any
 
 
 class View:
@@ -96,25 +96,25 @@ class View:
             tensor = self.maker[tensor].input[0]
         return tensor
 
-    def quantised(self, tensor: str) -> Quantised | None:
+    def quantized(self, tensor: str) -> Quantized | None:
         """The pair that a tensor comes from, also through operators that only move values; None: it is not quantised."""
-        dequantise = self.maker.get(self.behind(tensor))
-        if dequantise is None or dequantise.op_type != DEQUANTIZE:
+        dequantize = self.maker.get(self.behind(tensor))
+        if dequantize is None or dequantize.op_type != DEQUANTIZE:
             return None
-        quantise = self.maker.get(dequantise.input[0])
-        if quantise is not None and quantise.op_type == "Clip":  # PyTorch's per-channel quantiser clips to its range
-            quantise = self.maker.get(quantise.input[0])
-        if quantise is not None and quantise.op_type != QUANTIZE:
-            quantise = None
-        source = quantise.input[0] if quantise is not None else dequantise.input[0]
-        zero = dequantise.input[2] if len(dequantise.input) > 2 else ""
-        return Quantised(source, dequantise.input[1], zero, attribute(dequantise, "axis", 1), quantise, dequantise)
+        quantize = self.maker.get(dequantize.input[0])
+        if quantize is not None and quantize.op_type == "Clip":  # PyTorch's per-channel quantiser clips to its range
+            quantize = self.maker.get(quantize.input[0])
+        if quantize is not None and quantize.op_type != QUANTIZE:
+            quantize = None
+        source = quantize.input[0] if quantize is not None else dequantize.input[0]
+        zero = dequantize.input[2] if len(dequantize.input) > 2 else ""
+        return Quantized(source, dequantize.input[1], zero, attribute(dequantize, "axis", 1), quantize, dequantize)
 
-    def layers(self) -> Iterator[tuple[Any, list[Quantised | None]]]:
+    def layers(self) -> Iterator[tuple[Any, list[Quantized | None]]]:
         """Every Conv, ConvTranspose, Gemm and MatMul with what its two operands come from."""
         for node in self.nodes:
             if node.op_type in WEIGHTED:
-                yield node, [self.quantised(name) for name in node.input[:2]]
+                yield node, [self.quantized(name) for name in node.input[:2]]
 
     def int8_layers(self) -> list[str]:
         """Names of the layers that have both operands quantised."""
@@ -143,7 +143,7 @@ def opset(model: Any) -> int:
     return next((int(entry.version) for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
 
 
-def holds_quantisation(model: Any) -> bool:
+def holds_quantization(model: Any) -> bool:
     """Whether a graph has Q/DQ already, as after quantisation-aware training."""
     return any(node.op_type in (QUANTIZE, DEQUANTIZE) for node in model.graph.node)
 
@@ -264,40 +264,40 @@ ACTIVATIONS = (
 )  # fmt: skip
 
 
-def split_activations(view: View) -> Iterator[tuple[Any, Quantised]]:
+def split_activations(view: View) -> Iterator[tuple[Any, Quantized]]:
     """Activations that are kept from being fused with the layer before them by a pair of Q and DQ."""
     for node in view.nodes:
-        pair = view.quantised(node.input[0]) if node.op_type in ACTIVATIONS else None
+        pair = view.quantized(node.input[0]) if node.op_type in ACTIVATIONS else None
         if pair and view.op(pair.source) in (*WEIGHTED, "BatchNormalization") and len(view.users[pair.source]) == 1:
             yield node, pair
 
 
-def double_additions(view: View) -> Iterator[tuple[Any, list[Quantised]]]:
+def double_additions(view: View) -> Iterator[tuple[Any, list[Quantized]]]:
     """Additions of two activations that are both quantised."""
     for node in view.nodes:
         if node.op_type in ("Add", "Sum") and len(node.input) == 2:
             pairs = [
-                pair for name in node.input if (pair := view.quantised(name)) and pair.source not in view.constants
+                pair for name in node.input if (pair := view.quantized(name)) and pair.source not in view.constants
             ]
             if len(pairs) == 2:
                 yield node, pairs
 
 
-def quantised_branches(view: View) -> Iterator[tuple[Any, int, Quantised]]:
+def quantized_branches(view: View) -> Iterator[tuple[Any, int, Quantized]]:
     """Additions that could be fused with a layer, were it not for a pair between the two, while the other side has none."""
     for node in view.nodes:
         if node.op_type not in ("Add", "Sum") or len(node.input) != 2:
             continue
         for k, name in enumerate(node.input):
-            pair, other = view.quantised(name), node.input[1 - k]
+            pair, other = view.quantized(name), node.input[1 - k]
             if pair is None or view.op(pair.source) not in WEIGHTED or other in view.constants:
                 continue
-            alone = all(len(view.users[tensor]) == 1 for tensor in (pair.source, pair.dequantise.output[0]))
-            if alone and view.quantised(other) is None and view.op(other) not in WEIGHTED:
+            alone = all(len(view.users[tensor]) == 1 for tensor in (pair.source, pair.dequantize.output[0]))
+            if alone and view.quantized(other) is None and view.op(other) not in WEIGHTED:
                 yield node, k, pair
 
 
-def quantised_softmaxes(view: View) -> Iterator[Any]:
+def quantized_softmaxes(view: View) -> Iterator[Any]:
     """Q nodes behind a softmax."""
     for node in view.nodes:
         if node.op_type == QUANTIZE and view.op(view.behind(node.input[0])) == "Softmax":
@@ -315,20 +315,20 @@ def tidy(model: Any) -> dict[str, int]:
     """
     view = View(model)
     activations = [(node, 0, pair) for node, pair in split_activations(view)]
-    additions = list(quantised_branches(view))
+    additions = list(quantized_branches(view))
     for node, pairs in double_additions(view):  # the side that nobody else reads can be fused with the addition
         layers = [k for k, pair in enumerate(pairs) if view.op(pair.source) in WEIGHTED]
-        alone = [k for k, pair in enumerate(pairs) if len(view.users[pair.dequantise.output[0]]) == 1]
+        alone = [k for k, pair in enumerate(pairs) if len(view.users[pair.dequantize.output[0]]) == 1]
         k = next(iter(layers + alone), 0)
         additions.append((node, k, pairs[k]))
     for node, k, pair in activations + additions:
         _bypass(view, node, k, pair)
-    softmaxes = list(quantised_softmaxes(view))
-    for quantise in softmaxes:
-        for dequantise in view.users[quantise.output[0]]:
-            for user in view.users[dequantise.output[0]]:
+    softmaxes = list(quantized_softmaxes(view))
+    for quantize in softmaxes:
+        for dequantize in view.users[quantize.output[0]]:
+            for user in view.users[dequantize.output[0]]:
                 for k, name in enumerate(user.input):
-                    user.input[k] = quantise.input[0] if name == dequantise.output[0] else name
+                    user.input[k] = quantize.input[0] if name == dequantize.output[0] else name
     drop_unused(model)
     return {"activations": len(activations), "additions": len(additions), "softmaxes": len(softmaxes)}
 
@@ -355,9 +355,9 @@ def free_layers(model: Any, names: Collection[str]) -> list[str]:
             continue
         freed.append(node.name)
         for k, name in enumerate(node.input):
-            pair = view.quantised(name)
+            pair = view.quantized(name)
             source = pair.source if pair is not None else name
-            if pair is not None and pair.quantise is not None:
+            if pair is not None and pair.quantize is not None:
                 _bypass(view, node, k, pair)
             if source not in view.constants:
                 waiting += [*_additions_of(view, source), *([view.maker[source]] if view.op(source) in POOLS else [])]
@@ -371,9 +371,9 @@ def _additions_of(view: View, tensor: str) -> list[Any]:
     return [user for dq in pairs for user in view.users[dq.output[0]] if user.op_type == "Add"]
 
 
-def _bypass(view: View, node: Any, k: int, pair: Quantised) -> None:
+def _bypass(view: View, node: Any, k: int, pair: Quantized) -> None:
     """Input `k` of a node no longer comes through a pair; what moves values between the two stays."""
     last, position = node, k
-    while view.maker[last.input[position]] is not pair.dequantise:
+    while view.maker[last.input[position]] is not pair.dequantize:
         last, position = view.maker[last.input[position]], 0
     last.input[position] = pair.source

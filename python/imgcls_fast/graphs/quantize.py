@@ -22,7 +22,7 @@ from ..core.files import explained_write, sha256_json, sync_directory
 from ..core.manifest import Manifest
 from ..core.phases import phase
 from ..core.text import command
-from .qdq import UINT8, View, holds_quantisation, load, opset
+from .qdq import UINT8, View, holds_quantization, load, opset
 from .quantize_child import CALIBRATION, MADE, MODEL, REQUEST, RESULT
 
 Method = Literal["max", "entropy"]
@@ -71,7 +71,7 @@ def quantize(
     """
     model = load(onnx_fp32)
     _check_images(model, onnx_fp32.name, calibration)
-    if holds_quantisation(model):
+    if holds_quantization(model):
         made_by, note = "training", "the graph has Q/DQ from quantisation-aware training; calibration was skipped"
     else:
         made_by, note = choose_quantizer(quantizer)
@@ -82,17 +82,22 @@ def quantize(
     result = _in_child(request, onnx_fp32, out, calibration, timeout_s)
     digest = hashlib.sha256(np.ascontiguousarray(calibration).tobytes()).hexdigest()
     return {
-        "quantizer": made_by, "note": note, "versions": env.versions(("nvidia-modelopt", "onnx", "onnxruntime")), "method": method,
-        "calibration": {"images": len(calibration), "sha256": digest}, "excluded": list(exclude), **result,
+        "quantizer": made_by,
+        "note": note,
+        "versions": env.versions(("nvidia-modelopt", "onnx", "onnxruntime")),
+        "method": method,
+        "calibration": {"images": len(calibration), "sha256": digest},
+        "excluded": list(exclude),
+        **result,
         "seconds": round(time.monotonic() - started, 3),
-    }  # fmt: skip
+    }
 
 
 @phase("finding the layers that need float32")
 def autocast(
     onnx_fp32: Path,
     out: Path,
-    precision: Literal["fp16", "bf16"],
+    precision: str,
     calibration: np.ndarray,
     *,
     timeout_s: float | None = None,
@@ -173,7 +178,7 @@ def calibration_facts(manifest: Manifest, rows: np.ndarray, seed: int) -> dict[s
     }
 
 
-def allow_fake_quantise() -> None:
+def allow_fake_quantize() -> None:
     """Let `torch.onnx.export` take modules of quantisation-aware training.
 
     PyTorch 2.14 has no shape function for the operators behind `fake_quantize_per_tensor_affine`; with one, they come out as
@@ -278,9 +283,15 @@ def _run(folder: Path, timeout_s: float | None) -> None:
     words, options = (str(folder), str(os.getpid())), ("-X", "faulthandler")
     with open(folder / "stderr.txt", "wb") as stderr:
         quantizer = child.start(
-            "graphs.quantize_child", *words, options=options,
-            cwd=folder, stdin=subprocess.PIPE, stdout=stderr, stderr=stderr, start_new_session=True,
-        )  # fmt: skip
+            "graphs.quantize_child",
+            *words,
+            options=options,
+            cwd=folder,
+            stdin=subprocess.PIPE,
+            stdout=stderr,
+            stderr=stderr,
+            start_new_session=True,
+        )
     try:
         code = quantizer.wait(timeout_s)
     except subprocess.TimeoutExpired as error:

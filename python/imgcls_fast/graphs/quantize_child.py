@@ -57,11 +57,11 @@ def main(arguments: list[str]) -> None:
 
     request = json.loads((folder / REQUEST).read_text("utf-8"))
     calibration = np.load(folder / CALIBRATION, allow_pickle=False)
-    result = {"quantize": quantise, "autocast": autocast}[request["task"]](folder, request, calibration)
+    result = {"quantize": write_int8, "autocast": autocast}[request["task"]](folder, request, calibration)
     (folder / RESULT).write_text(json.dumps(result), "utf-8")
 
 
-def quantise(folder: Path, request: dict[str, Any], calibration: Any) -> dict[str, Any]:
+def write_int8(folder: Path, request: dict[str, Any], calibration: Any) -> dict[str, Any]:
     """Q/DQ into the graph, FP16 for the rest, and what has to be repaired afterwards."""
     import onnx
 

@@ -13,7 +13,7 @@ import numpy as np
 from ..core.errors import ExportError
 from ..core.phases import phase
 from .half import run_in_steps, session
-from .qdq import DEQUANTIZE, FLOAT, QUANTIZE, Quantised, View, load
+from .qdq import DEQUANTIZE, FLOAT, QUANTIZE, Quantized, View, load
 
 SHARE = 0.2  # of the INT8 layers that may stay in FP16; with more of them INT8 is hardly worth having
 
@@ -50,14 +50,14 @@ def layer_sqnr(fp32: Path, int8: Path, calibration: np.ndarray) -> list[tuple[st
     return sorted(zip(names, ratio.tolist(), strict=True), key=lambda pair: pair[1])
 
 
-def _add_twins(model: Any, quantised: View, int8: Path) -> list[str]:
+def _add_twins(model: Any, quantized: View, int8: Path) -> list[str]:
     """Put a Q/DQ twin beside each layer of a float32 graph; its outputs become two sums of squares for each. Returns the names."""
     import onnx
 
     nodes = {node.name: node for node in model.graph.node}
     del model.graph.output[:]
     names: list[str] = []
-    for layer, operands in quantised.layers():
+    for layer, operands in quantized.layers():
         if not all(operands):
             continue
         if layer.name not in nodes:
@@ -68,7 +68,7 @@ def _add_twins(model: Any, quantised: View, int8: Path) -> list[str]:
         twin.name = prefix
         for k, pair in enumerate(operands):
             if pair is not None:
-                twin.input[k] = _fake_quantised(model, twin.input[k], quantised, layer.input[k], pair, f"{prefix}_{k}")
+                twin.input[k] = _fake_quantized(model, twin.input[k], quantized, layer.input[k], pair, f"{prefix}_{k}")
         twin.output[0] = prefix
         exact = nodes[layer.name].output[0]
         model.graph.node.append(twin)
@@ -80,15 +80,15 @@ def _add_twins(model: Any, quantised: View, int8: Path) -> list[str]:
     return names
 
 
-def _fake_quantised(model: Any, tensor: str, quantised: View, there: str, pair: Quantised, prefix: str) -> str:
+def _fake_quantized(model: Any, tensor: str, quantized: View, there: str, pair: Quantized, prefix: str) -> str:
     """Add Q and DQ behind a float32 tensor, with the scale that it has in the INT8 file."""
     import onnx
 
-    scale = quantised.array(pair.scale).astype(np.float32)
-    if scale.size > 1 and pair.dequantise.output[0] != there:
+    scale = quantized.array(pair.scale).astype(np.float32)
+    if scale.size > 1 and pair.dequantize.output[0] != there:
         raise ExportError(
             "E003",
-            f"the scales of {there} are in front of a {quantised.op(there)}: its layer cannot be measured",
+            f"the scales of {there} are in front of a {quantized.op(there)}: its layer cannot be measured",
             try_="imgcls-fast export --onnx --precision int8 --search 0",
         )
     for name, value in ((f"{prefix}_scale", scale), (f"{prefix}_zero", np.zeros(scale.shape, np.int8))):

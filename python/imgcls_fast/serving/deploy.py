@@ -121,9 +121,18 @@ def render(
     _check_storage(kind, storage)
     chosen, notes = _image(meta, image)
     service = _Service(
-        name, namespace, meta, chosen, (*notes, *_notes(kind, meta, gate)), storage, replicas, most,
-        _resources(cpu, memory, gpus if meta.get("on_gpu") else 0), tuple(meta.get("server_args") or ()), _placement(meta),
-    )  # fmt: skip
+        name,
+        namespace,
+        meta,
+        chosen,
+        (*notes, *_notes(kind, meta, gate)),
+        storage,
+        replicas,
+        most,
+        _resources(cpu, memory, gpus if meta.get("on_gpu") else 0),
+        tuple(meta.get("server_args") or ()),
+        _placement(meta),
+    )
     documents = [_inference_service(service)] if kind == "kserve" else _plain(service)
     return _header(kind, service) + _yaml(documents)
 
