@@ -29,6 +29,7 @@ from safetensors.torch import save
 from imgcls_fast.core import env
 from imgcls_fast.core.bundle import Bundle, read_bundle, write_bundle
 from imgcls_fast.core.errors import ImgclsError
+from imgcls_fast.core.exports import way_of
 from imgcls_fast.core.files import write_json
 from imgcls_fast.core.manifest import LabelSpace
 from imgcls_fast.core.pixels import Pixels
@@ -39,7 +40,7 @@ from imgcls_fast.engines.openvino_runtime import OpenVinoEngine
 from imgcls_fast.engines.runtimes import open_engine
 from imgcls_fast.engines.timing import fill
 from imgcls_fast.evaluation.metrics import accuracy_interval
-from imgcls_fast.exporting.programs import write_aoti
+from imgcls_fast.exporting.programs import write_program
 from imgcls_fast.graphs.onnx_graph import write_graph
 from imgcls_fast.graphs.quantize import autocast, quantize
 from imgcls_fast.models.build import Classifier, ModelSpec, build_model
@@ -226,7 +227,9 @@ def prepare(work: Path, model: str, batches: list[int], size: int, device: str, 
     reasons: dict[str, str] = {}
     half = "fp32" if device == "cpu" else "fp16"
     steps: dict[str, Callable[[], Any]] = {
-        "aoti": lambda: write_aoti(bundle, folder / "exports", [calibration[:8]], precision=half, device=device)
+        "aoti": lambda: write_program(
+            bundle, folder / "exports", [calibration[:8]], way_of("aoti", half), device=device
+        )
     }
     if model != "small-cnn":
         steps["int8"] = lambda: quantize(folder / "fp32.onnx", folder / "int8.onnx", calibration)

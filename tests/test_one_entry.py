@@ -78,3 +78,47 @@ def test_one_more_choice_is_in_schema_help_docs_and_errors(setting: str, name: s
 def test_one_more_optimizer_and_schedule_train_with_their_own_object(extended: dict[str, Any]) -> None:
     assert extended["made"] == ["Adagrad", 0.5]
     assert extended["rates"] == [0.5] * 6
+
+
+# A target in a process of its own: the tables are read when their readers are imported. Its maker is the one new file.
+_TARGET = """
+import contextlib, io, sys, types
+sys.path.insert(0, "scripts")
+from imgcls_fast.core import targets
+
+targets.TARGETS["coreml"] = targets.Target("a Core ML package", "coreml:export", {"fp16": targets.Way()}, "fp16", (".mlpackage",))
+maker = types.ModuleType("imgcls_fast.exporting.coreml")
+maker.export = lambda materials, way: (way.target, way.precision)
+sys.modules["imgcls_fast.exporting.coreml"] = maker
+
+from imgcls_fast.cli.app import main
+import make_docs
+with contextlib.redirect_stdout(io.StringIO()) as shown, contextlib.redirect_stderr(shown):
+    main(["export", "--help"])
+    main(["export", "--coreml", "--onnx"])
+assert shown.getvalue().count("a Core ML package") == 1, shown.getvalue()
+assert "fp16 for --trt and --coreml" in shown.getvalue()
+assert "--onnx and --coreml exclude each other" in shown.getvalue()
+assert "| `--coreml` |" in make_docs.cli_page()
+
+from imgcls_fast.core import exports, hints, outputs
+from imgcls_fast.core.errors import ConfigError
+hint = hints.in_python("imgcls-fast export runs/a --coreml")
+assert hint == "ic.export('runs/a', target='coreml')", hint
+assert outputs.exported_model(None, "coreml").endings == (".mlpackage",)
+assert exports._UNFINISHED.fullmatch(".coreml-fp16-0a1b2c3d.89abcdef")
+for words, code, said in (("tensorrt", None), "C003", "'coreml'"), (("coreml", "int8"), "C004", "--coreml has no int8, only fp16"):
+    try:
+        exports.way_of(*words)
+    except ConfigError as error:
+        assert (error.code, said in error.message) == (code, True), error.message
+
+from imgcls_fast.exporting.session import export_bundle
+print(export_bundle(None, "coreml"))
+"""
+
+
+def test_a_new_export_target_is_one_entry() -> None:
+    done = subprocess.run([sys.executable, "-c", _TARGET], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "('coreml', 'fp16')"

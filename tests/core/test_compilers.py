@@ -101,15 +101,16 @@ def test_what_is_asked_for_is_h004_with_the_line_and_the_way_around(programs: Pr
 def test_exports_and_engines_that_compile_are_refused_before_they_begin(
     programs: Programs, bundle_of: Callable[..., Any], tmp_path: Path
 ) -> None:
+    from imgcls_fast.core.exports import way_of
     from imgcls_fast.engines.runtimes import open_engine
-    from imgcls_fast.exporting.programs import WRITERS
+    from imgcls_fast.exporting.programs import write_program
 
     bundle = bundle_of()
     programs()
     with pytest.raises(HardwareError, match="the runtime compile needs it"):
         open_engine(bundle, "compile")
     with pytest.raises(HardwareError, match="export --aoti needs it"):
-        WRITERS["aoti"](bundle, tmp_path / "exports", iter(()))
+        write_program(bundle, tmp_path / "exports", iter(()), way_of("aoti"))
 
 
 def test_torch_finds_what_is_found_here() -> None:

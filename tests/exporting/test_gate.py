@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from imgcls_fast.cli.app import parse
 from imgcls_fast.core.batch import Batch
 from imgcls_fast.core.errors import DataError, GateFailed
+from imgcls_fast.core.exports import way_of
 from imgcls_fast.core.files import write_json
 from imgcls_fast.core.manifest import LabelSpace, Manifest, PathList
 from imgcls_fast.core.pixels import Pixels
@@ -241,7 +242,7 @@ def test_200_searches_over_engines_that_lose_the_whole_budget_pass_in_7_of_100_a
 def refusal(truth: np.ndarray, gate: Gate, wrong: int, name: str = "trt-int8", **more: Any) -> GateFailed:
     got = gate.verdict(name, wrong_at(truth, gate.rows.verdict[:wrong]), simulated=more.pop("simulated", False))
     with pytest.raises(GateFailed) as refused:
-        demand(got, name, **more)
+        demand(got, way_of(*name.split("-")), **more)
     assert refused.value.exit_code == 5
     command = refused.value.try_
     assert command.startswith("imgcls-fast ")
@@ -289,7 +290,7 @@ def test_a_failing_fp32_engine_is_sent_to_verify():
 
 def test_an_engine_that_passed_goes_on():
     gate, truth = gate_of(1000, fraction=0.0)
-    demand(gate.verdict("trt-int8", wrong_at(truth, gate.rows.verdict[:2]), simulated=False), "trt-int8")
+    demand(gate.verdict("trt-int8", wrong_at(truth, gate.rows.verdict[:2]), simulated=False), way_of("trt", "int8"))
 
 
 # ---------------------------------------------------------------- gate.json
@@ -371,7 +372,7 @@ def test_the_100_validation_photos_are_too_few(shared_data: Path, bundle_of: Cal
     got = gate.verdict("onnx-fp16", open_engine(bundle), simulated=False)
     assert (got.rows, got.agreement, got.verdict) == (100, 1.0, "underpowered")
     with pytest.raises(GateFailed) as refused:
-        demand(got, "onnx-fp16")
+        demand(got, way_of("onnx", "fp16"))
     assert refused.value.code == "E903" and "539" in refused.value.message
 
 
@@ -383,4 +384,4 @@ def test_data_of_nothing_but_calibration_rows_is_underpowered_and_not_a_crash():
     got = gate.verdict("onnx-int8", Answers(own.label), simulated=False)
     assert (got.rows, got.bound, got.verdict, got.rows_needed) == (0, 1.0, "underpowered", 539)
     with pytest.raises(GateFailed, match="0 rows cannot show"):
-        demand(got, "onnx-int8")
+        demand(got, way_of("onnx", "int8"))

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 
 from imgcls_fast.core.config_verbs import ExportConfig
 from imgcls_fast.core.errors import ConfigError, ExportError, GateFailed
-from imgcls_fast.core.exports import find_export
+from imgcls_fast.core.exports import find_export, way_of
 from imgcls_fast.core.files import read_sealed, write_sealed
 from imgcls_fast.core.trust import signed
 from imgcls_fast.engines.predictor import Predictor
 from imgcls_fast.engines.runtimes import open_engine
 from imgcls_fast.engines.torch_runtime import scorer_of
 from imgcls_fast.exporting import programs
-from imgcls_fast.exporting.programs import WRITERS, pickled_payloads, program_of
+from imgcls_fast.exporting.programs import PROGRAMS, pickled_payloads, program_of, write_program
 
 VIT = {"embed_dim": 24, "depth": 2, "num_heads": 3}
 
@@ -62,7 +62,7 @@ def test_a_program_gives_the_scores_of_torch_in_a_process_that_knows_nothing_of_
     pictures: list[np.ndarray],
 ) -> None:  # fmt: skip
     bundle = bundle_of(arch, size=size, args=args, temperature=2.5)
-    export = WRITERS[target](bundle, exports_of(bundle), batches(bundle, pictures[:20]))
+    export = write_program(bundle, exports_of(bundle), batches(bundle, pictures[:20]), way_of(target))
     assert export.meta["comparison"]["images"] == 21  # one is asked a second time, alone
     assert export.meta["comparison"]["max_score_diff"] <= 1e-4
     assert export.meta["effective_precision"] == "fp32"
@@ -92,7 +92,7 @@ def test_a_package_of_aotinductor_runs_with_any_number_of_threads_and_images(
     bundle = bundle_of()
     parts = batches(bundle, pictures[:20])
     _threads(1)  # code that is written for the threads of the moment would now never use a second one
-    export = WRITERS["aoti"](bundle, exports_of(bundle), parts)
+    export = write_program(bundle, exports_of(bundle), parts, way_of("aoti"))
     engine = open_engine(bundle, "aoti")
     assert (engine.runtime, engine.precision) == ("aoti", "fp32")
     expected = open_engine(bundle).scores(parts[0])
@@ -108,7 +108,7 @@ def test_a_package_of_aotinductor_runs_with_any_number_of_threads_and_images(
     engine.close()
 
     before = export.path.stat().st_mtime_ns
-    assert WRITERS["aoti"](bundle, exports_of(bundle), parts).path.stat().st_mtime_ns == before  # nothing is made twice
+    assert write_program(bundle, exports_of(bundle), parts, way_of("aoti")).path.stat().st_mtime_ns == before  # nothing is made twice
 
     meta = read_sealed(export.folder / "meta.json")
     meta["host"]["instructions"].append("avx9000")
@@ -131,7 +131,7 @@ def test_a_fixed_batch_and_half_precision_are_kept_to(
     bundle = bundle_of()
     settings = ExportConfig(batch=4)  # type: ignore[call-arg]
     parts = batches(bundle, pictures[:10])
-    export = WRITERS[target](bundle, exports_of(bundle), parts, precision="bf16", settings=settings)
+    export = write_program(bundle, exports_of(bundle), parts, way_of(target, "bf16"), settings=settings)
     assert (export.meta["batch"], export.meta["input"]["shape"][0]) == (4, 4)
     assert (export.meta["effective_precision"], export.meta["precision"]) == ("bf16", "bf16")
     assert export.meta["comparison"]["images"] == 10  # in batches of 4, the last one padded
@@ -152,12 +152,12 @@ def test_a_program_that_disagrees_is_refused_and_nothing_is_left(
 
     monkeypatch.setattr(programs, "scorer_of", wrong)
     with pytest.raises(GateFailed) as refused:
-        WRITERS[target](bundle, exports_of(bundle), batches(bundle, pictures[:8]))
+        write_program(bundle, exports_of(bundle), batches(bundle, pictures[:8]), way_of(target))
     assert (refused.value.code, refused.value.exit_code) == ("E901", 5)
     assert list(exports_of(bundle).iterdir()) == []
 
 
-@pytest.mark.parametrize("target", list(WRITERS))
+@pytest.mark.parametrize("target", list(PROGRAMS))
 def test_a_network_that_cannot_be_exported_is_e001_and_nothing_is_left(
     target: str, bundle_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -168,7 +168,7 @@ def test_a_network_that_cannot_be_exported_is_e001_and_nothing_is_left(
     monkeypatch.setattr(torch.jit, "trace", fail)
     bundle = bundle_of()
     with pytest.raises(ExportError, match="data-dependent control flow") as refused:
-        WRITERS[target](bundle, exports_of(bundle), [])
+        write_program(bundle, exports_of(bundle), [], way_of(target))
     assert refused.value.code == "E001"
     assert "\n" not in refused.value.message
     assert list(exports_of(bundle).iterdir()) == []
@@ -188,7 +188,7 @@ def test_a_trace_that_took_the_batch_size_for_a_constant_is_e001(
     monkeypatch.setattr(programs, "scorer_of", lambda *arguments: Fixed(scorer_of(*arguments)).eval())
     bundle = bundle_of()
     with pytest.raises(ExportError, match="does not run with") as refused:
-        WRITERS["torchscript"](bundle, exports_of(bundle), [np.zeros((5, 32, 32, 3), np.uint8)])
+        write_program(bundle, exports_of(bundle), [np.zeros((5, 32, 32, 3), np.uint8)], way_of("torchscript"))
     assert (refused.value.code, "--batch" in refused.value.try_) == ("E001", True)
     assert list(exports_of(bundle).iterdir()) == []
 
@@ -196,7 +196,7 @@ def test_a_trace_that_took_the_batch_size_for_a_constant_is_e001(
 def test_without_images_nothing_is_exported(bundle_of: Callable[..., Any]) -> None:
     bundle = bundle_of()
     with pytest.raises(ExportError, match="no images"):
-        WRITERS["pt2"](bundle, exports_of(bundle), [])
+        write_program(bundle, exports_of(bundle), [], way_of("pt2"))
     assert list(exports_of(bundle).iterdir()) == []
 
 
@@ -204,7 +204,7 @@ def test_without_images_nothing_is_exported(bundle_of: Callable[..., Any]) -> No
 def test_another_precision_is_refused_at_once(precision: str, code: str, bundle_of: Callable[..., Any]) -> None:
     bundle = bundle_of()
     with pytest.raises(ConfigError) as refused:
-        WRITERS["pt2"](bundle, exports_of(bundle), [], precision=precision)
+        write_program(bundle, exports_of(bundle), [], way_of("pt2", precision))
     assert refused.value.code == code
     assert not exports_of(bundle).exists()
 

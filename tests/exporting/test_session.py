@@ -20,7 +20,9 @@ from imgcls_fast.core.errors import ConfigError, GateFailed, HardwareError
 from imgcls_fast.core.exports import list_exports
 from imgcls_fast.core.run import Run
 from imgcls_fast.engines.runtimes import open_engine
-from imgcls_fast.exporting.session import Exporter, export_bundle, promising
+from imgcls_fast.exporting.int8 import promising
+from imgcls_fast.exporting.materials import Materials
+from imgcls_fast.exporting.session import export_bundle
 from imgcls_fast.graphs.lint import lint
 
 pytest.importorskip("onnxruntime")
@@ -64,12 +66,12 @@ def cifar() -> Any:
     return module
 
 
-def exporter_of(run: Run, bundle: Bundle | None = None, **settings: Any) -> tuple[Exporter, list[str]]:
+def materials_of(run: Run, bundle: Bundle | None = None, **settings: Any) -> tuple[Materials, list[str]]:
     bundle = bundle or read_bundle(run.bundle_path)
     said: list[str] = []
     config = ExportConfig(**{"max_drop": 1.0, "calibration_images": 256, "verify_images": 64, **settings})
     exports = bundle.directory.parent / "exports"
-    return Exporter(bundle, run.manifest, exports, config, run=str(run.directory), say=said.append), said
+    return Materials(bundle, run.manifest, exports, config, run=str(run.directory), say=said.append), said
 
 
 @pytest.mark.slow
@@ -77,37 +79,37 @@ def exporter_of(run: Run, bundle: Bundle | None = None, **settings: Any) -> tupl
 def test_int8_of_a_trained_network_is_clean_agrees_and_passes(name: str, trained: Callable[[str], Run]) -> None:
     run = trained(name)
     assert run.metrics("val")["accuracy"] > (0.7 if name == "cnn" else 0.55)
-    exporter, said = exporter_of(run)
-    made = exporter.onnx("int8")
+    materials, said = materials_of(run)
+    made = export_bundle(materials, "onnx", "int8")
     gate = made.gate
     assert gate is not None
-    assert len(exporter.gate_data) >= 3000
-    assert gate["rows"] + gate["search"][0]["rows"] == len(exporter.gate_data)
+    assert len(materials.gate_data) >= 3000
+    assert gate["rows"] + gate["search"][0]["rows"] == len(materials.gate_data)
     assert (gate["verdict"], gate["simulated"]) == ("pass", False), said
     assert gate["bound_pp"] <= 1.0
-    everything = open_engine(exporter.bundle, "onnx", exports=exporter.exports)
-    x = np.concatenate(exporter.comparison)
-    assert (everything.scores(x).argmax(1) == exporter.reference.scores(x).argmax(1)).mean() >= 0.95
+    everything = open_engine(materials.bundle, "onnx", exports=materials.exports)
+    x = np.concatenate(materials.comparison)
+    assert (everything.scores(x).argmax(1) == materials.reference.scores(x).argmax(1)).mean() >= 0.95
     agreement = (gate["agreement"] * gate["rows"] + gate["search"][0]["agreement"] * gate["search"][0]["rows"]) / len(
-        exporter.gate_data
+        materials.gate_data
     )
     assert agreement >= 0.98
     assert lint(made.path, "int8") == []
-    quantisation = made.meta["quantisation"]
-    assert quantisation["calibration"]["split"] == "train"
-    assert len(quantisation["int8_layers"]) >= 0.6 * quantisation["layers"]  # of attention, the products stay in FP16
+    quantization = made.meta["quantisation"]
+    assert quantization["calibration"]["split"] == "train"
+    assert len(quantization["int8_layers"]) >= 0.6 * quantization["layers"]  # of attention, the products stay in FP16
     assert (made.folder / "pareto.png").stat().st_size > 10_000
     assert made.meta["latency"]["one"]["end_to_end"]["count"] >= 10
     assert sorted(p.name for p in made.folder.iterdir()) == ["gate.json", "meta.json", "model.onnx", "pareto.png"]
-    assert exporter_of(run)[0].onnx("int8").path == made.path  # what passed is not made again
+    assert export_bundle(materials_of(run)[0], "onnx", "int8").path == made.path  # what passed is not made again
 
 
 @pytest.mark.slow
 def test_calibration_and_training_rows_never_judge(trained: Callable[[str], Run]) -> None:
     run = trained("cnn")
-    exporter, said = exporter_of(run, gate_rows="val+test")
-    exporter.extra = run.manifest.take(exporter.calibration_rows[:50])
-    judges = {digest.tobytes() for digest in exporter.gate_data.manifest.digest}
+    materials, said = materials_of(run, gate_rows="val+test")
+    materials.extra = run.manifest.take(materials.calibration_rows[:50])
+    judges = {digest.tobytes() for digest in materials.gate_data.manifest.digest}
     training = {digest.tobytes() for digest in run.manifest.digest[run.manifest.rows("train")]}
     assert not judges & training
     assert any("50 calibration" in sentence for sentence in said)
@@ -115,14 +117,14 @@ def test_calibration_and_training_rows_never_judge(trained: Callable[[str], Run]
 
 @pytest.mark.slow
 def test_a_network_calibrated_on_black_images_is_refused(trained: Callable[[str], Run]) -> None:
-    exporter, _ = exporter_of(trained("cnn"), search_s=0, calibration_images=64)
-    exporter.calibration = np.zeros_like(exporter.calibration)
+    materials, _ = materials_of(trained("cnn"), search_s=0, calibration_images=64)
+    materials.calibration = np.zeros_like(materials.calibration)
     with pytest.raises(GateFailed) as refused:
-        exporter.onnx("int8")
+        export_bundle(materials, "onnx", "int8")
     assert refused.value.exit_code == 5  # E902 or E903: how much is lost depends on the biases that black leaves alive
-    (left,) = (export for export in list_exports(exporter.exports) if export.gate and export.gate["verdict"] != "pass")
+    (left,) = (export for export in list_exports(materials.exports) if export.gate and export.gate["verdict"] != "pass")
     assert left.gate is not None and left.gate["agreement"] < 0.98, "the judged file stays for whoever wants to look"
-    index = json.loads((exporter.exports / "index.json").read_text())
+    index = json.loads((materials.exports / "index.json").read_text())
     assert left.folder.name not in index.values(), "but nothing uses it"
 
 
@@ -154,11 +156,11 @@ def test_a_channel_that_int8_cannot_hold_is_found_and_kept_in_fp16(
 ) -> None:
     run = trained("cnn")
     wide = widened(read_bundle(run.bundle_path), tmp_path / "wide" / "bundle")
-    exporter, said = exporter_of(run, wide)
+    materials, said = materials_of(run, wide)
     original = open_engine(read_bundle(run.bundle_path))
-    x = np.concatenate(exporter.comparison)
-    assert (original.scores(x).argmax(1) == exporter.reference.scores(x).argmax(1)).mean() >= 0.99
-    made = exporter.onnx("int8")
+    x = np.concatenate(materials.comparison)
+    assert (original.scores(x).argmax(1) == materials.reference.scores(x).argmax(1)).mean() >= 0.99
+    made = export_bundle(materials, "onnx", "int8")
     gate, facts = made.gate, made.meta["quantisation"]
     assert gate is not None
     assert gate["search"][0]["drop_pp"] > 1.0, "plain INT8 would have done"
@@ -175,23 +177,23 @@ def test_a_hundred_photos_cannot_prove_half_a_point(shared_data: Path, tmp_path:
     run = ic.train(
         folder, out=str(tmp_path / "run"), model="small-cnn", img_size=32, epochs=1, overrides={"train.baseline": False}
     )
-    exporter, _ = exporter_of(run, max_drop=0.5, search_fraction=0.01, search_s=0, calibration_images=64)
-    assert len(exporter.gate_data) == 100
-    exporter.reference.scores = lambda pixels, own=exporter.reference.scores: own(pixels)  # type: ignore[method-assign]
+    materials, _ = materials_of(run, max_drop=0.5, search_fraction=0.01, search_s=0, calibration_images=64)
+    assert len(materials.gate_data) == 100
+    materials.reference.scores = lambda pixels, own=materials.reference.scores: own(pixels)  # type: ignore[method-assign]
     with pytest.raises(GateFailed) as refused:
-        exporter.onnx("int8")
+        export_bundle(materials, "onnx", "int8")
     if refused.value.code == "E903":
         assert "rows like these would show it" in refused.value.message or refused.value.why
         assert "--gate-data" in refused.value.try_ or "fp16" in refused.value.try_
     assert refused.value.exit_code == 5
-    exporter.say = (said := []).append
-    made = exporter.onnx("fp16")  # not proven, and nobody asked for a proof
+    materials.say = (said := []).append
+    made = export_bundle(materials, "onnx", "fp16")  # not proven, and nobody asked for a proof
     assert made.gate is not None and made.gate["verdict"] == "underpowered"
     assert made.gate["rows_needed"] is None or made.gate["rows_needed"] > 100
     assert any("not proven" in sentence for sentence in said)
-    exporter.strict = True
+    materials.strict = True
     with pytest.raises(GateFailed) as unproven:
-        exporter.onnx("fp16")
+        export_bundle(materials, "onnx", "fp16")
     assert unproven.value.code == "E903"
 
 
@@ -199,9 +201,9 @@ def test_a_hundred_photos_cannot_prove_half_a_point(shared_data: Path, tmp_path:
 def test_without_tensorrt_the_file_for_it_stays_and_the_command_is_said(trained: Callable[[str], Run]) -> None:
     if importlib.util.find_spec("tensorrt") and torch.cuda.is_available():
         pytest.skip("TensorRT and a GPU are here")
-    exporter, said = exporter_of(trained("cnn"))
+    materials, said = materials_of(trained("cnn"))
     with pytest.raises(HardwareError) as missing:
-        export_bundle(exporter, "trt")
+        export_bundle(materials, "trt")
     error = missing.value
     assert (error.code, error.exit_code) in (("H004", 4), ("H001", 4))
     assert "trtexec --onnx=" in error.why
@@ -211,7 +213,7 @@ def test_without_tensorrt_the_file_for_it_stays_and_the_command_is_said(trained:
     assert gate["simulated"] is True
     assert gate["judge"]["exported_for"] == "trt"
     assert "TensorRT" in said[0] or "GPU" in said[0]
-    index = json.loads((exporter.exports / "index.json").read_text())
+    index = json.loads((materials.exports / "index.json").read_text())
     assert "trt" not in index
 
 
@@ -221,8 +223,8 @@ def test_a_model_that_bursts_fp16_keeps_the_layers_that_need_float32(
 ) -> None:
     run = trained("cnn")
     wide = widened(read_bundle(run.bundle_path), tmp_path / "burst" / "bundle", factor=1e6)
-    exporter, said = exporter_of(run, wide)
-    made = exporter.onnx("fp16")
+    materials, said = materials_of(run, wide)
+    made = export_bundle(materials, "onnx", "fp16")
     assert any("AutoCast" in sentence for sentence in said)
     assert made.meta["comparison"]["same_clear"] == made.meta["comparison"]["clear"]
     assert made.meta["autocast"]
@@ -230,13 +232,16 @@ def test_a_model_that_bursts_fp16_keeps_the_layers_that_need_float32(
 
 
 def test_a_wrong_target_or_precision_is_said_before_anything_is_done(bundle_of: Callable[..., Any]) -> None:
-    exporter = Exporter(bundle_of(), None, Path("nowhere"), ExportConfig())  # type: ignore[arg-type]
+    materials = Materials(bundle_of(), None, Path("nowhere"), ExportConfig())  # type: ignore[arg-type]
     with pytest.raises(ConfigError) as unknown:
-        export_bundle(exporter, "tensorrt")
+        export_bundle(materials, "tensorrt")
     assert unknown.value.code == "C003"
     with pytest.raises(ConfigError) as impossible:
-        export_bundle(exporter, "aoti", "int8")
+        export_bundle(materials, "aoti", "int8")
     assert impossible.value.code == "C004"
+    with pytest.raises(ConfigError) as nonsense:
+        export_bundle(materials, "onnx", "int4")
+    assert nonsense.value.code == "C003"
     assert not Path("nowhere").exists()
 
 

@@ -20,7 +20,7 @@ import imgcls_fast as ic
 from imgcls_fast.core.bundle import read_bundle
 from imgcls_fast.core.errors import ExportError, HardwareError
 from imgcls_fast.engines.runtimes import open_engine
-from imgcls_fast.exporting import session
+from imgcls_fast.exporting import materials
 
 
 def _doubles() -> ModuleType:
@@ -46,8 +46,7 @@ def run(digits_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
     made = doubles.World()
     monkeypatch.setenv("IMGCLS_CACHE", str(tmp_path))
-    monkeypatch.setattr(session, "_gpu", lambda: made.gpu, raising=False)
-    monkeypatch.setattr(session, "_SHORT", {"warmup_s": 0.01, "duration_s": 0.05}, raising=False)  # no figure is wanted
+    monkeypatch.setattr(materials, "_SHORT", {"warmup_s": 0.01, "duration_s": 0.05})  # no figure is wanted
     with doubles.installed(made, monkeypatch):
         yield made
 

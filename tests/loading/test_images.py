@@ -15,8 +15,9 @@ from imgcls_fast.core.config_verbs import ExportConfig
 from imgcls_fast.core.manifest import Manifest
 from imgcls_fast.data.findings import ScanOptions
 from imgcls_fast.data.scan import scan
-from imgcls_fast.exporting import session
-from imgcls_fast.exporting.session import Exporter
+from imgcls_fast.exporting import onnx_export
+from imgcls_fast.exporting.materials import Materials
+from imgcls_fast.exporting.session import export_bundle
 from imgcls_fast.loading.loader import comparison_rows
 
 CLASSES = ("anthracite", "basalt", "chalk")  # two dark ones, and the last one white
@@ -52,8 +53,8 @@ def bursting(bundle: Bundle, folder: Path) -> Bundle:
     )  # fmt: skip
 
 
-def exporter_of(bundle: Bundle, manifest: Manifest, tmp_path: Path, **settings: Any) -> Exporter:
-    return Exporter(bundle, manifest, tmp_path / "exports", ExportConfig(**settings))
+def materials_of(bundle: Bundle, manifest: Manifest, tmp_path: Path, **settings: Any) -> Materials:
+    return Materials(bundle, manifest, tmp_path / "exports", ExportConfig(**settings))
 
 
 def test_an_fp16_export_finds_that_the_last_class_alone_leaves_its_range(
@@ -67,11 +68,11 @@ def test_an_fp16_export_finds_that_the_last_class_alone_leaves_its_range(
     def autocast(base: Path, path: Path, precision: str, images: np.ndarray) -> None:
         raise Asked((images.min((1, 2, 3)) >= 250).sum())
 
-    monkeypatch.setattr(session, "autocast", autocast)
-    exporter = exporter_of(bursting(bundle_of(), tmp_path / "bursting"), stones, tmp_path, verify_images=12)
-    exporter.say = (said := []).append
+    monkeypatch.setattr(onnx_export, "autocast", autocast)
+    materials = materials_of(bursting(bundle_of(), tmp_path / "bursting"), stones, tmp_path, verify_images=12)
+    materials.say = (said := []).append
     with pytest.raises(Asked) as asked:
-        exporter.onnx("fp16")
+        export_bundle(materials, "onnx", "fp16")
     assert asked.value.args[0] > 10 and "leave FP16's range on 120 images" in said[0]
 
 
@@ -88,6 +89,6 @@ def test_the_rows_of_a_comparison_hold_every_class_and_prefer_test_rows(stones: 
 def test_the_first_calibration_images_hold_every_class(
     looked_at: int, stones: Manifest, bundle_of: Callable[..., Any], tmp_path: Path
 ) -> None:
-    exporter = exporter_of(bundle_of(), stones, tmp_path, calibration_images=90)
-    white = exporter.calibration[:looked_at].min((1, 2, 3)) >= 250
+    materials = materials_of(bundle_of(), stones, tmp_path, calibration_images=90)
+    white = materials.calibration[:looked_at].min((1, 2, 3)) >= 250
     assert white.sum() == looked_at // 3

@@ -747,12 +747,12 @@ def installed(world: World, monkeypatch: Any) -> Iterator[types.ModuleType]:
     import sys
 
     from imgcls_fast.engines import trt_plan, trt_runtime
-    from imgcls_fast.exporting import trt_engine
+    from imgcls_fast.exporting import trt_engine, trt_export
 
     module = fake_tensorrt(world)
     device = fake_device(world)
     monkeypatch.setitem(sys.modules, "tensorrt", module)
-    for place in (trt_plan, trt_runtime, trt_engine):
+    for place in (trt_plan, trt_runtime, trt_engine, trt_export):
         monkeypatch.setattr(place, "CudaDevice", device)
     trt_plan.logger.cache_clear()
     try:

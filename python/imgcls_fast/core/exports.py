@@ -18,16 +18,17 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .bundle import Bundle
-from .errors import ExportError
+from .errors import ConfigError, ExportError, near
 from .files import explained_write, move_folder, read_sealed, sha256_file, sha256_json, sync_directory, write_sealed
 from .locks import lock_descriptor
+from .targets import PRECISIONS, TARGETS, Way
 from .text import command, quoted
 from .trust import NATIVE, demand_own_code, is_own, signed
 
@@ -35,7 +36,7 @@ INDEX = "index.json"
 META = "meta.json"
 GATE = "gate.json"
 _ABANDONED_S = 86400.0  # since anything was made in a folder, where no lock tells whether its maker lives
-_UNFINISHED = re.compile(r"\.(old-)?(onnx|trt|pt2|aoti|torchscript|triton)-[a-z0-9]+-[^.]+\.[0-9a-f]{8}")
+_UNFINISHED = re.compile(rf"\.(old-)?({'|'.join(TARGETS)})-[a-z0-9]+-[^.]+\.[0-9a-f]{{8}}")
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,36 @@ class Export:
             HardwareError: H003 when the disk refuses.
         """
         write_sealed(self.folder / GATE, report)
+
+
+def way_of(target: str, precision: str | None = None) -> Way:
+    """How a target is made in a precision; the only place that reads the two words.
+
+    Args:
+        target: one of `TARGETS`.
+        precision: one of `PRECISIONS`; None: the target's usual one.
+
+    Raises:
+        ConfigError: C003 for an unknown word, C004 for a precision that the target does not have.
+    """
+    _demand_known("target", target, TARGETS, command("export", "RUN", f"--{near(target, tuple(TARGETS)) or 'onnx'}"))
+    found = TARGETS[target]
+    precision = precision or found.usual
+    _demand_known("precision", precision, PRECISIONS, f"--precision {near(precision, PRECISIONS) or found.usual}")
+    if precision not in found.ways:
+        others = [name for name, other in TARGETS.items() if precision in other.ways]
+        raise ConfigError(
+            "C004",
+            f"--{target} has no {precision}, only {', '.join(found.ways)}; {precision} leaves through {', '.join(others)}",
+            try_=command("export", f"--{others[0]}", "--precision", precision),
+        )
+    return found.ways[precision]._replace(target=target, precision=precision)
+
+
+def _demand_known(what: str, name: str, known: Iterable[str], try_: str) -> None:
+    if name not in known:
+        legal = ", ".join(repr(word) for word in known)
+        raise ConfigError("C003", f"{what} must be one of {legal}, got {name!r}", try_=try_)
 
 
 def export_key(bundle: Bundle, **facts: Any) -> str:

@@ -15,6 +15,7 @@ from .verbs import VERBS, Flag, Group, Kind
 _ALL = tuple(verb.name for verb in VERBS)
 _DATA = ("train", "data check", "data split", "data stats")
 _WRITERS = ("eval", "export", "verify", "deploy render", "data split", "bench", "bench report", "bench compare")
+_IN_FP16 = " and ".join(f"--{name}" for name, made in TARGETS.items() if made.usual == "fp16")
 
 
 def _own(
@@ -115,10 +116,10 @@ OWN: tuple[Flag, ...] = (
     ),
     _own(("-b", "--batch-size"), "images per forward pass", ("eval", "predict"), "N"),
     _own(("-k", "--top-k"), "answers for each image", ("predict",), "K"),
-    *(_own((f"--{name}",), text, ("export",), kind="switch", group="target") for name, text in TARGETS.items()),
+    *(_own((f"--{name}",), made.help, ("export",), kind="switch", group="target") for name, made in TARGETS.items()),
     _own(
         ("--precision",),
-        "precision of the exported model (default: fp16 for --trt, else fp32)",
+        f"precision of the exported model (default: fp16 for {_IN_FP16}, else fp32)",
         ("export",),
         "NAME",
         group="target",

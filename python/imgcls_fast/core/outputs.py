@@ -16,13 +16,11 @@ from typing import NamedTuple
 from .errors import UsageError
 from .files import explained_write, parse_json, read_json, read_start, sha256_file
 from .places import BENCH_TITLE, RUN_NAMES, is_run_folder, others_files
+from .targets import TARGETS
 from .text import command, quoted
 
 _HEAD_BYTES = 1 << 16
 _OF_FILES = frozenset((".csv", ".htm", ".html", ".json", ".jsonl", ".parquet", ".png", ".tsv", ".txt", ".xlsx", ".yaml", ".yml"))
-_OF_MODELS = {
-    "onnx": (".onnx",), "trt": (".plan", ".engine", ".trt"), "pt2": (".pt2",), "aoti": (".pt2",), "torchscript": (".pt", ".ts"),
-}  # fmt: skip
 _JUDGED_BY_TRAINING = ("val", "test", "baseline")
 _MANIFEST = re.compile(rb"# (kserve|k8s) manifest for [^\n]*, written by imgcls-fast\.\n")
 
@@ -281,7 +279,7 @@ def exported_model(exports: Path, target: str) -> Kind:
                 continue
         return False
 
-    return Kind(f"an export for {target}", _OF_MODELS.get(target, ()), ours)
+    return Kind(f"an export for {target}", TARGETS[target].endings if target in TARGETS else (), ours)
 
 
 SPLIT = Kind("a table of splits", (".csv",), _split_table)

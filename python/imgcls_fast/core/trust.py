@@ -17,11 +17,12 @@ from typing import Any
 from . import env
 from .errors import ExportError
 from .files import sha256_json
+from .targets import TARGETS
 from .text import command
 
 KEY = "exports.key"
 SIGNATURE = "signature"  # in meta.json, over everything else in it, the digest of the file among it
-NATIVE = ("aoti", "trt")  # targets that we open and whose files hold native code
+NATIVE = tuple(name for name, target in TARGETS.items() if target.native)
 _BYTES = 32
 
 

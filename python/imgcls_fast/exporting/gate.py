@@ -24,6 +24,7 @@ from ..core.labels import task_targets
 from ..core.manifest import Manifest, PathList
 from ..core.phases import phase
 from ..core.predictions import Predictions
+from ..core.targets import Way
 from ..core.text import command
 from ..engines.base import Engine
 from ..engines.scoring import predict
@@ -33,7 +34,6 @@ Batches = Callable[[np.ndarray], Iterable[Batch]]  # row numbers of the gate's m
 
 METHOD = "one-sided score bound on paired counts (Tango 1998)"
 SCHEMA = 1
-_NEXT = {"int8": "fp16", "fp16": "fp32", "bf16": "fp32"}  # what loses less
 
 
 # ---------------------------------------------------------------- rows
@@ -159,12 +159,12 @@ def _keys(digests: np.ndarray) -> np.ndarray:
 # ---------------------------------------------------------------- refusal
 
 
-def demand(judgement: Judgement, name: str, *, run: str = "RUN", verdict_share: float = 1.0) -> None:
-    """Let an engine that passed go on.
+def demand(judgement: Judgement, way: Way, *, run: str = "RUN", verdict_share: float = 1.0) -> None:
+    """Raise unless the engine passed.
 
     Args:
-        name: "<target>-<precision>", as folders of exports begin.
-        run: for the command to try.
+        way: the target that the engine is meant for, and its precision.
+        run: name of the run in the command to try.
         verdict_share: part of added rows that will judge; the rest goes to the search.
 
     Raises:
@@ -172,16 +172,13 @@ def demand(judgement: Judgement, name: str, *, run: str = "RUN", verdict_share: 
     """
     if judgement.passed:
         return
-    target, _, precision = name.partition("-")
-    again = command("export", run, f"--{target}")
-    milder = f"{again} --precision {_NEXT[precision]}" if precision in _NEXT else command("verify", run)
-    more = f"{again} --precision {precision} --gate-data DATA"
+    name, again = f"{way.target}-{way.precision}", command("export", run, f"--{way.target}")
+    milder = f"{again} --precision {way.milder}" if way.milder else command("verify", run)
+    more = f"{again} --precision {way.precision} --gate-data DATA"
     drop, bound, lower, allowed, sure = (
         f"{100 * value:.4g}"
-        for value in (
-            judgement.drop, judgement.bound, judgement.lower_bound, judgement.max_drop, judgement.confidence
-        )
-    )  # fmt: skip
+        for value in (judgement.drop, judgement.bound, judgement.lower_bound, judgement.max_drop, judgement.confidence)
+    )
     counts = f"{judgement.lost:,} lost and {judgement.gained:,} gained of {judgement.rows:,} rows"
     where = "judged in another runtime than the one that is exported" if judgement.simulated else ""
     if judgement.verdict == "fail":
@@ -190,8 +187,10 @@ def demand(judgement: Judgement, name: str, *, run: str = "RUN", verdict_share: 
             "E902",
             f"{name} lost {drop} points of accuracy ({share}; {counts}), at least {lower} with {sure} % confidence; "
             f"allowed: {allowed}",
-            where=where, why=_worst_class(judgement), try_=milder,
-        )  # fmt: skip
+            where=where,
+            why=_worst_class(judgement),
+            try_=milder,
+        )
     said = (
         f"{judgement.rows:,} rows cannot show that {name} loses at most {allowed} points of accuracy: {counts}, a drop of {drop} "
         f"that may be {bound} with {sure} % confidence"

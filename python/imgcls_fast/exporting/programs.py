@@ -10,6 +10,7 @@ import json
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,16 @@ from torch import Tensor
 from ..core import env
 from ..core.bundle import Bundle
 from ..core.config_verbs import ExportConfig
-from ..core.errors import ConfigError, ExportError, near
-from ..core.exports import Export, choose, export_key, find_key, finish, new_export
+from ..core.errors import ExportError
+from ..core.exports import Export, choose, export_key, find_key, finish, list_exports, new_export
 from ..core.phases import phase
+from ..core.targets import Way
 from ..core.text import command
 from ..engines.agreement import clear_margin, compare_engines, judge_comparison
 from ..engines.aoti_runtime import AotiEngine, aoti_host
 from ..engines.base import Engine, dominant
 from ..engines.hush import hushed
 from ..engines.torch_runtime import (
-    DTYPES,
     FunctionEngine,
     Scorer,
     TorchEngine,
@@ -39,9 +40,8 @@ from ..engines.torch_runtime import (
     operators_of,
     scorer_of,
 )
+from .materials import Materials
 
-FILES = {"pt2": "model.pt2", "aoti": "model.pt2", "torchscript": "model.ts"}
-RUNTIMES = {"pt2": "the torch.export program", "aoti": "the AOTInductor package", "torchscript": "the TorchScript file"}
 TORCHSCRIPT_NOTE = "TorchScript is deprecated by PyTorch and gets no new features; prefer --pt2, --aoti or --onnx"
 HALF_ON_CPU_NOTE = "few processors multiply {} natively: on a CPU it is smaller, not necessarily faster"
 
@@ -49,66 +49,25 @@ _LARGEST_BATCH = 65536
 _ALLOWED = ("aten", "prims", "prim", "_operator", "math")  # where operators of a portable program come from
 
 
-def write_pt2(
-    bundle: Bundle,
-    exports: Path,
-    batches: Iterable[np.ndarray],
-    *,
-    precision: str = "fp32",
-    settings: ExportConfig | None = None,
-    name_it: bool = True,
-) -> Export:
-    """A program of torch.export, with nothing in it that is unpickled freely. See `export_program`."""
-    return export_program(bundle, exports, batches, "pt2", precision=precision, settings=settings, name_it=name_it)
+def export(materials: Materials, way: Way) -> Export:
+    """The program of a bundle as torch.export, AOTInductor or TorchScript writes it, compared with torch on real images.
 
-
-def write_aoti(
-    bundle: Bundle,
-    exports: Path,
-    batches: Iterable[np.ndarray],
-    *,
-    precision: str = "fp32",
-    device: str = "cpu",
-    settings: ExportConfig | None = None,
-    name_it: bool = True,
-) -> Export:
-    """A package of AOTInductor: compiled with this machine's C++ compiler (or Triton), for `device`. See `export_program`.
-
-    On a CPU the weights are frozen into it, laid out as the kernels want them (ViT-T at batch 1, one thread: 0.51 of the
-    eager time, 0.88 without), and the number of threads stays open until it runs: by default the code would be written
-    for as many as torch had when it was compiled.
+    Raises:
+        ExportError: E001; GateFailed: E901; HardwareError: H003, H004.
     """
-    return export_program(
-        bundle, exports, batches, "aoti", precision=precision, device=device, settings=settings, name_it=name_it
-    )
-
-
-def write_torchscript(
-    bundle: Bundle,
-    exports: Path,
-    batches: Iterable[np.ndarray],
-    *,
-    precision: str = "fp32",
-    settings: ExportConfig | None = None,
-    name_it: bool = True,
-) -> Export:
-    """A frozen trace. See `export_program`; one that takes only the batch size of its example is E001: fix it with `--batch`."""
-    return export_program(
-        bundle, exports, batches, "torchscript", precision=precision, settings=settings, name_it=name_it
-    )
-
-
-WRITERS: dict[str, Callable[..., Export]] = {"pt2": write_pt2, "aoti": write_aoti, "torchscript": write_torchscript}
+    made_before = any(export.meta.get("target") == way.target for export in list_exports(materials.exports))
+    if PROGRAMS[way.target].compiled and not made_before:
+        demand_compiler("cpu")  # before images are decoded
+    return write_program(materials.bundle, materials.exports, materials.comparison, way, settings=materials.settings)
 
 
 @phase("exporting the program and comparing it")
-def export_program(
+def write_program(
     bundle: Bundle,
     exports: Path,
     batches: Iterable[np.ndarray],
-    target: str,
+    way: Way,
     *,
-    precision: str = "fp32",
     device: str = "cpu",
     settings: ExportConfig | None = None,
     name_it: bool = True,
@@ -119,37 +78,35 @@ def export_program(
 
     Args:
         batches: (n, H, W, C) uint8 real images for the comparison; not empty.
-        target: pt2, aoti or torchscript.
-        precision: fp32, fp16 or bf16; with the latter two the network is of that type between normalisation and softmax.
-        device: that an AOTInductor package is compiled for; the others run anywhere.
+        way: target and precision; in a reduced one the network is of that type between normalisation and scores.
+        device: device that an AOTInductor package is compiled for; the others run anywhere.
         name_it: whether index.json shall name it.
 
     Raises:
-        ConfigError: C003, C004 for another target or precision.
         ExportError: E001 when the program cannot be made, or needs operators that are not PyTorch's.
         GateFailed: E901 when the scores differ; nothing is kept.
         HardwareError: H004 for an AOTInductor package where there is no compiler.
     """
-    _check_request(target, precision)
+    kind, target, precision = PROGRAMS[way.target], way.target, way.precision
     settings = settings or ExportConfig()  # type: ignore[call-arg]
-    place = device if target == "aoti" else "cpu"
+    place = device if kind.compiled else "cpu"
     facts: dict[str, Any] = {"versions": env.versions(("torch",)), "batch": settings.batch}
-    if target == "aoti":
+    if kind.compiled:
         facts["host"] = aoti_host(place)
     key = export_key(bundle, **facts)
     export = find_key(exports, bundle, target, precision, key)
     if export is None:
-        if target == "aoti":
+        if kind.compiled:
             demand_compiler(place)
         with new_export(exports, target, precision, key) as temporary:
-            path = temporary / FILES[target]
+            path = temporary / kind.file
             scorer = scorer_of(bundle, precision).to(place)
             operators = operators_of(scorer, torch.device(place))
             facts |= {"effective_precision": dominant(operators), "operators": dict(operators)}
-            _SAVERS[target](scorer, bundle, path, settings.batch, place)
-            facts |= _edges(bundle, settings.batch) | {"note": _note(target, precision, place)}
-            facts["comparison"] = _verify(path, target, bundle, facts, batches, precision, place, settings)
-            export = finish(temporary, bundle, target, precision, FILES[target], facts)
+            kind.save(scorer, bundle, path, settings.batch, place)
+            facts |= _edges(bundle, settings.batch) | {"note": _note(way, place)}
+            facts["comparison"] = _verify(path, way, bundle, facts, batches, place, settings)
+            export = finish(temporary, bundle, target, precision, kind.file, facts)
     if name_it:
         choose(export)
     return export
@@ -200,10 +157,6 @@ def _save_torchscript(scorer: Scorer, bundle: Bundle, path: Path, batch: int | N
         warnings.simplefilter("ignore")  # that it is deprecated is said in meta.json
         traced = _explained("TorchScript", bundle, write)
     _refuse_foreign(bundle, {node.kind().replace("::", ".") for node in traced.inlined_graph.nodes()})
-
-
-_Saver = Callable[[Scorer, Bundle, Path, int | None, str], None]
-_SAVERS: dict[str, _Saver] = {"pt2": _save_pt2, "aoti": _save_aoti, "torchscript": _save_torchscript}
 
 
 def program_of(scorer: Scorer, bundle: Bundle, batch: int | None, device: str = "cpu") -> Any:
@@ -274,45 +227,55 @@ def _explained(what: str, bundle: Bundle, make: Callable[[], Any]) -> Any:
 
 def _verify(
     path: Path,
-    target: str,
+    way: Way,
     bundle: Bundle,
     facts: dict[str, Any],
     batches: Iterable[np.ndarray],
-    precision: str,
     device: str,
     settings: ExportConfig,
 ) -> dict[str, Any]:
     """Score real images, and one alone, with the file that was just written and with torch."""
+    kind = PROGRAMS[way.target]
     reference = TorchEngine(load_model(bundle), bundle.labels, bundle.pixels, temperature=bundle.temperatures)
-    engine = _load(path, target, bundle, facts, device)
+    engine = kind.open(path, way, bundle, facts, device)
     listed = list(batches)
     listed += [listed[0][:1]] if listed and settings.batch is None else []  # a trace may have swallowed the batch size
     try:
-        result = compare_engines(reference, engine, listed, margin=clear_margin(precision))
+        result = compare_engines(reference, engine, listed, margin=clear_margin(way.precision))
     except RuntimeError as error:
         raise ExportError(
             "E001",
-            f"{RUNTIMES[target]} of {bundle.arch.get('arch')} does not run with {sorted({len(x) for x in listed})} images: "
+            f"{kind.words} of {bundle.arch.get('arch')} does not run with {sorted({len(x) for x in listed})} images: "
             f"{last_line(error)}",
-            try_=command("export", f"--{target}", "--batch", 1),
+            try_=command("export", f"--{way.target}", "--batch", 1),
         ) from error
     engine.close()
-    judge_comparison(result, precision, settings.max_score_diff, RUNTIMES[target])
+    judge_comparison(result, way.precision, settings.max_score_diff, kind.words)
     return result.to_dict()
 
 
-def _load(path: Path, target: str, bundle: Bundle, facts: dict[str, Any], device: str) -> Engine:
-    """Open what was just written. Nothing else is ever opened so: both loaders trust the file."""
-    if target == "aoti":
-        return AotiEngine(path, facts, bundle.labels, bundle.pixels, device=device)
+# What was just written is opened so, and nothing else ever is: the loaders of torch trust the file.
+
+
+def _open_pt2(path: Path, way: Way, bundle: Bundle, facts: dict[str, Any], device: str) -> Engine:
+    return _engine(lambda: torch.export.load(path).module(), way, bundle, facts)
+
+
+def _open_torchscript(path: Path, way: Way, bundle: Bundle, facts: dict[str, Any], device: str) -> Engine:
+    return _engine(lambda: torch.jit.load(str(path)), way, bundle, facts)
+
+
+def _open_aoti(path: Path, way: Way, bundle: Bundle, facts: dict[str, Any], device: str) -> Engine:
+    return AotiEngine(path, facts, bundle.labels, bundle.pixels, device=device)
+
+
+def _engine(load: Callable[[], Any], way: Way, bundle: Bundle, facts: dict[str, Any]) -> Engine:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        module: Any = torch.export.load(path).module() if target == "pt2" else torch.jit.load(str(path))
-    batch = facts["batch"]
+        module = load()
+    batch, precision = facts["batch"], facts["effective_precision"]
     size = {} if batch is None else {"max_batch": batch, "fixed": True}
-    return FunctionEngine(
-        module, bundle.labels, bundle.pixels, runtime=target, precision=facts["effective_precision"], **size
-    )
+    return FunctionEngine(module, bundle.labels, bundle.pixels, runtime=way.target, precision=precision, **size)
 
 
 def _edges(bundle: Bundle, batch: int | None) -> dict[str, Any]:
@@ -323,20 +286,38 @@ def _edges(bundle: Bundle, batch: int | None) -> dict[str, Any]:
     }
 
 
-def _note(target: str, precision: str, device: str) -> str:
-    notes = [TORCHSCRIPT_NOTE] if target == "torchscript" else []
-    if precision != "fp32" and torch.device(device).type == "cpu":
-        notes.append(HALF_ON_CPU_NOTE.format(precision))
+def _note(way: Way, device: str) -> str:
+    notes = [note] if (note := PROGRAMS[way.target].note) else []
+    if way.reduced and torch.device(device).type == "cpu":
+        notes.append(HALF_ON_CPU_NOTE.format(way.precision))
     return "; ".join(notes)
 
 
-def _check_request(target: str, precision: str) -> None:
-    for name, known, given in (("target", tuple(FILES), target), ("precision", tuple(DTYPES), precision)):
-        if given not in known:
-            code = "C004" if given == "int8" else "C003"
-            legal = ", ".join(repr(word) for word in known)
-            raise ConfigError(
-                code,
-                f"{name} of a program must be one of {legal}, got {given!r}",
-                try_="imgcls-fast export --onnx --precision int8" if given == "int8" else f"--{near(given, known) or known[0]}",
-            )  # fmt: skip
+@dataclass(frozen=True)
+class Program:
+    """One kind of program.
+
+    Args:
+        file: name of the file in its folder.
+        words: its name in messages.
+        save: writes the file.
+        open: opens what `save` wrote, as an engine.
+        compiled: it is compiled for one kind of machine, and needs a compiler.
+        note: remark for meta.json.
+    """
+
+    file: str
+    words: str
+    save: Callable[[Scorer, Bundle, Path, int | None, str], None]
+    open: Callable[[Path, Way, Bundle, dict[str, Any], str], Engine]
+    compiled: bool = False
+    note: str = ""
+
+
+PROGRAMS = {
+    "pt2": Program("model.pt2", "the torch.export program", _save_pt2, _open_pt2),
+    "aoti": Program("model.pt2", "the AOTInductor package", _save_aoti, _open_aoti, compiled=True),
+    "torchscript": Program(
+        "model.ts", "the TorchScript file", _save_torchscript, _open_torchscript, note=TORCHSCRIPT_NOTE
+    ),
+}

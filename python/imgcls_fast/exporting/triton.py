@@ -19,15 +19,21 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..core import env
 from ..core.bundle import Bundle
 from ..core.errors import ConfigError, ExportError, HardwareError
-from ..core.exports import GATE, Export, choose, export_key, find_key, finish, is_of, new_export
+from ..core.exports import GATE, Export, choose, export_key, find_key, finish, is_of, new_export, way_of
 from ..core.files import explained_write, sha256_file, write_text, write_whole
 from ..core.pixels import FULL_BITS
+from ..core.targets import Way
 from ..core.text import command
 from ..loading.loader import dali_missing
+from . import onnx_export, trt_export
+from .materials import Materials
 from .triton_config import CONFIG, PIXELS, SCORES, Word, check_repository, label_lines, to_pbtxt
+from .trt_engine import trt_missing
 
 LABELS = "labels.txt"
 REPOSITORY = "model_repository"
@@ -88,6 +94,22 @@ class _Plan:
     @property
     def dali(self) -> bool:
         return not self.no_decoder
+
+
+def export(materials: Materials, way: Way) -> Export:
+    """A repository around the TensorRT engine where one can be built, else around the ONNX file.
+
+    Raises:
+        ExportError: E001 to E004; ConfigError: C003, C004; GateFailed: E901, E902, E903; HardwareError: H001, H003, H004.
+    """
+    missing = trt_missing()
+    if missing:
+        materials.say(f"{missing}: the repository holds the ONNX file")
+        source = onnx_export.export(materials, way_of("onnx", way.precision))
+    else:
+        source = trt_export.export(materials, way_of("trt", way.precision))
+    options = TritonOptions(gpu=torch.cuda.is_available(), max_batch=materials.settings.max_batch)
+    return export_triton(materials.bundle, materials.exports, source, options)
 
 
 def export_triton(bundle: Bundle, exports: Path, source: Export, options: TritonOptions | None = None) -> Export:
@@ -197,7 +219,7 @@ def _check_source(bundle: Bundle, export: Export, options: TritonOptions) -> Non
         raise ExportError("E001", f"{export.path} is missing or damaged", try_=again)
     if target == "trt" and not options.gpu:
         raise ConfigError("C004", "a TensorRT plan runs on GPUs only, and gpu is off")
-    if target == "onnx" and meta.get("precision") == "bf16":
+    if way_of(target, meta.get("precision")).stand_in and _PLATFORMS[target] == "onnxruntime":
         raise ExportError(
             "E001",
             "ONNX Runtime has no bfloat16 for most operators, so Triton cannot serve this file",
@@ -337,7 +359,7 @@ def _model_config(bundle: Bundle, export: Export, plan: _Plan, file: str, capabi
 def _optimization(export: Export, options: TritonOptions) -> dict[str, Any]:
     if export.meta["target"] == "trt":
         return {"cuda": {"graphs": True}} if options.cuda_graphs else {}
-    if export.meta.get("precision") == "int8":
+    if way_of("onnx", export.meta.get("precision")).quantized:
         # ONNX Runtime's optimiser mis-evaluates FP16 Q/DQ graphs (resnet18: 10.9 dB instead of 22.2); 2 is its "disable all"
         return {"graph": {"level": 2}}
     return {}
@@ -358,7 +380,7 @@ def _write_decode(bundle: Bundle, folder: Path, plan: _Plan) -> dict[str, float]
             f"the decoder for Triton gives other pixels than the model was trained on: largest difference {found['largest']:.0f} "
             f"levels (allowed {LARGEST}), mean {found['mean']:.3f} (allowed {MEAN})",
             try_=env.requirement_hint("nvidia-dali-cuda130"),
-        )  # fmt: skip
+        )
     options, side = plan.options, bundle.pixels.size
     picture = made_picture(120, 90, "JPEG")
     config: dict[str, Any] = {

@@ -58,9 +58,14 @@ def decode_pipeline(pixels: Pixels, *, gpu: bool) -> bytes:
         raise ValueError(f"DALI scales 16-bit gray by 16 bits, and the model was trained on {pixels.bits}")
     with _without_traces():
         pipeline = Pipeline(
-            batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1, seed=0,
-            output_dtype=[types.UINT8], output_ndim=[3],
-        )  # fmt: skip
+            batch_size=1,
+            num_threads=1,
+            device_id=None,
+            prefetch_queue_depth=1,
+            seed=0,
+            output_dtype=[types.UINT8],
+            output_ndim=[3],
+        )
         with pipeline:
             pipeline.set_outputs(_graph(pixels, gpu))
         return bytes(pipeline.serialize())

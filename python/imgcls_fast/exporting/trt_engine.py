@@ -81,14 +81,18 @@ class TrtOptions:
     def __post_init__(self) -> None:
         if not 1 <= self.batches[0] <= self.batches[1] <= self.batches[2]:
             raise ConfigError(
-                "C004", f"the batches of a TensorRT engine must grow from 1 on, got {self.batches}",
-                where="export.best_batch, export.max_batch", try_=f"--max-batch {max(self.batches)}",
-            )  # fmt: skip
+                "C004",
+                f"the batches of a TensorRT engine must grow from 1 on, got {self.batches}",
+                where="export.best_batch, export.max_batch",
+                try_=f"--max-batch {max(self.batches)}",
+            )
         if self.version_compatible and self.refit:  # the lean runtime that runs such a plan cannot refit
             raise ConfigError(
-                "C004", "an engine for several TensorRT versions cannot be refitted",
-                where="export.trt_version_compatible, export.trt_refit", try_="--set export.trt_refit=false",
-            )  # fmt: skip
+                "C004",
+                "an engine for several TensorRT versions cannot be refitted",
+                where="export.trt_version_compatible, export.trt_refit",
+                try_="--set export.trt_refit=false",
+            )
         if self.hardware not in get_args(Hardware):
             legal = ", ".join(map(repr, get_args(Hardware)))
             raise ConfigError("C003", f"export.trt_hardware must be one of {legal}, got {self.hardware!r}")
@@ -99,9 +103,14 @@ class TrtOptions:
         highest = settings.batch or settings.max_batch
         best = settings.batch or settings.best_batch or highest
         return cls(
-            settings.trt_level, settings.trt_workspace_gb, settings.trt_hardware, settings.trt_version_compatible,
-            settings.trt_refit, (settings.batch or 1, best, highest), timing_cache,
-        )  # fmt: skip
+            settings.trt_level,
+            settings.trt_workspace_gb,
+            settings.trt_hardware,
+            settings.trt_version_compatible,
+            settings.trt_refit,
+            (settings.batch or 1, best, highest),
+            timing_cache,
+        )
 
     def shaping(self) -> dict[str, Any]:
         """What changes the plan, for the key of an export."""
@@ -168,9 +177,15 @@ def build_plan(
     data, facts = interruptible(work, monitor)
     write_whole(plan, lambda file: file.write(data))
     return {
-        **here, **facts, **options.shaping(), "tf32": False, "build_seconds": round(time.perf_counter() - started, 2),
-        "onnx_sha256": sha256_file(onnx), "sha256": sha256(data).hexdigest(), "bytes": len(data),
-    }  # fmt: skip
+        **here,
+        **facts,
+        **options.shaping(),
+        "tf32": False,
+        "build_seconds": round(time.perf_counter() - started, 2),
+        "onnx_sha256": sha256_file(onnx),
+        "sha256": sha256(data).hexdigest(),
+        "bytes": len(data),
+    }
 
 
 def _build(onnx: Path, options: TrtOptions, monitor: Progress, heard: Messages) -> tuple[bytes, dict[str, Any]]:
@@ -245,9 +260,10 @@ def _profiled(
 def _check_hardware(options: TrtOptions, here: dict[str, Any]) -> None:
     if options.hardware == "ampere+" and tuple(here["compute_capability"]) < (8, 0):
         raise ExportError(
-            "E004", f"an engine for Ampere and later cannot be built on {here['gpu']}",
+            "E004",
+            f"an engine for Ampere and later cannot be built on {here['gpu']}",
             try_="imgcls-fast export --trt --set export.trt_hardware=same-cc",
-        )  # fmt: skip
+        )
 
 
 # ---------------------------------------------------------------- the graph, before TensorRT sees it
@@ -404,9 +420,12 @@ def refit_plan(plan_in: Path, onnx: Path, plan_out: Path, *, device: int = 0) ->
         data = _refitted(_loaded(old, heard, plan_in, host_code=False), plan_in, onnx, heard)
     write_whole(plan_out, lambda file: file.write(data))
     return {
-        "refitted_from": sha256(old).hexdigest(), "onnx_sha256": sha256_file(onnx), "sha256": sha256(data).hexdigest(),
-        "bytes": len(data), "refit_seconds": round(time.perf_counter() - started, 2),
-    }  # fmt: skip
+        "refitted_from": sha256(old).hexdigest(),
+        "onnx_sha256": sha256_file(onnx),
+        "sha256": sha256(data).hexdigest(),
+        "bytes": len(data),
+        "refit_seconds": round(time.perf_counter() - started, 2),
+    }
 
 
 def _refitted(engine: trt.ICudaEngine, plan: Path, onnx: Path, heard: Messages) -> bytes:

@@ -68,9 +68,11 @@ def unreadable(onnx: Path, errors: Iterable[trt.ParserError], heard: Messages) -
     more = len(texts) - _SHOWN
     told = "; ".join(texts[:_SHOWN]) + (f"; and {more} more" if more > 0 else "")
     return ExportError(
-        "E004", f"TensorRT cannot read {onnx}: {told or heard.summary() or 'it gives no reason'}",
-        why="an operator, type or shape that its ONNX parser does not know", try_="imgcls-fast export --trt --opset 18",
-    )  # fmt: skip
+        "E004",
+        f"TensorRT cannot read {onnx}: {told or heard.summary() or 'it gives no reason'}",
+        why="an operator, type or shape that its ONNX parser does not know",
+        try_="imgcls-fast export --trt --opset 18",
+    )
 
 
 def failed(onnx: Path, heard: Messages, *, workspace_gb: float, largest: int) -> ImgclsError:
@@ -78,14 +80,18 @@ def failed(onnx: Path, heard: Messages, *, workspace_gb: float, largest: int) ->
     larger = command("export", "--trt", "--set", f"export.trt_workspace_gb={2 * workspace_gb:g}")
     if heard.out_of_memory:
         return HardwareError(
-            "H002", f"the GPU has not the memory to build an engine from {onnx.name}", why=_short(heard.summary()),
+            "H002",
+            f"the GPU has not the memory to build an engine from {onnx.name}",
+            why=_short(heard.summary()),
             try_=command("export", "--trt", "--max-batch", max(1, largest // 2)),
-        )  # fmt: skip
+        )
     layer = next((found for found in map(layer_of, heard.texts) if found), "")
     return ExportError(
-        "E004", f"TensorRT built no engine from {onnx}" + (f": layer {layer}" if layer else ""),
-        why=_short(heard.summary()) or "it gave no reason", try_=larger,
-    )  # fmt: skip
+        "E004",
+        f"TensorRT built no engine from {onnx}" + (f": layer {layer}" if layer else ""),
+        why=_short(heard.summary()) or "it gave no reason",
+        try_=larger,
+    )
 
 
 def layer_of(text: str) -> str:
