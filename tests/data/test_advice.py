@@ -11,10 +11,10 @@ from PIL import Image
 from imgcls_fast.core.config import RunConfig
 from imgcls_fast.core.options import flags_of
 from imgcls_fast.core.settings import build_config
-from imgcls_fast.data.advice import several_labels
 from imgcls_fast.data.findings import DataProblems, ScanOptions
 from imgcls_fast.data.prepare import training_options
 from imgcls_fast.data.scan import inspect, scan
+from imgcls_fast.data.separators import joined_labels
 
 
 def images(root: Path, mode: str = "RGB", ending: str = "png", **counts: int) -> Path:
@@ -84,31 +84,38 @@ def table(root: Path, labels: list[str], head: str = "path,label") -> Path:
 
 
 @pytest.mark.parametrize(
-    "labels",
+    ("labels", "separator", "classes"),
     [
-        ["RBC|WBC", "RBC", "WBC"], ["RBC|WBC", "RBC|Platelets", "WBC|Platelets"],
-        ["a; b", "a", "b"], ["a,b", "a", "b", "c"],
-        ["red|round", "red|big|round", "red|big"],
+        (["RBC|WBC", "RBC", "WBC"], "|", ("RBC", "WBC")),
+        (["RBC|WBC", "RBC|Platelets", "WBC|Platelets"], "|", ("Platelets", "RBC", "WBC")),
+        (["a; b", "a", "b"], ";", ("a", "b")),
+        (["a,b", "a", "b", "c"], ",", ("a", "b", "c")),
+        (["red|round", "red|big|round", "red|big"], "|", ("big", "red", "round")),
     ],
-)  # fmt: skip
-def test_several_labels_in_one_cell_are_refused(tmp_path: Path, labels: list[str]) -> None:
-    with pytest.raises(DataProblems) as caught:
-        scan(table(tmp_path, labels))
-    assert caught.value.code == "D017" and repr(labels[0]) in caught.value.message and "--label-col" in caught.value.try_
+)
+def test_several_labels_in_one_cell_are_several_labels(
+    tmp_path: Path, labels: list[str], separator: str, classes: tuple[str, ...]
+) -> None:
+    found = inspect(table(tmp_path, labels))
+    (task,) = found.manifest.labels.tasks
+    assert not found.problems and (task.kind, task.classes) == ("any_of", classes)
+    notice = f"labels: {len(classes)} classes, several per image (any_of): separator {separator}"
+    assert found.notices[0] == notice
+    held = [{c for c, v in zip(classes, row, strict=True) if v == 1} for row in found.manifest.answers[0]]
+    assert held == [{part.strip() for part in label.split(separator)} for label in labels]
 
 
-def test_a_column_of_one_of_the_labels_is_what_to_try(tmp_path: Path) -> None:
+def test_one_of_the_labels_may_be_asked_for_alone(tmp_path: Path) -> None:
     source = table(tmp_path, ["RBC|WBC\",\"1", "RBC\",\"0", "WBC\",\"1"], "path,label,WBC")
-    with pytest.raises(DataProblems) as caught:
-        scan(source)
-    assert caught.value.try_ == f"imgcls-fast data check {source} --label-col WBC"
     assert scan(source, ScanOptions(label_col="WBC")).manifest.labels.classes == ("0", "1")
+    whole = scan(source, ScanOptions(label_kind="one_of")).manifest.labels
+    assert whole.is_single and whole.classes == ("RBC", "RBC|WBC", "WBC")
 
 
 def test_folders_that_seem_to_hold_several_labels_are_to_be_renamed(tmp_path: Path) -> None:
     with pytest.raises(DataProblems) as caught:
         scan(images(tmp_path, **{"a;b": 1, "a": 1, "b": 1}))
-    assert caught.value.code == "D017" and caught.value.try_ == "rename the folders: each is one class"
+    assert caught.value.code == "D017" and "rename the folders: each is one class" in caught.value.try_
 
 
 @pytest.mark.parametrize(
@@ -120,4 +127,4 @@ def test_folders_that_seem_to_hold_several_labels_are_to_be_renamed(tmp_path: Pa
     ],
 )  # fmt: skip
 def test_a_name_with_such_a_sign_in_it_is_a_name(classes: list[str]) -> None:
-    assert several_labels(classes, np.ones(len(classes), np.int64), (), "t.csv") is None
+    assert joined_labels(classes) is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -277,3 +278,20 @@ def test_near_hashes_join_as_in_a_plain_comparison(made):
     assert (
         len(set(zip(unit.tolist(), plain.tolist(), strict=True))) == len(set(unit.tolist())) == len(set(plain.tolist()))
     )
+
+
+# SHA-256 of splits made before data could have several labels per image: (images, classes, groups) -> first 16 digits
+BEFORE = {
+    (30, 2, 0): "5cfbb6f90a6ae71f", (257, 5, 0): "faf4e5048f0cc616", (1000, 12, 0): "8b4648ae2ff09ed5",
+    (30, 2, 9): "b80d5a5beab6e01d", (257, 5, 9): "7b50323b900a39a3", (1000, 12, 9): "3658c456b1533af2",
+    (30, 2, 40): "af79bad4fee84d6f", (257, 5, 40): "a1799e81df3bb1c3", (1000, 12, 40): "17f07fa4478549fa",
+}  # fmt: skip
+
+
+def test_splits_of_one_label_data_are_what_they_were() -> None:
+    rng = np.random.default_rng(5)
+    for (n, classes, groups), digest in BEFORE.items():
+        label = rng.integers(0, classes, n).tolist()
+        group = rng.integers(-1, groups, n).tolist() if groups else None
+        split = make_splits(manifest_of(label, group=group), seed=groups + n).split
+        assert hashlib.sha256(split.tobytes()).hexdigest()[:16] == digest

@@ -64,8 +64,18 @@ class DataConfig(Section):
     )
     label_col: str | None = Field(
         None,
-        description="column with the class; found by name if not given",
+        description="column with the class; several (A,B): a task each; found by name if not given",
         json_schema_extra=flag("--label-col", metavar="NAME"),
+    )
+    label_cols: Text | None = Field(
+        None,
+        description="columns that are classes themselves (A,B,C), with 0 and 1 or probabilities",
+        json_schema_extra=flag("--label-cols", metavar="A,B"),
+    )
+    label_kind: Literal["auto", "one_of", "any_of"] = Field(
+        "auto",
+        description="classes per image: exactly one_of, or any_of them; auto: as the labels look",
+        json_schema_extra=flag("--label-kind", metavar="KIND"),
     )
     split_col: str | None = Field(None, description="column with train, val or test; found by name if not given")
     bad_images: Literal["quarantine", "error"] = Field(

@@ -25,9 +25,22 @@ ROWS: tuple[dict[str, Any], ...] = (
         "metavar": "NAME", "kind": "value", "group": "data",
     },
     {
-        "names": ("--label-col",), "help": "column with the class; found by name if not given",
+        "names": ("--label-col",),
+        "help": "column with the class; several (A,B): a task each; found by name if not given",
         "setting": "data.label_col", "verbs": ("train", "data check", "data split", "data stats"),
         "metavar": "NAME", "kind": "value", "group": "data",
+    },
+    {
+        "names": ("--label-cols",),
+        "help": "columns that are classes themselves (A,B,C), with 0 and 1 or probabilities",
+        "setting": "data.label_cols", "verbs": ("train", "data check", "data split", "data stats"),
+        "metavar": "A,B", "kind": "value", "group": "data",
+    },
+    {
+        "names": ("--label-kind",),
+        "help": "classes per image: exactly one_of, or any_of them; auto: as the labels look",
+        "setting": "data.label_kind", "verbs": ("train", "data check", "data split", "data stats"),
+        "metavar": "KIND", "kind": "value", "group": "data", "choices": ("auto", "one_of", "any_of"),
     },
     {
         "names": ("--bad-images",), "help": "what to do with undecodable files", "setting": "data.bad_images",

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from ..core.manifest import FLAG_WIDE
 from ..core.pixels import FULL_BITS
-from ..core.text import command
+from ..core.text import some
 from . import decode
 from .depth import LOOKED_AT, bits_of
 from .examine import Files
 from .listing import Problem
+from .separators import joined_labels
 
 FEW = 20  # images of a class, below which its figures mean little
 UNEVEN = 5.0  # largest class / smallest class
@@ -22,7 +22,6 @@ _LOOKED_AT = 16  # images that are decoded to find a colour in them
 _TINT = 8  # levels: chroma of a gray picture that was compressed in colour
 _DARK = 32  # levels of 256: 13 bits of 16
 _SHOWN = 3  # classes in a notice
-_SEPARATORS = "|;,"
 _PALETTE = 2  # bit of the probe's `detail`
 
 
@@ -131,50 +130,45 @@ def _highest(paths: Sequence[str], limit: float) -> int:
     return max(found, default=255)
 
 
-def several_labels(
-    classes: Sequence[str], counts: np.ndarray, columns: Iterable[str], source: str
-) -> Problem | None:
-    """The problem that one column holds several labels for an image ("RBC|WBC"); None when it does not seem so.
-
-    A class is taken for several where each of its parts is a class, or with | and ; occurs in another class; and one of them
-    is a class alone, or stands at different places, or there are more in some than in others: "Tomato|healthy", "Tomato|blight",
-    "Apple|healthy" and "Apple|blight" are names of four classes.
+def about_labels(classes: Sequence[str], held: np.ndarray, lacked: np.ndarray) -> list[str]:
+    """Notices for labels that nearly all or nearly no images have.
 
     Args:
-        counts: (K,) images of each class.
-        columns: names of the table's columns; a part among them has a column of its own.
+        classes: names of the labels.
+        held: (K,) images that have each.
+        lacked: (K,) images that are known not to have it.
     """
-    for separator in _SEPARATORS:
-        parts = {k: [p.strip() for p in name.split(separator)] for k, name in enumerate(classes) if separator in name}
-        parts = {k: found for k, found in parts.items() if len(set(found)) == len(found) and all(found)}
-        known = {name for name in classes if separator not in name}
-        if separator != ",":  # people are called "Smith, Jane" and "Smith, John"
-            known |= {part for part, n in Counter(p for found in parts.values() for p in found).items() if n > 1}
-        joined = [k for k, found in parts.items() if known.issuperset(found)]
-        if joined and _vary([parts[k] for k in joined], known & set(classes)):
-            labels = list(dict.fromkeys(part for k in joined for part in parts[k]))
-            return _refusal([classes[k] for k in joined], int(counts[joined].sum()), labels, set(columns), source)
-    return None
+    rarer = np.minimum(held, lacked)
+    few = np.flatnonzero(rarer < FEW)
+    if not len(few):
+        return []
+    shown = few[np.argsort(rarer[few], kind="stable")].tolist()
+    sides = (f"{classes[k]} {'with' if held[k] <= lacked[k] else 'without'} {rarer[k]:,}" for k in shown)
+    names = some(sides, _SHOWN, " and {:,} more")
+    return [
+        f"fewer than {FEW} images with or without {len(few):,} of {len(classes):,} labels ({names}): figures of these labels "
+        "will mean little"
+    ]
 
 
-def _vary(found: list[list[str]], alone: set[str]) -> bool:
-    """Whether parts are labels that come as they like, and not the levels of one name."""
-    places = {(part, place) for parts in found for place, part in enumerate(parts)}
-    labels = {part for part, _ in places}
-    return bool(labels & alone) or len(places) > len(labels) or len(set(map(len, found))) > 1
+def several_labels(classes: Sequence[str], counts: np.ndarray, source: str) -> Problem | None:
+    """The problem that folders seem to name several labels for an image ("RBC,WBC"); None when they do not.
 
-
-def _refusal(joined: list[str], images: int, labels: list[str], columns: set[str], source: str) -> Problem:
-    own = next((label for label in labels if label in columns), None)
-    more = f" and {len(joined) - _SHOWN:,} more" if len(joined) > _SHOWN else ""
-    fix = "rename the folders: each is one class"
-    if columns:
-        fix = "write one label per image, or name a column that has one with --label-col"
+    Args:
+        classes: names of the folders.
+        counts: (K,) images of each class.
+        source: what the user named.
+    """
+    found = joined_labels(classes)
+    if found is None:
+        return None
+    images = sum(int(n) for name, n in zip(classes, counts, strict=True) if name in found.names)
+    more = f" and {len(found.names) - _SHOWN:,} more" if len(found.names) > _SHOWN else ""
     return Problem(
         "D017",
         "several labels in one",
-        f"{images:,} images of {source} have several labels in one: {', '.join(map(repr, joined[:_SHOWN]))}{more}; "
-        f"the labels are {', '.join(labels[: 2 * _SHOWN])}",
-        why="each image belongs to exactly one class here; a class of its own for each combination is hardly what is meant",
-        try_=command("data", "check", source, "--label-col", own) if own else fix,
+        f"{images:,} images of {source} have several labels in one: {', '.join(map(repr, found.names[:_SHOWN]))}{more}; "
+        f"the labels are {', '.join(found.labels[: 2 * _SHOWN])}",
+        why="a folder is one class; a class of its own for each combination is hardly what is meant",
+        try_="write a table path,label with all labels of each image, or rename the folders: each is one class",
     )

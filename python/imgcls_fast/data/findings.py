@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..core.errors import DataError
+from ..core.labels import LabelSpace
 from ..core.manifest import Manifest
 from ..core.text import command
 from . import decode
+from .answers import LabelKind
 from .listing import Problem
 from .quarantine import BadFile
 from .skipped import SkippedFile
@@ -28,7 +30,9 @@ class ScanOptions:
     verify: Literal["suspect", "full"] = "suspect"  # full: decode every image to its last pixel
     group_by: str | None = None  # regular expression on the path
     path_col: str | None = None  # columns of a table: None finds them, "" means that there is none
-    label_col: str | None = None
+    label_col: str | None = None  # several with commas: a task each
+    label_cols: str | None = None  # columns that are classes, with commas
+    label_kind: LabelKind = "auto"
     split_col: str | None = None
     group_col: str | None = None
     duplicates: Literal["drop", "keep", "error"] = "drop"  # of images in several given splits
@@ -36,6 +40,7 @@ class ScanOptions:
     threads: int = 0  # 0: as many as this process may use
     cache: Path | None = None  # where archives are unpacked; None: beside the archive
     classes: tuple[str, ...] | None = None  # only these, in this order
+    labels: LabelSpace | None = None  # of a model that answers more than one class per image: its tasks and classes only
     purpose: Literal["train", "judge", "predict"] = "train"  # judge: no rule about training rows; predict: no labels
     advice: bool = True  # notices about what would be better: no gray images as RGB, no uneven classes
     color: str = "auto"  # what training was asked to read
@@ -66,6 +71,7 @@ class ScanResult:
         """What `api.check_data` returns."""
         counts = zip(self.manifest.labels.classes, self.manifest.counts(), strict=True)
         return {
+            **task_facts(self.manifest),
             "ok": not self.problems,
             "line": self.summary(),
             "problems": [vars(problem) for problem in self.problems],
@@ -80,13 +86,32 @@ class ScanResult:
     def summary(self) -> str:
         """The data line: images, classes, smallest class, quarantined, duplicates removed."""
         counts = self.manifest.counts()
+        tasks = self.manifest.labels.tasks
         parts = [f"{len(self.manifest):,} images", f"{self.manifest.labels.size} classes"]
+        parts[1] += f" of {len(tasks)} tasks" if len(tasks) > 1 else ""
         if len(counts):
             parts.append(f"smallest {counts.min():,}")
         parts.append(f"{len(self.quarantine):,} quarantined")
         if self.dropped:
             parts.append(f"{self.dropped:,} duplicate{'s' * (self.dropped != 1)} across splits removed")
         return ", ".join(parts)
+
+
+def task_facts(manifest: Manifest) -> dict[str, Any]:
+    """{"tasks": ...}: name, kind, images per class and unknown images of each task; nothing for one-label data."""
+    if manifest.labels.is_single:
+        return {}
+    counts, known = manifest.counts(), manifest.known_counts()
+    tasks = [
+        {
+            "name": task.name,
+            "kind": task.kind,
+            "counts": {name: int(n) for name, n in zip(task.classes, counts[part], strict=True)},
+            "unknown": {name: len(manifest) - int(n) for name, n in zip(task.classes, known[part], strict=True) if n < len(manifest)},
+        }
+        for task, part in manifest.labels.parts
+    ]
+    return {"tasks": tasks}
 
 
 class DataProblems(DataError):

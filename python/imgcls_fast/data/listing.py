@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 from array import array
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
+
+import numpy as np
 
 from .spelling import Spellings
 
@@ -30,6 +33,31 @@ class Problem:
 
 
 @dataclass
+class Listed:
+    """One task of a table whose labels are not simply one class per image; the answers are as in a manifest."""
+
+    name: str
+    kind: Literal["one_of", "any_of"]
+    classes: list[str]
+    answers: np.ndarray  # (N,) int32, (N, K) int8 or (N, K) float32
+    how: str = ""  # what they were read from
+    complete: bool = True  # an image has none of the classes that are not named
+
+    def in_order(self, rows: np.ndarray) -> Listed:
+        """Other rows, classes by name; names that have become equal are one class."""
+        names = sorted(set(self.classes))
+        number = {name: k for k, name in enumerate(names)}
+        place = [number[name] for name in self.classes]
+        old = self.answers[rows]
+        if old.ndim == 1:
+            return replace(self, classes=names, answers=np.array([*place, -1], np.int32)[old])
+        new = np.zeros((len(old), len(names)), old.dtype)
+        for k, to in enumerate(place):
+            new[:, to] = np.maximum(new[:, to], old[:, k]) if to in place[:k] else old[:, k]
+        return replace(self, classes=names, answers=new)
+
+
+@dataclass
 class Listing:
     """What the source names, before any file has been opened. All columns have one entry a row."""
 
@@ -39,6 +67,7 @@ class Listing:
     splits: array[int] = field(default_factory=lambda: array("B"))
     groups: list[str] | None = None  # "": a group of its own
     classes: list[str] = field(default_factory=list)
+    tasks: list[Listed] = field(default_factory=list)  # instead of labels and classes, where these are not enough
     columns: list[str] = field(default_factory=list)  # of a table
     explicit: bool = False  # every row was named by the user: none may be skipped as "not an image"
     strays: list[str] = field(default_factory=list)  # files beside the class folders
@@ -63,6 +92,7 @@ class Listing:
         self.splits = array("B", (self.splits[i] for i in order))
         self.groups = None if self.groups is None else [self.groups[i] for i in order]
         self.paths = [self.paths[i] for i in order]
+        self.tasks = [task.in_order(np.array(order, np.int64)) for task in self.tasks]
         self.classes = names
         return self
 

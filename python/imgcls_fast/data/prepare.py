@@ -23,7 +23,7 @@ from . import fetch, reach
 from .decode import Color, Undecodable, decode_pixels, read_file
 from .depth import used_bits
 from .digits import write_digits
-from .findings import ScanOptions, ScanResult
+from .findings import ScanOptions, ScanResult, task_facts
 from .scan import scan
 from .split import make_splits
 from .store import open_store
@@ -47,6 +47,7 @@ class Prepared:
             "root": str(manifest.root),
             "images": len(manifest),
             "classes": list(manifest.labels.classes),
+            **task_facts(manifest),
             "counts": {name: int(n) for name, n in zip(manifest.labels.classes, counts, strict=True)},
             "smallest": int(counts.min()) if len(counts) else 0,
             "splits": {name: len(manifest.rows(name)) for name in SPLITS},
@@ -57,6 +58,16 @@ class Prepared:
             "notices": list(self.found.notices),
             "fingerprint": manifest.fingerprint,
         }
+
+
+def _imbalance(manifest: Manifest) -> float:
+    """Largest / smallest class; of several tasks the worst, of a label the images with and without it."""
+    counts, known, worst = manifest.counts(), manifest.known_counts(), 1.0
+    for task, part in manifest.labels.parts:
+        found = counts[part]
+        pairs = np.stack([found, known[part] - found]) if task.kind == "any_of" else found
+        worst = max(worst, float((pairs.max(0) / np.maximum(1, pairs.min(0))).max()))
+    return worst
 
 
 def scan_options(config: DataConfig, exif: str, cache: Path | None, **more: Any) -> ScanOptions:
@@ -71,6 +82,8 @@ def scan_options(config: DataConfig, exif: str, cache: Path | None, **more: Any)
         group_col=config.group_col,
         path_col=config.path_col,
         label_col=config.label_col,
+        label_cols=config.label_cols,
+        label_kind=config.label_kind,
         split_col=config.split_col,
         duplicates=config.duplicates,
         near_duplicates=config.near_duplicates,
@@ -224,7 +237,7 @@ def statistics(prepared: Prepared, bits: int | None = None, max_megapixels: floa
         "aspect": spread(width / height),
         **({} if used is None else {"bits": used}),
         "turned_by_exif": int((manifest.orientation > 1).sum()),
-        "imbalance": float(manifest.counts().max() / max(1, manifest.counts().min())),
+        "imbalance": _imbalance(manifest),
         "mean": [round(v, 4) for v in mean],
         "std": [round(v, 4) for v in deviation],
     }
@@ -243,7 +256,8 @@ def scan_to_judge(data: DataConfig, source: Path, pixels: Pixels, labels: LabelS
     Raises:
         DataError: as `scan`.
     """
-    return scan(source, scan_options(data, pixels.exif, _cache_for(source), purpose="judge", classes=labels.classes))
+    asked: dict[str, Any] = {"classes": labels.classes} if labels.is_single else {"labels": labels}
+    return scan(source, scan_options(data, pixels.exif, _cache_for(source), purpose="judge", **asked))
 
 
 def more_rows(data: DataConfig, source: Path, bundle: Bundle, say: Callable[[str], None]) -> Manifest:

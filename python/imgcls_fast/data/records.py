@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from ..core.bounds import (
     TABLE_BYTES,
@@ -38,7 +38,7 @@ _EDGES = " \t\r\n\xa0\u200b\ufeff"  # blanks around the name of a column, seen o
 FAULT = "\0error"  # key of a record that could not be read; no table has a column of this name
 
 
-def read_table(path: Path) -> Iterator[tuple[int, list[str] | dict[str, str]]]:
+def read_table(path: Path) -> Iterator[tuple[int, list[str] | dict[str, Any]]]:
     """(0, names of the columns) and then (line, record) for each row; a faulty row is {FAULT: reason}.
 
     Raises:
@@ -93,7 +93,7 @@ class _Lines(Iterator[str]):
         return line
 
 
-def _csv_rows(path: Path) -> Iterator[tuple[int, list[str] | dict[str, str]]]:
+def _csv_rows(path: Path) -> Iterator[tuple[int, list[str] | dict[str, Any]]]:
     """The delimiter is the one that the first line names (sep=;), else the one that splits the header into known names."""
     with open(path, encoding=_encoding(path), errors="surrogateescape", newline="") as file:
         lines = _Lines(path, file)
@@ -105,7 +105,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, list[str] | dict[str, str]]]:
         yield from _delimited(path, _Lines(path, file), max(_DELIMITERS, key=lambda d: _known(first, d)))
 
 
-def _delimited(path: Path, lines: _Lines, delimiter: str) -> Iterator[tuple[int, list[str] | dict[str, str]]]:
+def _delimited(path: Path, lines: _Lines, delimiter: str) -> Iterator[tuple[int, list[str] | dict[str, Any]]]:
     begin = lines.number + 1
     try:
         reader = csv.reader(lines, delimiter=delimiter)
@@ -146,13 +146,13 @@ def _known(header: str, delimiter: str) -> tuple[int, int]:
     return sum(n.strip().lower() in every for n in names), len(names)
 
 
-def _json_rows(path: Path) -> Iterator[tuple[int, list[str] | dict[str, str]]]:
+def _json_rows(path: Path) -> Iterator[tuple[int, list[str] | dict[str, Any]]]:
     """The names are the keys of the first object; numbers become text."""
     with open(path, encoding=_encoding(path), errors="surrogateescape") as file:
         yield from _objects(path, _Lines(path, file))
 
 
-def _objects(path: Path, lines: _Lines) -> Iterator[tuple[int, list[str] | dict[str, str]]]:
+def _objects(path: Path, lines: _Lines) -> Iterator[tuple[int, list[str] | dict[str, Any]]]:
     started = False
     for text in lines:
         line = lines.number
@@ -171,16 +171,15 @@ def _objects(path: Path, lines: _Lines) -> Iterator[tuple[int, list[str] | dict[
         raise DataError("D004", f"{path} is empty", where=str(path))
 
 
-def _json_record(text: str) -> dict[str, str]:
+def _json_record(text: str) -> dict[str, Any]:
+    """An object of JSON: numbers become text, lists and objects stay what they are (several labels, or probabilities)."""
     try:
         value = parse_json(text)
     except ValueError as error:
         return {FAULT: f"not JSON: {error}"}
     if not isinstance(value, dict):
         return {FAULT: f"expected an object with the keys path and label, got {type(value).__name__}"}
-    nested = [
-        k for k, v in value.items() if isinstance(v, list | dict) and k.lower() in COLUMNS["label"] + COLUMNS["path"]
-    ]
+    nested = [k for k, v in value.items() if isinstance(v, list | dict) and k.lower() in COLUMNS["path"]]
     if nested:
         return {FAULT: f"{nested[0]!r} must be text or a number, got {type(value[nested[0]]).__name__}"}
-    return {k: v if isinstance(v, str) else "" if v is None else json.dumps(v) for k, v in value.items()}
+    return {k: v if isinstance(v, str | list | dict) else "" if v is None else json.dumps(v) for k, v in value.items()}

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.errors import DataError
+from ..core.labels import LabelSpace
 from . import fetch
+from .columns import Columns
 from .findings import ScanOptions
 from .folders import list_folder
 from .listing import Listing, is_table
-from .tables import Columns, list_table
+from .tables import list_table
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,16 @@ def list_source(source: Path, options: ScanOptions) -> Listing:
 
 
 def _list_table(source: Path, options: ScanOptions) -> Listing:
-    columns = Columns(options.path_col, options.label_col, options.split_col, options.group_col)
+    labels = options.labels or (LabelSpace.single(options.classes) if options.classes else None)
+    columns = Columns(
+        path=options.path_col,
+        label=options.label_col,
+        split=options.split_col,
+        group=options.group_col,
+        labels=options.label_cols,
+        kind=options.label_kind,
+        kinds={task.name: task.kind for task in labels.tasks} if labels else {},
+    )
     return list_table(source, columns, labelled=options.labelled)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -14,6 +14,8 @@ from ..core.errors import DataError, UsageError
 from ..core.files import read_start, write_whole
 from ..core.manifest import NO_SPLIT, SPLITS, Manifest
 from ..core.text import to_csv
+from .balance import columns_of, share_out
+from .columns import joint_name
 from .duplicates import crossing, joined, same_bytes
 
 TRAIN, VAL, TEST = range(3)
@@ -33,7 +35,8 @@ def make_splits(
     without a split go to the splits that are not given, and to train.
 
     Classes keep their shares: without groups the counts of a class are exact (largest remainder), and a class with at
-    least as many images as there are splits is in each of them. Rows of one group, and equal files, never part.
+    least as many images as there are splits is in each of them. Rows of one group, and equal files, never part. Where an
+    image has several labels, those of each split are as near to their shares as `balance.share_out` finds.
 
     Args:
         fractions: shares of train, val, test; scaled to a sum of 1.
@@ -52,10 +55,16 @@ def make_splits(
     if not len(pool) or len(active) < 2:
         split[pool] = TRAIN
         return manifest.with_splits(split)
-    label = np.where(manifest.label < 0, manifest.labels.size, manifest.label)[pool]
     keys = _keys(manifest, pool, seed)
     weights = np.array([shares[s] for s in active]) / sum(shares[s] for s in active)
-    place = _assign(label, np.unique(unit[pool], return_inverse=True)[1], keys, weights, manifest)
+    units = np.unique(unit[pool], return_inverse=True)[1]
+    _demand_enough(units, len(weights), manifest)
+    if manifest.labels.is_single:
+        label = np.where(manifest.label < 0, manifest.labels.size, manifest.label)[pool]
+        place = _assign(label, units, keys, weights)
+    else:
+        columns, rarer = columns_of(manifest.targets(pool), manifest.labels.any_of)
+        place = share_out(columns, rarer, units, keys, weights)
     split[pool] = np.array(active, np.uint8)[place]
     return manifest.with_splits(split)
 
@@ -119,22 +128,26 @@ def _keys(manifest: Manifest, rows: np.ndarray, seed: int) -> np.ndarray:
     return np.fromiter((int.from_bytes(h.digest(), "little") for h in hashes), np.uint64, len(rows))
 
 
-def _assign(
-    label: np.ndarray, unit: np.ndarray, keys: np.ndarray, weights: np.ndarray, manifest: Manifest
-) -> np.ndarray:
-    """(n,) index into `weights` of each row: groups first, largest first; single images then fill the classes."""
-    size = np.bincount(unit)
-    if len(size) < len(weights):
-        names = (
-            f"{len(size)} group{'s' if len(size) > 1 else ''}"
-            if (manifest.group >= 0).any()
-            else f"{len(size)} different images"
-        )
+def _demand_enough(unit: np.ndarray, splits: int, manifest: Manifest) -> None:
+    """Refuse fewer groups, or different images, than splits.
+
+    Raises:
+        DataError: D008.
+    """
+    units = len(np.bincount(unit))
+    if units < splits:
+        grouped = (manifest.group >= 0).any()
+        names = f"{units} group{'s' if units > 1 else ''}" if grouped else f"{units} different images"
         raise DataError(
             "D008",
-            f"{names} cannot be shared out among {len(weights)} splits without parting one",
+            f"{names} cannot be shared out among {splits} splits without parting one",
             try_="give fewer splits: --split-ratio 0.8,0.2,0",
         )
+
+
+def _assign(label: np.ndarray, unit: np.ndarray, keys: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """(n,) index into `weights` of each row: groups first, largest first; single images then fill the classes."""
+    size = np.bincount(unit)
     classes = int(label.max()) + 1
     totals = np.bincount(label, minlength=classes)
     target = np.stack([_shares_of(int(n), weights) for n in totals])  # (K, S)
@@ -240,9 +253,24 @@ def _repair(label: np.ndarray, unit: np.ndarray, keys: np.ndarray, have: np.ndar
         move(int(one), int(empty))
 
 
+def _label_cells(manifest: Manifest) -> tuple[list[str], Callable[[int], list[str]]]:
+    """The label columns of the table, and what stands in them in a row."""
+    labels = manifest.labels
+    if labels.is_single and manifest.answers[0].ndim == 1:
+        label, classes = manifest.label, manifest.labels.classes
+        return ["label"], lambda row: [classes[label[row]] if label[row] >= 0 else ""]
+    head = [joint_name(task, name) for task in labels.tasks for name in task.classes]
+
+    def cells(row: int) -> list[str]:
+        return ["" if np.isnan(v) else f"{v:.7g}" for v in manifest.targets(np.array([row]))[0].tolist()]
+
+    return head, cells
+
+
 def write_split_csv(path: Path, manifest: Manifest, *, keep: bool = False) -> None:
     """Write path, label, group, split: a table for people, which is also a source that gives the same split again.
 
+    Labels that are not simply one class per image get a column per class (`columns.joint_name`), which a scan finds again.
     Paths are relative to the table's folder where the images lie below it, else absolute.
 
     Args:
@@ -255,15 +283,15 @@ def write_split_csv(path: Path, manifest: Manifest, *, keep: bool = False) -> No
     root = os.path.abspath(manifest.root)
     below = root == folder or root.startswith(folder.rstrip("/") + "/")
     prefix = os.path.relpath(root, folder) if below else root
-    lines = [["path", "label", "group", "split"]]
-    classes, names = manifest.labels.classes, manifest.group_names
+    head, labels = _label_cells(manifest)
+    lines = [["path", *head, "group", "split"]]
+    names = manifest.group_names
     for row, name in enumerate(manifest.paths):
         group = int(manifest.group[row])
         place = os.path.normpath(os.path.join(prefix, name))
-        label = classes[manifest.label[row]] if manifest.label[row] >= 0 else ""
         code = int(manifest.split[row])
         text = "" if group < 0 else names[group] if group < len(names) else str(group)
-        lines.append([place, label, text, SPLITS[code] if code != NO_SPLIT else ""])
+        lines.append([place, *labels(row), text, SPLITS[code] if code != NO_SPLIT else ""])
     blob = to_csv(lines).encode("utf-8", "surrogateescape")
     if keep and os.path.exists(path) and read_start(path, len(blob) + 1) not in (b"", blob):
         raise UsageError(
