@@ -43,7 +43,7 @@ def make(tmp_path: Path) -> Callable[..., Run]:
         run.save_config(build_config(settings))
         run.manifest_path.write_bytes(b"")
         run.write_json("data.json", {"source": str(tmp_path / "some" / "where" / "flowers"), "images": images, "splits": {"test": 9}})
-        run.write_json("model.json", {"spec": {"arch": arch}, "parameters": 12})
+        run.write_json("plan.json", {"spec": {"arch": arch}, "parameters": 12})
         run.write_json("run.json", {"created": 1.7e9, "parent": None, "work": []})
         run.write_json("env.json", {"cpu": "same", "libraries": {"torch": "2.9"}, "command": [name]})
         run.evaluation("test").mkdir(parents=True)

@@ -57,7 +57,6 @@ LONG_SKIPS: dict[str, int] = {  # room -> statements over three lines that keep 
     "ops": 6,
     # ----
     # ----
-    "training": 12,
 }
 PICKLE_MODULES = {"pickle", "cPickle", "joblib", "dill", "cloudpickle", "shelve", "marshal"}
 

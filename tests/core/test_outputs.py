@@ -198,10 +198,10 @@ def test_a_folder_of_results_is_taken_again_only_where_we_made_it() -> None:
 def test_files_of_a_run_are_never_an_output_even_by_force() -> None:
     run = Path("runs/mine")
     (run / "eval" / "test").mkdir(parents=True)
-    for name in ("config.yaml", "manifest.npz", "model.json", "eval/test/metrics.json"):
+    for name in ("config.yaml", "manifest.npz", "plan.json", "eval/test/metrics.json"):
         (run / name).write_text("{}")
     with pytest.raises(UsageError, match="belongs to the run"):
-        claim_file(run / "model.json", outputs.TIMES, force=True)
+        claim_file(run / "plan.json", outputs.TIMES, force=True)
     with pytest.raises(UsageError, match="belongs to the run"):
         claim_folder(run / "eval" / "test", outputs.JUDGED_NAMES, outputs.JUDGED, force=True)
     claim_folder(run / "eval" / "other", outputs.JUDGED_NAMES, outputs.JUDGED)

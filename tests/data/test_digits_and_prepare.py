@@ -137,7 +137,7 @@ def scanned(kit, tmp_path, photo):
 @pytest.mark.parametrize("threads", [0, 1, 4])
 def test_exactly_the_changed_files_are_named_in_order(scanned, threads, monkeypatch):
     monkeypatch.setattr(reach, "WAITS_S", (0.05,))
-    assert changed_files(scanned, threads) == []
+    assert changed_files(scanned, threads).all == []
     flipped = scanned.path(130)
     content = bytearray(flipped.read_bytes())
     content[-20] ^= 1
@@ -147,7 +147,7 @@ def test_exactly_the_changed_files_are_named_in_order(scanned, threads, monkeypa
     scanned.path(199).unlink()
     scanned.path(199).mkdir()
     os.utime(scanned.path(5), (0, 0))  # touched, not changed
-    assert changed_files(scanned, threads) == ["3.png", "64.png", "130.png", "199.png"]
+    assert changed_files(scanned, threads).all == ["3.png", "64.png", "130.png", "199.png"]
 
 
 @pytest.mark.parametrize("color", ["gray", "rgb", "rgba"])

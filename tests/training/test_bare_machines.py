@@ -38,5 +38,5 @@ def test_a_run_on_a_bare_machine_ends_in_the_same_bits_and_its_log_says_what_was
     log = (run.directory / "log.txt").read_text()
     assert log.count("has no locks (Function not implemented)") == 1
     assert log.count("batches go through pipes") == 1
-    reasons = {name: reason for name, _, reason in run.read_json("model.json")["plan"]}
+    reasons = {name: reason for name, _, reason in run.read_json("plan.json")["plan"]}
     assert "batches through pipes: /dev/shm has 0 MB free" in reasons["train.workers"]

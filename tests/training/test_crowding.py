@@ -15,7 +15,7 @@ from imgcls_fast.core import cpus, env
 from imgcls_fast.core.errors import Interrupted
 from imgcls_fast.core.run import Run
 from imgcls_fast.core.settings import build_config
-from imgcls_fast.training import crowding, dry, session
+from imgcls_fast.training import crowding, estimate, session
 from imgcls_fast.training.crowding import Crowd
 from imgcls_fast.training.defaults import Machine, Notes
 
@@ -190,14 +190,14 @@ def test_a_dry_run_estimates_with_the_threads_that_it_plans(
     configure: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
-    measured = dry.time.perf_counter
+    measured = estimate.time.perf_counter
 
     def clock() -> float:
         seen.append(torch.get_num_threads())
         return measured()
 
-    monkeypatch.setattr(dry.time, "perf_counter", clock)
-    dry.dry_run(configure({"train.threads": 3}))
+    monkeypatch.setattr(estimate.time, "perf_counter", clock)
+    estimate.dry_run(configure({"train.threads": 3}))
     assert seen and set(seen) == {3}
 
 

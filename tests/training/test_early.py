@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from imgcls_fast.core.errors import ImgclsError
-from imgcls_fast.training import dry, session
+from imgcls_fast.training import estimate, session
 from imgcls_fast.training.defaults import Machine
 
 WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
@@ -32,10 +32,10 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
 }
 
 
-@pytest.fixture(params=[session.start, dry.dry_run], ids=["train", "dry-run"])
+@pytest.fixture(params=[session.start, estimate.dry_run], ids=["train", "dry-run"])
 def verb(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """Training and its dry run, on a machine without a GPU, where nothing may be scanned."""
-    for module in (session, dry):
+    for module in (session, estimate):
         monkeypatch.setattr(module, "look_at_machine", lambda: Machine(dali=True))
         monkeypatch.setattr(module, "prepare", lambda *_: pytest.fail("scanned"))
     return request.param  # type: ignore[no-any-return]
@@ -118,7 +118,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_scan_and_nothing_
 
 
 def test_a_dry_run_estimates_an_epoch_and_the_whole_and_tells_what_is_left_out(configure: Callable[..., Any]) -> None:
-    found = dry.dry_run(configure({"train.epochs": 7}))
+    found = estimate.dry_run(configure({"train.epochs": 7}))
     assert 0 < found["seconds_per_epoch"] < 60
     assert found["seconds"] == pytest.approx(7 * found["seconds_per_epoch"], abs=0.1)
     assert found["left_out"] == "scan, baseline, compiling, final evaluation and report"
@@ -128,8 +128,8 @@ def test_a_dry_run_estimates_an_epoch_and_the_whole_and_tells_what_is_left_out(c
 def test_training_of_two_epochs_is_estimated_with_its_reading(
     configure: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dry, "_measure_step", lambda plan, model: (0.5, 0.25, 100.0))
-    monkeypatch.setattr(dry, "_measure_reading", lambda plan, manifest: 0.125)
-    found = dry.dry_run(configure())  # 42 images to train, 14 to validate
+    monkeypatch.setattr(estimate, "_measure_step", lambda plan, model: (0.5, 0.25, 100.0))
+    monkeypatch.setattr(estimate, "_measure_reading", lambda plan, manifest: 0.125)
+    found = estimate.dry_run(configure())  # 42 images to train, 14 to validate
     assert found["seconds_per_epoch"] == pytest.approx(42 * 0.5 + 14 * 0.25 + 56 * 0.125)
     assert found["seconds"] == 2 * found["seconds_per_epoch"]

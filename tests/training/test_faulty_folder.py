@@ -83,7 +83,7 @@ def go_through(places: Iterator[int], configure: Callable[..., Any], same_result
             break
         runs += 1
         run = Run(folder)
-        if run.config_path.exists() and run.manifest_path.exists() and run.read_json("model.json"):
+        if run.config_path.exists() and run.manifest_path.exists() and run.read_json("plan.json"):
             session.resume(run, {})
             same_result(straight, run)
             assert not litter(run), what

@@ -18,7 +18,7 @@ from imgcls_fast.core.run import Run
 from imgcls_fast.core.settings import build_config
 from imgcls_fast.core.undecoded import Undecoded
 from imgcls_fast.data import reach, unknown
-from imgcls_fast.training import session
+from imgcls_fast.training import judging, session
 from imgcls_fast.training.learnt import about_missing
 from imgcls_fast.training.reporting import judged
 
@@ -247,13 +247,13 @@ def test_a_bench_sample_and_calibration_images_name_what_they_left_out(spoiled: 
 def test_the_judgement_of_a_run_names_its_quarantined_rows(
     configure: Callable[..., Any], own_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = session.make_bundle
+    original = judging.make_bundle
 
     def spoil_first(run: Run, manifest: Any, *arguments: Any) -> Any:
         manifest.path(int(manifest.rows("test")[0])).write_bytes(b"this is no image")
         return original(run, manifest, *arguments)
 
-    monkeypatch.setattr(session, "make_bundle", spoil_first)
+    monkeypatch.setattr(judging, "make_bundle", spoil_first)
     run = session.start(configure({"train.epochs": 1}, own_data))
     metrics = run.metrics("test")
     assert metrics is not None

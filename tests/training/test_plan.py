@@ -22,7 +22,7 @@ from imgcls_fast.core.manifest import FLAG_PILLOW, LabelSpace, Manifest, PathLis
 from imgcls_fast.core.run import Run
 from imgcls_fast.core.settings import build_config, flatten, to_yaml
 from imgcls_fast.models.small_cnn import SmallCNN
-from imgcls_fast.training import dry, session
+from imgcls_fast.training import estimate, session
 from imgcls_fast.training.plan import Machine, Plan, make_plan, starting_model
 from imgcls_fast.training.schedule import Schedule
 
@@ -379,11 +379,11 @@ def test_compiling_that_was_asked_for_is_refused_with_the_line_that_installs_a_c
     assert plan_of({"train.compile": True, "train.device": "cpu"}, machine=replace(SERVER, lacks={"cuda": NO_CC}))
 
 
-@pytest.mark.parametrize("verb", [session.start, dry.dry_run])
+@pytest.mark.parametrize("verb", [session.start, estimate.dry_run])
 def test_a_missing_compiler_is_told_before_the_scan(
     verb: Callable[..., Any], configure: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (session, dry):
+    for module in (session, estimate):
         monkeypatch.setattr(module, "look_at_machine", lambda: Machine(lacks={"cpu": NO_CC}))
     with pytest.raises(HardwareError) as refused:  # else D001: there is no such folder
         verb(configure({"train.compile": True, "data.source": str(tmp_path / "none")}))

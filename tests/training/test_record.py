@@ -21,7 +21,7 @@ from imgcls_fast.core.run import Run
 from imgcls_fast.core.runs import list_runs
 from imgcls_fast.core.settings import build_config
 from imgcls_fast.tracking.lines import plain_lines
-from imgcls_fast.training import session
+from imgcls_fast.training import judging, session
 from imgcls_fast.training.defaults import Machine
 
 from .conftest import TINY
@@ -58,7 +58,7 @@ def test_a_run_interrupted_twice_tells_when_where_and_with_what_it_went_on(
     assert plain_lines(started)[0] == "resumed in epoch 1/2 after batch 2 of 5, 2 steps in all"
     rows = {name: (value, reason) for name, value, reason in next(e for e in events if e["event"] == "plan")["rows"]}
     assert rows["train.threads"] == ("2", "given when the run was resumed; was 1")
-    assert ["train.threads", *rows["train.threads"]] in run.read_json("model.json")["plan"]
+    assert ["train.threads", *rows["train.threads"]] in run.read_json("plan.json")["plan"]
     events.clear()
     session.resume(run, {}, [events.append])  # as many threads as the work before: nothing to warn of, but equality stays lost
     started = next(event for event in events if event["event"] == "start")
@@ -115,7 +115,7 @@ def test_a_run_that_begins_with_another_names_it_in_plan_record_and_report(
     told = f"the weights of run {parent.name}"
     rows = {row[0]: row[1] for row in next(e for e in events if e["event"] == "plan")["rows"]}
     assert rows["model.init"] == told
-    assert child.read_json("model.json")["start"] == told  # what the report shows
+    assert child.read_json("plan.json")["start"] == told  # what the report shows
     found = record_of(child.directory)["parent"]
     assert (found["run"], found["directory"], found["epoch"]) == (parent.name, str(parent.directory), 1)
     weights = json.loads((parent.bundle_path / "bundle.json").read_text())["digests"]["weights.safetensors"]
@@ -210,7 +210,7 @@ def test_a_finished_run_whose_report_and_metrics_are_gone_is_judged_again_to_its
     parent: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("write_evaluation", "write_plots", "report_run"):  # drawing takes long
-        monkeypatch.setattr(session, name, lambda *_: None)
+        monkeypatch.setattr(judging, name, lambda *_: None)
     run = Run(shutil.copytree(parent.directory, tmp_path / "again"))
     for name in ("report.html", "metrics.csv", NAME):
         (run.directory / name).unlink()

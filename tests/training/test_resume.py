@@ -21,7 +21,7 @@ import torch
 from imgcls_fast.core.errors import DataError, Interrupted, ModelError
 from imgcls_fast.core.run import Run
 from imgcls_fast.data import reach
-from imgcls_fast.training import checkpoint, session
+from imgcls_fast.training import checkpoint, judging, session
 from imgcls_fast.training.fit import Fit
 from imgcls_fast.training.step import Step
 
@@ -159,7 +159,7 @@ def test_a_run_killed_between_training_and_bundle_or_report_is_finished_by_resum
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(session, victim, die)
+        patch.setattr(judging, victim, die)
         run = interrupted(config)
     assert not run.report_path.exists()
     assert run.finished == (victim == "report_run")
@@ -227,16 +227,16 @@ class TestWhatMayChange:
             with pytest.raises(ModelError, match=name) as refused:
                 session.resume(broken, {})
             assert refused.value.code == "M006"
-            facts = broken.read_json("model.json")
+            facts = broken.read_json("plan.json")
             facts.pop("trajectory", None)
-            broken.write_json("model.json", facts)
+            broken.write_json("plan.json", facts)
         broken.config_path.write_text(text)
         session.resume(broken, {})
 
     def test_an_edited_plan_is_refused_by_name(self, broken: Run) -> None:
-        facts = broken.read_json("model.json")
+        facts = broken.read_json("plan.json")
         facts["augment"]["flip"] = 0.25
-        broken.write_json("model.json", facts)
+        broken.write_json("plan.json", facts)
         with pytest.raises(ModelError, match=r"augment\.flip") as refused:
             session.resume(broken, {})
         assert refused.value.code == "M006"
@@ -258,9 +258,9 @@ class TestWhatMayChange:
             del environment["trajectory"]["plan spec.drop_path"]
             del environment["trajectory"]["layout of the draws"]  # the first one, until it was recorded
 
-        facts = broken.read_json("model.json")
+        facts = broken.read_json("plan.json")
         forget(facts)
-        broken.write_json("model.json", facts)
+        broken.write_json("plan.json", facts)
         change_environment(broken, forget)
         heard: list[dict[str, Any]] = []
         session.resume(broken, {}, [heard.append])
@@ -273,9 +273,9 @@ class TestWhatMayChange:
         def forget(environment: dict[str, Any]) -> None:
             environment["trajectory"].pop("optim.gamma")
 
-        facts = broken.read_json("model.json")
+        facts = broken.read_json("plan.json")
         forget(facts)
-        broken.write_json("model.json", facts)
+        broken.write_json("plan.json", facts)
         text = broken.config_path.read_text()
         broken.config_path.write_text(text.replace("gamma: 0.1", "gamma: 0.2"))
         with pytest.raises(ModelError, match=r"optim\.gamma was 0\.1 and is now 0\.2") as refused:
@@ -286,9 +286,9 @@ class TestWhatMayChange:
         def forget(environment: dict[str, Any]) -> None:
             del environment["trajectory"], environment["versions"]["imgcls-fast"]
 
-        facts = broken.read_json("model.json")
+        facts = broken.read_json("plan.json")
         facts.pop("trajectory")
-        broken.write_json("model.json", facts)
+        broken.write_json("plan.json", facts)
         change_environment(broken, forget)
         heard: list[dict[str, Any]] = []
         session.resume(broken, {}, [heard.append])

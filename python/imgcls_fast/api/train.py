@@ -71,7 +71,7 @@ def plan(
     Raises:
         ImgclsError: as `train`.
     """
-    from ..training.dry import dry_run
+    from ..training.estimate import dry_run
 
     return dry_run(config_from(data, config, preset, sets, overrides_from(overrides, settings)))
 

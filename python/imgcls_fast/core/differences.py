@@ -54,7 +54,7 @@ def _figures(run: Run) -> Row:
     row["seconds of training"] = round(sum(epoch.get("seconds") or 0 for epoch in epochs), 1)
     bundle = run.read_json("bundle/bundle.json") or {}
     row["best epoch"] = (bundle.get("provenance") or {}).get("epoch")
-    row["parameters"] = (run.read_json("model.json") or {}).get("parameters")
+    row["parameters"] = (run.plan_facts or {}).get("parameters")
     row["temperature"] = bundle.get("temperature")
     baseline = run.read_json("baseline.json") or {}
     row["accuracy of the baseline"] = baseline.get("accuracy")

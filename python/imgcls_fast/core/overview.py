@@ -18,12 +18,12 @@ def brief(run: Run) -> dict[str, Any]:
     """
     line: dict[str, Any] = dict.fromkeys(("name", "data", "model", "epochs", "accuracy", "split"))
     try:
-        data, model = _object(run.read_json("data.json")), _object(run.read_json("model.json"))
+        data, planned = _object(run.read_json("data.json")), run.plan_facts or {}
         split = next((name for name in ("test", "val") if run.metrics(name)), None)
         metrics = run.metrics(split) if split else None
         line |= {
             "data": data.get("source"),
-            "model": _object(model.get("spec")).get("arch"),
+            "model": _object(planned.get("spec")).get("arch"),
             "epochs": len(run.epochs),
             "accuracy": metrics.get("accuracy") if metrics else None,
             "split": split,
@@ -39,7 +39,7 @@ def details(run: Run) -> dict[str, Any]:
         **brief(run),
         "directory": str(run.directory),
         "ended": how_it_ended(run.directory),
-        **{name: value for name, value in record_of(run.directory).items() if name in ("parent", "work")},
+        **{name: value for name, value in record_of(run.directory).items() if name in ("parent", "part_of", "work")},
         "data_facts": run.read_json("data.json"),
         "settings": flatten(run.config),
         "baseline": run.read_json("baseline.json"),

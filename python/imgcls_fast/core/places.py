@@ -34,6 +34,7 @@ RUN_NAMES = (
     "manifest.npz",
     "metrics.csv",
     "model.json",
+    "plan.json",
     "plots",
     "quarantine.csv",
     "report.html",

@@ -3,6 +3,8 @@
 A run is trained in one piece of work, or in several with interruptions between. Each piece has an entry of its own:
 
     {"created": seconds since 1970, "parent": the run whose weights it began with, or null,
+     "part_of": the folder of the study or run that asked for it (only there),
+     "stopped_after": the epoch after which its caller ended training (only there),
      "work": [{"began": s, "ended": s or null, "how": "finished" | "interrupted" | "failed" | "died", "message": "...",
                "changes": {"train.threads": [2, 1]}, "differences": ["threads was 2, is 1"]}]}
 
@@ -37,6 +39,11 @@ class Work:
             self._entry["differences"] += [text for text in differences if text not in self._entry["differences"]]
             write_json(self._directory / NAME, self._record)
 
+    def stopped_by_caller(self, epoch: int) -> None:
+        """Record that whoever began the run ended its training after this epoch."""
+        self._record["stopped_after"] = epoch
+        write_json(self._directory / NAME, self._record)
+
     def end(self, how: str, message: str = "") -> None:
         """Record the end of this piece of work."""
         self._entry |= {"ended": round(time.time(), 3), "how": how, "message": message}
@@ -49,6 +56,7 @@ def work_on(
     changes: Mapping[str, tuple[Any, Any]] | None = None,
     *,
     parent: Parent | None = None,
+    part_of: Path | None = None,
     death: str = "",
     end: Mapping[str, Any] | None = None,
 ) -> Iterator[Work]:
@@ -58,6 +66,7 @@ def work_on(
         directory: of the run.
         changes: settings that differ from before: name -> (before, now); None where the run begins.
         parent: the run that a new run takes its weights from.
+        part_of: folder of the study or run that asked for a new run.
         death: what is known of the end of the work before, if that could not record it.
         end: the last event of the work before, for a run that has no record of it.
 
@@ -65,7 +74,9 @@ def work_on(
         HardwareError: H003 when it cannot be written.
     """
     found = record_of(directory)
-    record = found if found["work"] else {**found, "parent": parent or found["parent"]}
+    record = found
+    if not found["work"]:
+        record = {**found, "parent": parent or found["parent"]} | ({"part_of": str(part_of.resolve())} if part_of else {})
     if changes is not None and not record["work"]:  # begun by a version that kept no record, or the record is damaged
         how, message = _told(end, death)
         record["work"] = [{"began": record["created"], "ended": None, "how": how, "message": message, "differences": [], "changes": {}}]
@@ -96,7 +107,9 @@ def _told(end: Mapping[str, Any] | None, death: str) -> tuple[str, str]:
 
 
 def record_of(directory: Path) -> dict[str, Any]:
-    """created, parent and work; of a run of an earlier version, the time of its list of images and no work.
+    """Return created, parent, work and, where they are known, part_of and stopped_after.
+
+    A run of an earlier version has the time of its list of images, and no work.
 
     A record that is damaged counts as missing, and so does an entry: it must not keep a run from being read.
     """
@@ -110,10 +123,12 @@ def record_of(directory: Path) -> dict[str, Any]:
         with suppress(OSError):
             created = (directory / "manifest.npz").stat().st_mtime  # written once, when the run begins
     entries = [entry for entry in work if _is_entry(entry)] if isinstance(work, list) else []
-    parent = record.get("parent")
+    parent, part_of, stopped = record.get("parent"), record.get("part_of"), record.get("stopped_after")
     return {
         "created": created if created is not None else round(time.time(), 3),
         "parent": parent if isinstance(parent, dict) else None,
+        **({"part_of": part_of} if isinstance(part_of, str) else {}),
+        **({"stopped_after": stopped} if isinstance(stopped, int) else {}),
         "work": entries,
     }
 

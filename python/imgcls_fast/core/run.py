@@ -22,6 +22,8 @@ from .settings import read_config, save_config
 from .text import command, quoted
 
 EFFICIENCY_SCHEMA = 1  # of bench/efficiency.json
+PLAN = "plan.json"
+_OLDER_PLAN = "model.json"  # the name that earlier versions gave it
 T = TypeVar("T")
 
 
@@ -125,6 +127,12 @@ class Run:
             return None
         except (OSError, ValueError) as error:
             raise self._unreadable(name, error) from error
+
+    @property
+    def plan_facts(self) -> dict[str, Any] | None:
+        """plan.json, of a run of an earlier version model.json; None where there is none (yet)."""
+        found = self.read_json(PLAN) or self.read_json(_OLDER_PLAN)
+        return found if isinstance(found, dict) else None
 
     def _unreadable(self, name: str, error: Exception) -> DataError:
         # a file that the disk does not hand out may be whole: it must not be thrown away

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -146,9 +146,17 @@ def require_splits(prepared: Prepared) -> None:
             )
 
 
+class Changed(NamedTuple):
+    """Files that are not what they were at the scan: paths of the manifest, in its order."""
+
+    missing: list[str]  # gone, and did not come back in time
+    changed: list[str]  # with other bytes
+    all: list[str]
+
+
 @phase("checking that no image has changed")
-def changed_files(manifest: Manifest, threads: int, without: Collection[int] = ()) -> list[str]:
-    """Paths of the manifest whose file has other bytes than at the scan, or is gone and does not come back in time.
+def changed_files(manifest: Manifest, threads: int, without: Collection[int] = ()) -> Changed:
+    """Look for files with other bytes than at the scan, and for files that are gone and do not come back in time.
 
     Args:
         manifest: images with digests.
@@ -178,7 +186,9 @@ def changed_files(manifest: Manifest, threads: int, without: Collection[int] = (
     n = len(manifest)
     pieces = [range(first, min(first + _CHANGED_PIECE, n)) for first in range(0, n, _CHANGED_PIECE)]
     with ThreadPoolExecutor(max(1, threads)) as pool:
-        return [path for piece in pool.map(changed_in, pieces) for path in piece]
+        found = [path for piece in pool.map(changed_in, pieces) for path in piece]
+    missing = {path for path in found if not (manifest.root / path).exists()}
+    return Changed([path for path in found if path in missing], [path for path in found if path not in missing], found)
 
 
 def channel_statistics(

@@ -137,7 +137,7 @@ class EpochDone(TypedDict):
 
 
 class Ended(TypedDict):
-    """Which epoch was the best by which figure, and whether patience ended training."""
+    """Which epoch was the best by which figure, and whether patience or the caller ended training."""
 
     epoch: int
     epochs: int
@@ -146,10 +146,11 @@ class Ended(TypedDict):
     best: float
     patience: int | None
     early: bool
+    by_caller: NotRequired[bool]
 
 
 class StoppedEarly(Ended):
-    """Patience ended training."""
+    """Patience or the caller ended training."""
 
     event: Literal["stopped_early"]
 

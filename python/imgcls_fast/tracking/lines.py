@@ -260,9 +260,10 @@ def ended_line(event: Ended) -> str:
 
 def _ended(event: Ended) -> tuple[str, str, str]:
     name, waited = MONITORS[event["monitor"]].short, event["epoch"] - event["best_epoch"]
+    patience = f"{name} has not improved for {counted(waited, 'epoch')} (patience {event['patience']})"
     return (
         f"after epoch {event['epoch']} of {event['epochs']}",
-        f"{name} has not improved for {counted(waited, 'epoch')} (patience {event['patience']})",
+        "stopped by its caller" if event.get("by_caller") else patience,
         f"best: epoch {event['best_epoch']} with {_goal(event['monitor'])}, {_fixed(event['best'])}",
     )
 

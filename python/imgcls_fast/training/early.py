@@ -42,5 +42,14 @@ def refuse_early(config: RunConfig, machine: Machine) -> None:
         choose_attention(notes, arch, start)
         channels = CHANNELS.get(config.pixels.color, 3)
         middle = (0.5,) * channels
-        outline_of(ModelSpec(arch, num_outputs=_ANY_TWO.size, channels=channels, mean=middle, std=middle,
-                             arch_args=config.model.args, attention=tuple(notes.value("model.attention"))))  # fmt: skip
+        outline_of(
+            ModelSpec(
+                arch,
+                num_outputs=_ANY_TWO.size,
+                channels=channels,
+                mean=middle,
+                std=middle,
+                arch_args=config.model.args,
+                attention=tuple(notes.value("model.attention")),
+            )
+        )

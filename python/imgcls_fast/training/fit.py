@@ -18,13 +18,23 @@ from ..engines.torch_runtime import TorchEngine
 from ..evaluation.metrics import Metrics, judge
 from ..models.build import Classifier
 from ..models.kernels import use_kernels
-from ..tracking.events import Emit, EpochDone, ImageLeftOut, Started, Stopped, Validating, event_of
+from ..tracking.events import Emit, EpochDone, ImageLeftOut, Stopped, Validating, event_of
 from .checkpoint import has_checkpoint
 from .display import Display
 from .loaders import Loaders
 from .objectives import CrossEntropy, class_weights
 from .plan import Plan, Start, starting_model
-from .progress import Pace, Progress, end_epoch, how_it_ended, memory_mb, patience_is_over
+from .progress import (
+    Pace,
+    Progress,
+    ShouldStop,
+    caller_stops,
+    end_epoch,
+    how_it_ended,
+    memory_mb,
+    patience_is_over,
+    started,
+)
 from .quarantined import Quarantined, require_same_validation
 from .saves import Saves
 from .signals import StopRequest
@@ -39,10 +49,11 @@ class Fit:
         manifest: images and splits.
         run: the directory, locked by this process.
         emit: receives events.
+        should_stop: asked after every epoch but the last, with its row of metrics.csv; True ends training there.
     """
 
-    def __init__(self, plan: Plan, manifest: Manifest, run: Run, emit: Emit) -> None:
-        self.plan, self.manifest, self.run_, self.emit = plan, manifest, run, emit
+    def __init__(self, plan: Plan, manifest: Manifest, run: Run, emit: Emit, should_stop: ShouldStop | None = None) -> None:
+        self.plan, self.manifest, self.run_, self.emit, self.should_stop = plan, manifest, run, emit, should_stop
         self.config, train = plan.config, plan.config.train
         device = torch.device(train.device)
         if device.type == "cpu":
@@ -114,26 +125,17 @@ class Fit:
             DataError: D015 when images cannot be reached, D013 when too many are bad, D010 when a validation image went bad.
         """
         train, progress = self.config.train, self.progress
-        begun_with = progress.epoch
-        self.emit(
-            Started(
-                event="start",
-                epoch=progress.epoch + 1,
-                epochs=int(train.epochs),
-                steps_per_epoch=self.loaders.steps,
-                resumed=progress.step > 0,
-                step=progress.step,
-                batch=progress.index,
-                monitor=train.monitor,
-                patience=train.patience,
-            )
-        )
+        begun_with, by_caller = progress.epoch, False
+        self.emit(started(train, progress, self.loaders.steps))
         try:
             with StopRequest(self.loaders.hurry) as stop, self._saved_when_it_fails(stop):
                 while progress.epoch < int(train.epochs) and not patience_is_over(train, progress):
+                    if by_caller := caller_stops(self.should_stop, progress):
+                        break
                     self._epoch(stop)
                 if begun_with < progress.epoch < int(train.epochs):  # a run that only has to be judged has told it before
-                    self.emit({"event": "stopped_early", **how_it_ended(train, progress.history)})
+                    ended = how_it_ended(train, progress.history, by_caller=by_caller)
+                    self.emit({"event": "stopped_early", **ended})
                 if stop.requested:  # it came after the last step
                     self._interrupt()
         finally:

@@ -1,8 +1,10 @@
-"""What makes a resumed run the same run: what shapes its weights, and where and by what it is computed."""
+"""Holds a resumed run to what it was begun with: settings, files, what shapes its weights, and what computes them."""
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,24 +12,80 @@ import torch
 
 from ..core import env
 from ..core.config import RunConfig, bits_settings, free_settings
-from ..core.errors import ModelError
+from ..core.errors import DataError, ModelError
 from ..core.manifest import Manifest
-from ..core.settings import flatten
-from ..core.text import command
+from ..core.run import PLAN, Run
+from ..core.settings import flatten, replace_settings
+from ..core.text import command, some
+from ..data import reach
+from ..data.prepare import changed_files
 from ..loading.augment import LAYOUT as AUGMENT_LAYOUT
 from ..loading.draws import DRAW_LAYOUT
 from ..loading.sampler import LAYOUT as SAMPLER_LAYOUT
 from .checkpoint import STATE
+from .quarantined import Quarantined
 
 if TYPE_CHECKING:
-    from ..core.run import Run
     from .plan import Plan
 
 _DRAWS = "layout of the draws"
 
 
+def changed_config(run: Run, changes: dict[str, Any]) -> RunConfig:
+    """Return the run's configuration with the changes that resume allows.
+
+    Raises:
+        ModelError: M006 for a setting that would make it another run.
+    """
+    stored = run.config
+    found = differing(stored, replace_settings(stored, changes))
+    refused = [name for name in found if name not in free_settings() | bits_settings()]
+    if refused:
+        name = refused[0]
+        raise ModelError(
+            "M006",
+            f"{name} is {found[name][0]} in {run.name} and cannot become {found[name][1]}: it would not be the same run"
+            + (f" (also: {', '.join(refused[1:])})" if refused[1:] else ""),
+            try_=f"{command('train', 'DATA', '--init', run.directory)}   (a new run that begins with these weights)",
+        )
+    # a run stays where it is
+    return replace_settings(stored, {name: now for name, (_, now) in found.items() if name != "out"})
+
+
+def differing(before: RunConfig, after: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """Return the settings that differ: name -> (before, after)."""
+    old, new = flatten(before), flatten(after)
+    return {name: (old[name], new[name]) for name in new if new[name] != old[name]}
+
+
+def require_same_files(run: Run, manifest: Manifest) -> None:
+    """Refuse other files than those that the run began with; quarantined ones are left out, whatever has become of them.
+
+    Raises:
+        DataError: D015 when files are missing and the others are as they were, D010 when there are changed ones.
+    """
+    late = Quarantined(run, manifest, run.config.data.max_bad).rows()
+    found = changed_files(manifest, env.usable_cpus(), without=late)
+    if found.missing and not found.changed:  # a disk that is not there, much rather than as many deleted files
+        missing = FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        first, others = manifest.root / found.missing[0], len(found.missing) - 1
+        error = reach.unreachable(first, missing, sum(reach.WAITS_S), others=others)
+        error.try_ = (
+            f"bring the files back, then {run.resume_command}"
+            f"   (gone for good: {command('train', manifest.source, '--init', run.directory)})"
+        )
+        raise error
+    if found.changed:
+        raise DataError(
+            "D010",
+            f"{len(found.all)} of {len(manifest)} images changed or vanished since {run.name} began",
+            where=some(found.all),
+            try_=f"restore the files, or begin a new run: {command('train', manifest.source, '--init', run.directory)}",
+        )
+
+
 def trajectory(plan: Plan, manifest: Manifest) -> dict[str, Any]:
-    """Everything that shapes the weights, by name: settings, the plan, the data, and how random numbers are laid out."""
+    """Return everything that shapes the weights, by name: settings, the plan, the data, and how random numbers are laid out."""
     settings = {
         name: value
         for name, value in flatten(plan.config).items()
@@ -46,7 +104,7 @@ def trajectory(plan: Plan, manifest: Manifest) -> dict[str, Any]:
 
 
 def environment_key(threads: int, kernels: str, device: str = "cpu") -> dict[str, Any]:
-    """What must be equal, beside the trajectory, for a resumed run to be bitwise equal."""
+    """Return what must be equal, beside the trajectory, for a resumed run to be bitwise equal."""
     key: dict[str, Any] = {
         "cpu": env.cpu_name(),
         "threads": threads,
@@ -65,7 +123,7 @@ def environment_key(threads: int, kernels: str, device: str = "cpu") -> dict[str
 
 
 def environment_differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What two environment keys disagree on, one text each; only what both hold or `now` adds to a key that has it."""
+    """Name what two environment keys disagree on, one text each; only what both hold or `now` adds to a key that has it."""
     flat = [{**{k: v for k, v in key.items() if k != "versions"}, **key.get("versions", {})} for key in (before, now)]
     recorded = flat[0]  # by an earlier version, perhaps, that recorded less
     return [
@@ -79,7 +137,7 @@ LOST = "the result will not be bitwise equal to an uninterrupted run"
 
 
 def what_differs(environment: dict[str, Any], identity: dict[str, Any], run: Run, path: Path) -> list[str]:
-    """What keeps a resumed run from being bitwise equal, one text each; what would make it another run is an error.
+    """Name what keeps a resumed run from being bitwise equal, one text each; what would make it another run is an error.
 
     Args:
         environment: what the checkpoint recorded beside its tensors.
@@ -123,6 +181,6 @@ def require_same_trajectory(before: dict[str, Any], now: dict[str, Any], run: Ru
         "M006",
         f"{run.name} would not be the same run: {texts[0]}" + (f" (also: {'; '.join(texts[1:])})" if texts[1:] else ""),
         where=f"recorded in {where}",
-        why=f"what shapes the weights has changed since: {run.config_path.name}, model.json, or this program",
+        why=f"what shapes the weights has changed since: {run.config_path.name}, {PLAN}, or this program",
         try_=f"put it back, or begin a new run: {command('train', 'DATA', '--init', run.directory)}",
     )

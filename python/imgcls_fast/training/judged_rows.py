@@ -115,12 +115,12 @@ def _same_files(run: Run, manifest: Manifest, rows: np.ndarray, split: str) -> n
         DataError: D015 where files are missing, D010 where none is as it was.
     """
     part = manifest.take(rows)
-    paths = changed_files(part, env.usable_cpus())
-    away = [path for path in paths if not (manifest.root / path).exists()]
+    found = changed_files(part, env.usable_cpus())
+    away = found.missing
     there = Path(manifest.source).exists() and len(away) < len(rows)
     again = command("eval", run.directory, manifest.source if there else "DATA")
     if away:
-        others = len(paths) - len(away)
+        others = len(found.changed)
         also = f", and {others:,} {'have' if others > 1 else 'has'} changed" if others else ""
         raise DataError(
             "D015",
@@ -129,15 +129,15 @@ def _same_files(run: Run, manifest: Manifest, rows: np.ndarray, split: str) -> n
             why="the rest alone is not what the run was judged on" if there else "the folder was moved, or its disk is not there",
             try_=f"bring the files back, or judge what is there now: {again}" if there else f"{again}   (where the images are now)",
         )
-    if len(paths) == len(rows) > 0:
+    if len(found.all) == len(rows) > 0:
         raise DataError(
             "D010",
             f"all {len(rows):,} {split} images of {run.name} changed since it was trained",
-            where=some(paths),
+            where=some(found.all),
             try_=f"restore the files, or judge them as they are now: {again}",
         )
-    gone = set(paths)
-    return np.array([row for row, path in zip(rows.tolist(), part.paths, strict=True) if path in gone], np.int64)
+    other = set(found.changed)
+    return np.array([row for row, path in zip(rows.tolist(), part.paths, strict=True) if path in other], np.int64)
 
 
 def _others(run: Run, data: Path, engine: Engine, include_train: bool) -> JudgedRows:
@@ -175,10 +175,13 @@ def _others(run: Run, data: Path, engine: Engine, include_train: bool) -> Judged
     counts = {"train_left_out": train - judged, "train_judged": judged, "val_judged": int(chose.sum())}
     unknown = about_unknown(found.unknown_classes, engine.labels.classes)
     return JudgedRows(
-        manifest, rows, Undecoded({file.path: file.reason for file in found.quarantine}), tuple(filter(None, (unknown, *warnings))),
+        manifest,
+        rows,
+        Undecoded({file.path: file.reason for file in found.quarantine}),
+        tuple(filter(None, (unknown, *warnings))),
         tuple(text for text in found.notices if text != unknown),
         {"seen": counts, "unknown_classes": dict(found.unknown_classes)},
-    )  # fmt: skip
+    )
 
 
 def _share_of(some: int, whole: int) -> str:

@@ -1,8 +1,9 @@
-"""From the best checkpoint to a judged bundle, and from a run to an engine that can be asked."""
+"""Turns the best checkpoint into a judged bundle with its report, and a run into an engine that can be asked."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -11,50 +12,183 @@ from safetensors.torch import save
 
 from ..core import env
 from ..core.bundle import Bundle, read_bundle, write_bundle
+from ..core.config import RunConfig
 from ..core.errors import ConfigError, ModelError
 from ..core.files import sha256_json
 from ..core.manifest import Manifest
-from ..core.pixels import Pixels
+from ..core.phases import phase
 from ..core.predictions import Predictions
+from ..core.record import record_of, unequal_line
 from ..core.run import Run
-from ..core.runs import find_run
+from ..core.runs import find_run, mark_last
 from ..core.settings import flatten
+from ..core.undecoded import Undecoded
 from ..engines.as_found import as_found
 from ..engines.base import Engine
 from ..engines.runtimes import open_engine
+from ..engines.scoring import score_rows
 from ..engines.torch_runtime import TorchEngine
-from ..evaluation.metrics import apply_temperature, fit_temperature
+from ..evaluation.metrics import Metrics, apply_temperature, fit_temperature, without
+from ..evaluation.paired import Difference
+from ..evaluation.plots import training_curves
+from ..evaluation.report import write_evaluation, write_plots
 from ..models.build import Classifier, ModelSpec, build_model, load_weights
 from ..models.kernels import use_kernels
+from ..tracking.events import Done, Emit, ImageLeftOut, Warned
 from .checkpoint import final_state
+from .learnt import about_parents
+from .plan import Plan
 from .progress import Progress, how_it_ended
+from .quarantined import Quarantined, require_same_validation
+from .reporting import against_baseline, ended, judge_split, next_commands, report_run
 
 _TINY = np.finfo(np.float32).tiny  # below it a float32 score has lost its logarithm
 
 
-def best_model(run: Run) -> tuple[Classifier, dict[str, Any], Progress]:
-    """The network with the weights of the best epoch, the facts of model.json, and how training went.
+def finish(
+    plan: Plan,
+    manifest: Manifest,
+    run: Run,
+    emit: Emit,
+    baseline: dict[str, Any] | None,
+    around_s: Callable[[], float],
+) -> None:
+    """Make the bundle of the best epoch, judge val and test, and write the report.
+
+    Args:
+        plan: of the run.
+        manifest: images and splits.
+        run: the directory, locked by this process.
+        emit: receives events, `done` at the end.
+        baseline: baseline.json, None without one.
+        around_s: returns the seconds that this process has spent on the run outside of epochs; asked at the end.
+
+    Raises:
+        ModelError: M005 when there is no intact best checkpoint.
+        DataError: D010 for a validation image that cannot be decoded any more, D013 for too many bad images, D015.
+    """
+    config = plan.config
+    with phase("reading the best checkpoint"):
+        model, stored, progress = best_model(run)
+    device = config.train.device
+    raw = TorchEngine(model.to(device), manifest.labels, plan.pixels, device=device)
+    quarantined = Quarantined(run, manifest, config.data.max_bad)
+    bad = quarantined.rows()
+
+    def on_bad(row: int, reason: str, epoch: int) -> None:
+        require_same_validation(run, manifest, row, reason)
+        bad[row] = reason
+        path = manifest.paths[row]
+        emit(ImageLeftOut(event="quarantine", path=path, reason=reason, epoch=progress.epoch, row=row))
+        quarantined.add(row, reason, "judging")
+
+    def score(split: str) -> Predictions:
+        return score_rows(
+            raw,
+            manifest,
+            manifest.rows(split),
+            batch_size=int(config.evaluate.batch_size),
+            loader=str(config.train.loader),
+            workers=int(config.train.workers),
+            bad=bad,
+            on_bad=on_bad,
+        )
+
+    validation = score("val")
+    bundle = (
+        read_bundle(run.bundle_path) if run.finished else make_bundle(run, manifest, model, stored, progress, validation)
+    )
+    if note := mark_last(run):
+        emit(Warned(event="warning", text=note))
+    judged: dict[str, Metrics] = {}
+    against = None
+    for split in ("val", "test"):
+        if len(manifest.rows(split)):
+            predictions = with_temperature(validation if split == "val" else score(split), bundle.temperature)
+            with phase(f"computing intervals of the {split} figures"):
+                judged[split] = judge_split(config, manifest, predictions)
+            rows = set(manifest.rows(split).tolist())
+            left = Undecoded({manifest.paths[row]: reason for row, reason in sorted(bad.items()) if row in rows})
+            judged[split] = without(judged[split], left, about_parents(run, manifest, split))
+            with phase(f"drawing the {split} pictures"):
+                write_evaluation(run.evaluation(split), predictions, judged[split], run.plots)
+            against = against_baseline(run, manifest, split, predictions)
+    with phase("drawing the curves"):
+        write_plots(run.plots, training_curves(run.epochs))
+    report = report_run(run)
+    emit(_done_event(run, config, judged, baseline, report, bundle, against, around_s))
+
+
+def _done_event(
+    run: Run,
+    config: RunConfig,
+    judged: dict[str, Metrics],
+    baseline: dict[str, Any] | None,
+    report: Path,
+    bundle: Bundle,
+    against: Difference | None,
+    around_s: Callable[[], float],
+) -> Done:
+    split = "test" if "test" in judged else "val"
+    metrics = judged[split]
+    notes = list(metrics.warnings)
+    if bundle.temperature == 1:
+        notes.append(str(bundle.provenance.get("calibration", "")))
+    if split == "val":
+        notes.append(
+            "the data has no test split: this is the validation split, which also chose the epoch, so it is optimistic"
+        )
+    if unequal := unequal_line(record_of(run.directory)):
+        notes.append(unequal)
+    worst = sorted((c for c in metrics.per_class if c.support), key=lambda c: c.f1)[:3]
+    return Done(
+        event="done",
+        split=split,
+        accuracy=metrics.accuracy,
+        ci=list(metrics.accuracy_ci),
+        macro_f1=metrics.macro_f1,
+        balanced_accuracy=metrics.balanced_accuracy,
+        imbalanced=metrics.imbalanced,
+        majority=metrics.majority.to_dict(),
+        ece=metrics.ece,
+        n=metrics.n,
+        baseline=baseline["accuracy"] if baseline else None,
+        baseline_balanced=baseline.get("balanced_accuracy") if baseline else None,
+        worst=[[c.name, c.f1, c.support] for c in worst],
+        seconds=round(sum(e.get("seconds") or 0 for e in run.epochs), 1),
+        ended=ended(run, config),
+        report=str(report),
+        run=str(run.directory),
+        commands=[list(pair) for pair in next_commands(run)],
+        notes=notes,
+        against=against.to_dict() if against else None,
+        around_s=round(around_s(), 1),
+        resumed=len(record_of(run.directory)["work"]) > 1,
+    )
+
+
+def best_model(run: Run) -> tuple[Classifier, Plan, Progress]:
+    """Return the network with the weights of the best epoch, the plan of the run, and how training went.
 
     Raises:
         ModelError: M005 when there is no intact best checkpoint yet.
     """
-    facts = run.read_json("model.json")
+    facts = run.plan_facts
     if facts is None:
-        raise ModelError(
-            "M005", f"{run.directory} has no model yet", try_=run.resume_command
-        )
+        raise ModelError("M005", f"{run.directory} has no model yet", try_=run.resume_command)
+    plan = Plan.from_dict(facts, run.config)
     tensors, progress = final_state(run)
-    model = build_model(ModelSpec.from_dict(facts["spec"]))
+    model = build_model(ModelSpec.from_dict(plan.spec))
     load_weights(model, tensors)
-    use_kernels(model, run.config.model.kernels)
-    return model.eval(), facts, progress
+    use_kernels(model, plan.config.model.kernels)
+    return model.eval(), plan, progress
 
 
 def make_bundle(
-    run: Run, manifest: Manifest, model: Classifier, facts: dict[str, Any], progress: Progress, validation: Predictions
+    run: Run, manifest: Manifest, model: Classifier, plan: Plan, progress: Progress, validation: Predictions
 ) -> Bundle:
     """Fit the temperature on the validation rows, and write the bundle: weights, labels, pixels, provenance."""
-    config = run.config
+    config = plan.config
     temperature, told = 1.0, "temperature 1: no calibration was asked for"
     if config.evaluate.calibrate and len(validation):
         temperature = fit_temperature(np.log(np.maximum(validation.scores, _TINY)), validation.truth)
@@ -73,23 +207,23 @@ def make_bundle(
         "epoch": progress.best_epoch + 1,
         "monitor": config.train.monitor,
         "monitored": how_it_ended(config.train, progress.history)["best"],
-        "start": facts["start"],
+        "start": str(plan.start),
         "calibration": told,
         "machine": env.machine_facts(),
     }
     return write_bundle(
         run.bundle_path,
         weights,
-        arch=facts["spec"],
+        arch=plan.spec,
         labels=manifest.labels,
-        pixels=Pixels.from_dict(facts["pixels"]),
+        pixels=plan.pixels,
         temperature=temperature,
         provenance=provenance,
     )
 
 
-def calibrated(predictions: Predictions, temperature: float) -> Predictions:
-    """The same predictions as a model with this temperature gives them."""
+def with_temperature(predictions: Predictions, temperature: float) -> Predictions:
+    """Return the predictions as a model with this temperature gives them."""
     scores = apply_temperature(np.log(np.maximum(predictions.scores, _TINY)), temperature)
     return Predictions(
         predictions.rows, scores, predictions.targets, predictions.labels, predictions.paths, predictions.fingerprint
@@ -116,8 +250,8 @@ def run_engine(
             f"{run.directory} is not finished, so only the runtime torch can answer",
             try_=run.resume_command,
         )
-    model, facts, progress = best_model(run)
-    engine = TorchEngine(model.to(device), run.manifest.labels, Pixels.from_dict(facts["pixels"]), device=device)
+    model, plan, progress = best_model(run)
+    engine = TorchEngine(model.to(device), run.manifest.labels, plan.pixels, device=device)
     return (
         engine,
         f"{run.name} is not finished: answers come from its best checkpoint so far (epoch {progress.best_epoch + 1}), not calibrated",

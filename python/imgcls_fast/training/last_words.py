@@ -27,9 +27,13 @@ _PATIENCE_S = 10.0  # for the watcher's end
 _MOST_BYTES = 1 << 18  # of a traceback of all threads
 _pipes: weakref.WeakSet[IO[bytes]] = weakref.WeakSet()  # to watchers
 _SIGNALS = {
-    "Segmentation fault": "SIGSEGV", "Bus error": "SIGBUS", "Aborted": "SIGABRT", "Illegal instruction": "SIGILL",
-    "Floating-point exception": "SIGFPE", "Floating point exception": "SIGFPE",
-}  # fmt: skip
+    "Segmentation fault": "SIGSEGV",
+    "Bus error": "SIGBUS",
+    "Aborted": "SIGABRT",
+    "Illegal instruction": "SIGILL",
+    "Floating-point exception": "SIGFPE",
+    "Floating point exception": "SIGFPE",
+}
 
 
 @contextlib.contextmanager
@@ -75,8 +79,14 @@ def _start(words: list[str]) -> subprocess.Popen[bytes] | None:
         from ..core import child  # not above: as a program this file is no part of the package
 
         return child.start_alone(
-            os.path.abspath(__file__), *words, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, bufsize=0, start_new_session=True, cwd="/",
-        )  # fmt: skip
+            os.path.abspath(__file__),
+            *words,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            bufsize=0,
+            start_new_session=True,
+            cwd="/",
+        )
     except OSError:
         return None
 

@@ -1,4 +1,4 @@
-"""Every "auto" becomes a number here, once, before work starts; each with the reason that the console shows."""
+"""Turns every "auto" into a number, once, before work starts; each with the reason that the console shows."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.config import RunConfig
-from ..core.manifest import Manifest
+from ..core.manifest import LabelSpace, Manifest
 from ..core.pixels import Pixels
 from ..core.settings import replace_settings
 from ..loading.augment import Augment
@@ -36,7 +36,7 @@ from .plan_numbers import (
     look_at_waits,
 )
 
-__all__ = ["Machine", "Plan", "Start", "look_at_machine", "make_plan", "starting_model"]
+__all__ = ["Machine", "Plan", "Start", "counted", "look_at_machine", "make_plan", "starting_model"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,8 @@ class Plan:
         pixels, augment: resolved nouns.
         spec: the architecture, as `ModelSpec.to_dict()`.
         start: where its weights come from.
+        parameters: number of parameters of the network; None before it has been counted.
+        trajectory: everything that shaped the weights when the run began (`identity.trajectory`); None where that was not recorded.
     """
 
     config: RunConfig
@@ -57,9 +59,11 @@ class Plan:
     augment: Augment
     spec: dict[str, Any]
     start: Start
+    parameters: int | None = None
+    trajectory: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values of everything but the configuration, which the run keeps in a file of its own."""
+        """plan.json: JSON values of everything but the configuration, which the run keeps in a file of its own."""
         start = self.start
         return {
             "spec": self.spec,
@@ -70,10 +74,12 @@ class Plan:
             "start_kind": start.kind,
             "start_path": str(start.path.resolve()) if start.path else None,
             "start_download": start.download,
+            "parameters": self.parameters,
+            **({} if self.trajectory is None else {"trajectory": self.trajectory}),
         }
 
     def with_changes(self, changes: Mapping[str, tuple[Any, Any]]) -> Plan:
-        """The same plan, whose rows hold what a resumed run was given: name -> (before, now)."""
+        """Return the plan with rows of what a resumed run was given: name -> (before, now)."""
         rows = {row[0]: row for row in self.rows}
         for name, (before, now) in changes.items():
             rows[name] = (name, text(now), f"given when the run was resumed; was {text(before)}")
@@ -81,7 +87,11 @@ class Plan:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], config: RunConfig) -> Plan:
-        """The inverse of `to_dict`, with the configuration of the run."""
+        """Read what `to_dict` made, also in a model.json of an earlier version.
+
+        Args:
+            config: the configuration of the run.
+        """
         path = values["start_path"]
         return cls(
             config,
@@ -89,7 +99,9 @@ class Plan:
             Pixels.from_dict(values["pixels"]),
             Augment.from_dict(values["augment"]),
             values["spec"],
-            Start(values["start_kind"], Path(path) if path else None, values["start_download"]),
+            Start(values["start_kind"], Path(path) if path else None, values["start_download"], recorded=values["start"]),
+            values.get("parameters"),
+            values.get("trajectory"),
         )
 
 
@@ -127,3 +139,22 @@ def make_plan(
         notice(line)
     resolved = replace_settings(config, notes.changes)
     return Plan(resolved, tuple(notes.rows), pixels, augment, spec, start)
+
+
+def counted(plan: Plan, labels: LabelSpace) -> Plan:
+    """Return the plan with the number of parameters of the network that training will build.
+
+    Raises:
+        ImgclsError: everything that is wrong with the network or the weights that it begins with.
+    """
+    from ..models.build import ModelSpec, sketch_model
+    from ..models.kernels import use_kernels
+
+    if plan.start.kind == "scratch":
+        model = sketch_model(ModelSpec.from_dict(plan.spec))
+    else:  # published weights are read, and checked
+        model = starting_model(plan.spec, plan.start, labels)
+    if plan.config.model.freeze != "none":
+        model.freeze(plan.config.model.freeze)
+    use_kernels(model, plan.config.model.kernels)
+    return replace(plan, parameters=sum(p.numel() for p in model.parameters()))

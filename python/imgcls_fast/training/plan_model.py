@@ -1,11 +1,11 @@
-"""Which network a run trains, and where its weights begin."""
+"""Choose the network that a run trains, and the weights that it begins with."""
 
 from __future__ import annotations
 
 import os
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +47,7 @@ class Start:
         pixels, labels: of that bundle.
         parent: the run of that bundle: run (its name), directory, weights (their SHA-256).
         passed_over: why published weights that lie here are not taken.
+        recorded: how plan.json names this start; empty for a new run.
     """
 
     kind: str
@@ -57,8 +58,11 @@ class Start:
     labels: LabelSpace | None = None
     parent: dict[str, Any] | None = None
     passed_over: str = ""
+    recorded: str = field(default="", compare=False)
 
     def __str__(self) -> str:
+        if self.recorded:
+            return self.recorded
         if self.parent:
             return f"the weights of run {self.parent['run']}"
         return self.kind if self.path is None else f"{self.kind} {self.path.name}"
@@ -229,8 +233,15 @@ def outline_model(notes: Notes, manifest: Manifest, arch: str, start: Start) -> 
     theirs = start.pixels.color if start.pixels else "rgb"
     channels = CHANNELS[theirs if color == "auto" else color]
     middle = (0.5,) * channels
-    spec = ModelSpec(arch, num_outputs=manifest.labels.size, channels=channels, mean=middle, std=middle,
-                     arch_args=_arch_args(notes, arch, start), attention=tuple(notes.value("model.attention")))  # fmt: skip
+    spec = ModelSpec(
+        arch,
+        num_outputs=manifest.labels.size,
+        channels=channels,
+        mean=middle,
+        std=middle,
+        arch_args=_arch_args(notes, arch, start),
+        attention=tuple(notes.value("model.attention")),
+    )
     return outline_of(spec)
 
 

@@ -105,9 +105,10 @@ def _normalisation(
             values, reason = tuple(asked), "as asked"
         if len(values) != channels:
             raise ConfigError(
-                "C004", f"pixels.{name} has {len(values)} numbers, and pixels.color {notes.value('pixels.color')} has {channels} channels",
+                "C004",
+                f"pixels.{name} has {len(values)} numbers, and pixels.color {notes.value('pixels.color')} has {channels} channels",
                 try_=f"--{name} {','.join(['0.5'] * channels)}",
-            )  # fmt: skip
+            )
         notes.changes[f"pixels.{name}"] = list(values)
         notes.rows.append((f"pixels.{name}", text([round(v, 3) for v in values]), reason))
         out.append(tuple(float(v) for v in values))
@@ -208,13 +209,17 @@ def _refuse_lone_image(notes: Notes, images: int, batch: int) -> NoReturn:
     why = f"{arch} has batch norm, which takes its statistics over the images of a forward pass; one image has none"
     if images == 1:
         raise ConfigError(
-            "C004", f"there is 1 training image, and {arch} needs at least 2", why=why,
+            "C004",
+            f"there is 1 training image, and {arch} needs at least 2",
+            why=why,
             try_="more images   (or --model convnext_tiny, which has no batch norm; or --freeze backbone)",
-        )  # fmt: skip
+        )
     raise ConfigError(
-        "C004", f"train.batch_size must be at least 2 for {arch}, got {batch}", why=why,
+        "C004",
+        f"train.batch_size must be at least 2 for {arch}, got {batch}",
+        why=why,
         try_="--batch-size 2   (or --model convnext_tiny, which has no batch norm; or --freeze backbone)",
-    )  # fmt: skip
+    )
 
 
 _FAR = 300  # a learning rate this many times above or below the usual one is most probably a slip

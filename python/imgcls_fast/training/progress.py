@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from ..core.config import TrainConfig
 from ..core.figures import MONITORS, usual_figures
 from ..evaluation.metrics import Metrics
 from ..evaluation.tasks import TaskMetrics
-from ..tracking.events import Ended
+from ..tracking.events import Ended, Started
 
 
 @dataclass
@@ -33,6 +33,9 @@ class Progress:
     spent: float = 0.0  # training time of the unfinished epoch
     quarantined: dict[str, str] = field(default_factory=dict)  # row -> reason, found while training
     history: list[dict[str, Any]] = field(default_factory=list)  # one dict per epoch
+
+
+ShouldStop = Callable[[Mapping[str, Any]], bool]  # asked after every epoch but the last, with its row of metrics.csv
 
 
 class Pace:
@@ -116,27 +119,47 @@ def is_better(value: float, loss: float, progress: Progress) -> bool:
     return value == progress.best and progress.best_loss is not None and loss < progress.best_loss
 
 
-def how_it_ended(train: TrainConfig, history: Sequence[Mapping[str, Any]]) -> Ended:
-    """What picked the best epoch, and whether patience ended training.
+def started(train: TrainConfig, progress: Progress, steps: int) -> Started:
+    """Return the event with which the loop begins or goes on, for epochs of so many steps."""
+    return Started(
+        event="start",
+        epoch=progress.epoch + 1,
+        epochs=int(train.epochs),
+        steps_per_epoch=steps,
+        resumed=progress.step > 0,
+        step=progress.step,
+        batch=progress.index,
+        monitor=train.monitor,
+        patience=train.patience,
+    )
+
+
+def how_it_ended(train: TrainConfig, history: Sequence[Mapping[str, Any]], *, by_caller: bool = False) -> Ended:
+    """Return what picked the best epoch, and whether patience or the caller ended training before its last epoch.
 
     Args:
         history: the epochs done, as in metrics.csv; one of them is the best.
+        by_caller: whoever began the run ended it.
 
     Returns:
-        epoch (the last), epochs (planned), monitor, best_epoch, best (its monitored figure), patience, early.
+        epoch (the last), epochs (planned), monitor, best_epoch, best (its monitored figure), patience, early, and by_caller
+        where that is so.
     """
     best = next(epoch for epoch in reversed(history) if epoch["best"])
     done, planned = len(history), int(train.epochs)
     over = train.patience is not None and done - int(best["epoch"]) >= train.patience
-    return {
-        "epoch": done,
-        "epochs": planned,
-        "monitor": train.monitor,
-        "best_epoch": int(best["epoch"]),
-        "best": best[MONITORS[train.monitor].column],
-        "patience": train.patience,
-        "early": over and done < planned,
-    }
+    ended = Ended(
+        epoch=done,
+        epochs=planned,
+        monitor=train.monitor,
+        best_epoch=int(best["epoch"]),
+        best=best[MONITORS[train.monitor].column],
+        patience=train.patience,
+        early=(over or by_caller) and done < planned,
+    )
+    if by_caller:
+        ended["by_caller"] = True
+    return ended
 
 
 def patience_is_over(train: TrainConfig, progress: Progress) -> bool:
@@ -144,9 +167,16 @@ def patience_is_over(train: TrainConfig, progress: Progress) -> bool:
     return train.patience is not None and progress.wait >= train.patience and progress.index == 0
 
 
-def told_end(train: TrainConfig, history: Sequence[Mapping[str, Any]]) -> Ended | None:
-    """As `how_it_ended`; None where no epoch is known as the best one: metrics.csv may be gone."""
-    return how_it_ended(train, history) if any(epoch.get("best") for epoch in history) else None
+def caller_stops(should_stop: ShouldStop | None, progress: Progress) -> bool:
+    """Ask the caller after an epoch whether training ends there."""
+    if should_stop is None or not progress.history or progress.index:
+        return False
+    return bool(should_stop(progress.history[-1]))
+
+
+def told_end(train: TrainConfig, history: Sequence[Mapping[str, Any]], *, by_caller: bool = False) -> Ended | None:
+    """Return what `how_it_ended` does; None where no epoch is known as the best one: metrics.csv may be gone."""
+    return how_it_ended(train, history, by_caller=by_caller) if any(epoch.get("best") for epoch in history) else None
 
 
 def memory_mb(device: torch.device) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..core.config import RunConfig
 from ..core.errors import UsageError
 from ..core.manifest import Manifest
 from ..core.phases import phase
@@ -17,6 +18,7 @@ from ..data.quarantine import read_quarantine
 from ..evaluation.metrics import Metrics, judge, without
 from ..evaluation.paired import Difference, compare
 from ..evaluation.report import ReportFacts, write_report
+from ..tracking.events import Ended
 from ..tracking.lines import ended_line
 from .learnt import about_parents
 from .progress import told_end
@@ -24,17 +26,25 @@ from .progress import told_end
 _JUDGED = ("test", "val")
 
 
+def judge_split(config: RunConfig, manifest: Manifest, predictions: Predictions) -> Metrics:
+    """Judge predictions of one split with the settings of their run."""
+    return judge(
+        predictions,
+        top_k=config.evaluate.top_k,
+        bootstrap=config.evaluate.bootstrap,
+        seed=config.train.seed,
+        group=manifest.group,
+    )
+
+
 def judged(run: Run) -> dict[str, tuple[Predictions, Metrics]]:
-    """Stored predictions of each judged split, and what they are worth."""
+    """Return the stored predictions of each judged split, and what they are worth."""
     config, manifest = run.config, run.manifest
     out = {}
     for split in _JUDGED:
         if (run.evaluation(split) / "predictions.json").exists():
             predictions = Predictions.load(run.evaluation(split))
-            metrics = judge(
-                predictions, top_k=config.evaluate.top_k, bootstrap=config.evaluate.bootstrap, seed=config.train.seed,
-                group=manifest.group,
-            )  # fmt: skip
+            metrics = judge_split(config, manifest, predictions)
             out[split] = predictions, without(metrics, Undecoded(), about_parents(run, manifest, split))
     return out
 
@@ -72,11 +82,7 @@ def report_run(run: Run) -> Path:
             try_=run.resume_command,
         )
     manifest = run.manifest
-    data, environment, model = (
-        run.read_json("data.json") or {},
-        run.read_json("env.json") or {},
-        run.read_json("model.json") or {},
-    )
+    data, environment, planned = run.read_json("data.json") or {}, run.read_json("env.json") or {}, run.plan_facts or {}
     record = record_of(run.directory)
     bundle = run.read_json("bundle/bundle.json") or {}
     bad = read_quarantine(run.directory / "quarantine.csv") if (run.directory / "quarantine.csv").exists() else []
@@ -85,13 +91,13 @@ def report_run(run: Run) -> Path:
         name=run.name,
         splits=splits,
         root=manifest.root,
-        summary=_summary(run, model, data, record),
+        summary=_summary(run, planned, data, record),
         counts={split: manifest.counts(split) for split in ("train", "val", "test")},
         images=data.get("images", len(manifest)),
         bad=len(bad),
         duplicates=data.get("duplicates_removed", 0),
         epochs=run.epochs,
-        config=[(name, value, reason) for name, value, reason in model.get("plan", [])],
+        config=[(name, value, reason) for name, value, reason in planned.get("plan", [])],
         quarantine=[(file.path, file.reason) for file in bad],
         baseline=_baseline(run),
         against=against_baseline(run, manifest, headline, splits[headline][0]),
@@ -106,26 +112,31 @@ def report_run(run: Run) -> Path:
     return write_report(run.report_path, facts)
 
 
-def _summary(run: Run, model: dict[str, Any], data: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
+def _summary(run: Run, planned: dict[str, Any], data: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
     epochs = run.epochs
     seconds = sum(e.get("seconds") or 0 for e in epochs)
     took = f"{seconds / 60:.1f} min" if seconds >= 90 else f"{seconds:.0f} s"
     resumed = resumed_lines(record)
     return {
         "created": day(record["created"]),
-        "model": model.get("spec", {}).get("arch", ""),
-        "parameters": f"{model['parameters']:,}" if "parameters" in model else "",
-        "starting weights": model.get("start", ""),
+        "model": planned.get("spec", {}).get("arch", ""),
+        "parameters": f"{planned['parameters']:,}" if planned.get("parameters") is not None else "",
+        "starting weights": planned.get("start", ""),
         "data": data.get("source") or "embedded digits",
-        **_ended(run, epochs),
+        **_ended(run),
         "training time": f"{took} (epochs with their validation; without scan, baseline and evaluation)",
         **({"interruptions": f"{len(resumed)}: {'; '.join(resumed)}"} if resumed else {}),
     }
 
 
-def _ended(run: Run, epochs: list[dict[str, Any]]) -> dict[str, str]:
-    ended = told_end(run.config.train, epochs)
-    return {} if ended is None else {"stopped early" if ended["early"] else "best": ended_line(ended)}
+def ended(run: Run, config: RunConfig) -> Ended | None:
+    """Return `progress.told_end` of a run."""
+    return told_end(config.train, run.epochs, by_caller="stopped_after" in record_of(run.directory))
+
+
+def _ended(run: Run) -> dict[str, str]:
+    how = ended(run, run.config)
+    return {} if how is None else {"stopped early" if how["early"] else "best": ended_line(how)}
 
 
 def _baseline(run: Run) -> dict[str, Any] | None:
