@@ -1,4 +1,4 @@
-"""The one pixel policy: how a file of any supported kind becomes uint8 pixels.
+"""Decodes files of every supported kind to uint8 pixels, by one policy.
 
 Everything that decodes with Pillow comes here.
 
@@ -97,14 +97,14 @@ def decode_pixels(
         color: 1, 3 or 4 channels.
         exif: whether the orientation tag turns the pixels.
         max_megapixels: larger images are refused before they are decoded.
-        name: of what `source` was read from.
-        bits: that 16-bit gray uses, 8 to 16.
+        name: name of the file that `source` was read from.
+        bits: number of bits that 16-bit gray uses, 8 to 16.
 
     Returns:
         (H, W, C) uint8, writable and contiguous.
 
     Raises:
-        Undecodable: for any reason that lies in the image.
+        Undecodable: for any reason that is in the image.
         DataError: D015 for a file that cannot be reached.
     """
     if isinstance(source, np.ndarray):
@@ -163,7 +163,7 @@ def full_decode(path: Path | str, *, max_megapixels: float = 50.0, store: Store 
 
 
 def full_decode_reason(path: Path | str, *, max_megapixels: float = 50.0) -> str | None:
-    """Why this file cannot be decoded to its last pixel, or None when it can."""
+    """Return why this file cannot be decoded to its last pixel, or None when it can."""
     try:
         full_decode(path, max_megapixels=max_megapixels)
     except Undecodable as error:
@@ -179,7 +179,7 @@ def read_file(
     seen: bool = True,
     patience: reach.Patience | None = None,
 ) -> bytes:
-    """The bytes of an image file, whatever they are; waits for a file that was there and is out of reach.
+    """Read an image file, whatever its bytes are; wait for a file that was there and is out of reach.
 
     Args:
         path: a file, or a name in `store`.
@@ -197,7 +197,7 @@ def read_file(
 
 
 def largest_file(max_megapixels: float) -> int:
-    """Bytes of the largest file that is read: RGBA of 16 bits, uncompressed, and room for further pages."""
+    """Return the bytes of the largest file that is read: RGBA of 16 bits, uncompressed, and room for further pages."""
     return MAX_EXTRA_BYTES + int(8e6 * max_megapixels)
 
 
@@ -225,7 +225,7 @@ class _Opened:
 def _decode(
     image: Image.Image, name: str, color: Color, exif: ExifPolicy, max_megapixels: float, bits: int
 ) -> tuple[np.ndarray, int]:
-    """(pixels, orientation as tagged) of an image that may not have been loaded yet."""
+    """Return (pixels, orientation as tagged) of an image that may not have been loaded yet."""
     width, height = image.size
     if width * height > max_megapixels * 1e6:
         raise Undecodable(name, too_large(width, height, max_megapixels))
@@ -247,7 +247,7 @@ def _decode(
 
 
 def turn(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Bring (H, W, C) pixels upright as EXIF `orientation` (1..8) says; a view where possible."""
+    """Bring (H, W, C) pixels upright by their EXIF `orientation` (1..8); a view where possible."""
     if orientation in (2, 3, 7):
         pixels = pixels[:, ::-1]
     if orientation in (3, 4, 7):
@@ -260,7 +260,7 @@ def turn(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF orientation 1..8; 1 when there is none or when the tag is nonsense."""
+    """Return the EXIF orientation 1..8; 1 when there is none or when the tag is nonsense."""
     try:
         value = image.getexif().get(ORIENTATION, 1)
     except DECODER_FAULTS:  # broken metadata does not make a picture bad
@@ -269,7 +269,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _convert(image: Image.Image, name: str, color: Color, bits: int) -> np.ndarray:
-    """(H, W, C) uint8 of a loaded image, not turned."""
+    """Convert a loaded image to (H, W, C) uint8, not turned."""
     mode = image.mode
     if mode.startswith("I"):
         return _from_wide(image, name, color, bits)
@@ -308,8 +308,8 @@ def _from_wide(image: Image.Image, name: str, color: Color, bits: int) -> np.nda
 
 
 def scale_to_8(values: np.ndarray, bits: int = FULL_BITS) -> np.ndarray:
-    """round(v * 255 / (2^bits - 1)) for v in 0..65535, in integers, at most 255: uint8 of the same shape."""
-    white = (1 << bits) - 1  # odd, so that no v lies in the middle of two levels
+    """Return round(v * 255 / (2^bits - 1)) for v in 0..65535, in integers, at most 255: uint8 of the same shape."""
+    white = (1 << bits) - 1  # odd, so that no v is in the middle of two levels
     return ((np.minimum(values, white).astype(np.uint32) * 255 + white // 2) // white).astype(np.uint8)
 
 
@@ -330,14 +330,14 @@ def _image_of(pixels: np.ndarray, bits: int) -> Image.Image:
 
 
 def too_large(width: int, height: int, max_megapixels: float) -> str:
-    """The reason for an image over the limit."""
+    """Write the reason for an image over the limit."""
     return (
         f"too large: {width:,} x {height:,} = {width * height / 1e6:,.1f} megapixels, the limit is {max_megapixels:g}"
     )
 
 
 def _reason(fault: BaseException, size_bytes: int, max_megapixels: float) -> str:
-    """One plain sentence for what a decoder raised."""
+    """Write one plain sentence for what a decoder raised."""
     text = " ".join(str(fault).split())
     if isinstance(fault, Undecodable):
         return fault.reason
@@ -397,7 +397,7 @@ _NOT_IMAGES = ("HTML", "XML", "JSON", "text", "a ZIP archive", "a gzip archive",
 
 
 def sniff(head: bytes) -> str:
-    """What a file is by its first 1,024 bytes: one of READABLE, another format's name, "HTML", "empty", or ""."""
+    """Recognise a file by its first 1,024 bytes: one of READABLE, another format's name, "HTML", "empty", or ""."""
     if not head:
         return "empty"
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
@@ -432,7 +432,7 @@ def _sniff_text(head: bytes) -> str:
 
 
 def why_not(kind: str, head: bytes = b"") -> str:
-    """The reason to refuse a file of a `kind` that `sniff` found and that is not readable."""
+    """Write the reason to refuse a file of a `kind` that `sniff` found and that is not readable."""
     if kind == "empty":
         return "empty file"
     if kind == "zeros":

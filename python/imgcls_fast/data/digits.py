@@ -1,4 +1,4 @@
-"""The embedded data: 1,797 real handwritten digits that scikit-learn ships, as image files, with planted faults.
+"""Writes the embedded data: 1,797 real handwritten digits that scikit-learn ships, as image files, with planted faults.
 
 Source: E. Alpaydin, C. Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning Repository, 1998
 (CC BY 4.0), as packaged by scikit-learn.
@@ -17,7 +17,7 @@ _NAME = "digits-v1"
 
 
 def write_digits(cache: Path) -> Path:
-    """The folder with the digits, train/val/test/CLASS/*.png; written once, whole.
+    """Write the digits to train/val/test/CLASS/*.png, once and whole, and return their folder.
 
     Three files are broken on purpose (cut, empty, HTML) and one test image is also among the training images, so that
     the first run shows what happens to such files.

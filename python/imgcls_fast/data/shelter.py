@@ -35,7 +35,7 @@ _inside = False  # this process is such a child, and decodes itself
 
 
 class Fate(Exception):
-    """What a child that did not answer died of, or the reason that it gave.
+    """Raised with the cause of a child's death, or with the reason that it gave.
 
     Args:
         reason: a short plain sentence.
@@ -52,13 +52,13 @@ def is_needed(kind: str, content: bytes) -> bool:
 
 
 def enter() -> None:
-    """From now on this process decodes everything itself: it is a child that may die."""
+    """Make this process decode everything itself from now on: it is a child that may die."""
     global _inside
     _inside = True
 
 
 def decode(content: bytes, color: str, exif: str, max_megapixels: float, bits: int) -> tuple[np.ndarray, int]:
-    """`decode.decode_bytes` in a child: pixels (H, W, C) uint8, and the orientation as tagged.
+    """Run `decode.decode_bytes` in a child: pixels (H, W, C) uint8, and the orientation as tagged.
 
     Raises:
         Fate: the reason why there are none.
@@ -101,7 +101,7 @@ class _Child:
         self._end()
 
     def ask(self, content: bytes, words: dict[str, Any]) -> dict[str, Any]:
-        """The answer to one file, as `sheltered.py` makes it.
+        """Return the answer to one file, as `sheltered.py` makes it.
 
         Raises:
             Fate: the child died or was ended.
@@ -143,7 +143,7 @@ class _Child:
 
 
 def cause_of_death(code: int) -> str:
-    """The return code of a child that ended, in words."""
+    """Put the return code of a child that ended into words."""
     try:
         return signal.Signals(-code).name if code < 0 else f"exit code {code}"
     except ValueError:

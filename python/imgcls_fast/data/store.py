@@ -1,8 +1,8 @@
-"""Opens the images of a data set: their bytes are asked of one object, by name, wherever they lie.
+"""Opens the images of a data set: one object is asked for their bytes, by name, wherever they are.
 
-A name is what the manifest calls a row: relative to its root, or absolute. Whatever wants the bytes of a row asks the
-store of the manifest's root, so that a new place for images (one packed file, a bucket) is a class here and no branch
-elsewhere. A store holds no open file: loaders fork, and read in threads.
+A name is a path of the manifest: relative to its root, or absolute. All code that wants the bytes of a row asks the store
+of the manifest's root, so that a new place for images (one packed file, a bucket) is a class here and no branch elsewhere.
+A store holds no open file: loaders fork, and read in threads.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ _INDEX = ZipBounds(
 
 
 class Store(Protocol):
-    """Where images lie."""
+    """A place of images."""
 
     def read(
         self, name: str, *, seen: bool = True, most: int | None = None, patience: reach.Patience | None = None
     ) -> bytes:
-        """All bytes of an image; arguments and errors as in `reach.read`."""
+        """Return all bytes of an image; arguments and errors as in `reach.read`."""
         ...
 
     def digest(self, name: str, *, patience: reach.Patience | None = None) -> bytes:
-        """SHA-256 of these bytes, however many they are; errors as in `reach.read`."""
+        """Return the SHA-256 of these bytes, however many they are; errors as in `reach.read`."""
         ...
 
     def holds(self, name: str) -> bool:
@@ -51,7 +51,7 @@ class Store(Protocol):
         ...
 
     def size(self, name: str) -> int:
-        """Bytes of an image.
+        """Return how many bytes an image has.
 
         Raises:
             OSError: there is none.
@@ -59,7 +59,7 @@ class Store(Protocol):
         ...
 
     def where(self, name: str) -> str:
-        """The place of an image, for messages."""
+        """Return the place of an image, for messages."""
         ...
 
 
@@ -159,7 +159,7 @@ class Zip:
 
 
 def open_store(root: Path) -> Store:
-    """The store of a manifest's root: a folder, or a zip archive (or a folder in one).
+    """Return the store of a manifest's root: a folder, or a zip archive (or a folder in one).
 
     Raises:
         DataError: as `Zip`.
@@ -175,7 +175,7 @@ def open_store(root: Path) -> Store:
 
 @lru_cache(maxsize=4)
 def _zip(archive: Path, inside: str, version: tuple[int, int]) -> Zip:
-    """One index in memory for all who ask for the same version of an archive."""
+    """Keep one index in memory per version of an archive."""
     return Zip(archive, inside)
 
 
@@ -195,11 +195,13 @@ def _version(file: BinaryIO) -> tuple[int, int]:
 
 
 def _inflate(packed: bytes, member: ZipEntry) -> bytes:
-    """The bytes of a member, one more than it claims at most."""
+    """Unpack a member: at most one byte more than it claims."""
     if member.method == 0:
         return packed
     most = member.unpacked + 1
-    return zlib.decompressobj(-15).decompress(packed, most) if member.method == 8 else bz2.BZ2Decompressor().decompress(packed, most)
+    if member.method == 8:
+        return zlib.decompressobj(-15).decompress(packed, most)
+    return bz2.BZ2Decompressor().decompress(packed, most)
 
 
 def _sha256(file: BinaryIO) -> bytes:

@@ -1,4 +1,4 @@
-"""Random changes of training images: drawn as numbers, applied by every backend in the same way."""
+"""Draws random changes of training images as numbers, which every backend applies in the same way."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LAYOUT = 1  # another number when the same draws give other pixels
 
 @dataclass(frozen=True)
 class Augment:
-    """Resolved strengths.
+    """Strengths of the random changes, resolved.
 
     Args:
         scale: area of the crop as fractions of the image.
@@ -34,7 +34,7 @@ class Augment:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Augment:
-        """From JSON values, where tuples are lists."""
+        """Read JSON values, in which tuples are lists."""
         plain: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
         }
@@ -49,7 +49,7 @@ class Augment:
 def random_resized_crops(
     u: np.ndarray, width: np.ndarray, height: np.ndarray, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> np.ndarray:
-    """Crops as torchvision's RandomResizedCrop draws them, for a whole batch.
+    """Draw the crops of a whole batch as torchvision's RandomResizedCrop does.
 
     Args:
         u: (n, COLUMNS) float64 uniform numbers, laid out by `draws.DRAW`.
@@ -93,7 +93,7 @@ NO_COLOR_CHANGE = np.array([1, 1, 1, 0], np.float32)  # brightness, contrast, sa
 
 
 def color_factors(u: np.ndarray, augment: Augment) -> np.ndarray | None:
-    """(n, 4) float32 brightness, contrast, saturation factors and hue in degrees; None without any colour change."""
+    """Return (n, 4) float32 brightness, contrast, saturation factors and hue in degrees; None without any colour change."""
     if not augment.has_color:
         return None
     spread = 2 * u[:, DRAW.color] - 1
@@ -106,7 +106,7 @@ _FROM_YIQ = np.linalg.inv(_TO_YIQ)
 
 
 def color_transform(factors: np.ndarray) -> tuple[np.ndarray, float]:
-    """The affine map of one image: (3, 3) matrix and offset, on RGB in 0..255.
+    """Return the affine map of one image: (3, 3) matrix and offset, on RGB in 0..255.
 
     Hue turns and saturation scales the chroma plane of YIQ; then contrast acts around mid-gray (128) and brightness
     scales. One linear map, so that every backend can apply it in one pass.

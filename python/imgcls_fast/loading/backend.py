@@ -1,4 +1,4 @@
-"""What every loader shares: its contract, how a batch is decoded by Pillow, and what takes the place of a bad image."""
+"""Holds what every loader shares: the contract, decoding by Pillow, and what takes the place of a bad image."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Loader(Protocol):
     bad: dict[int, str]
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of one epoch from index `start` on."""
+        """Yield the batches of one epoch from index `start` on."""
         ...
 
     def hurry(self) -> None:
@@ -46,7 +46,7 @@ class Loader(Protocol):
 
 
 def make_batch(manifest: Manifest, request: Request, pixels: Any) -> Batch:
-    """The Batch of a request whose pixels (B, H, W, C) uint8 are ready; CPU torch tensors, pixels on any device."""
+    """Return the Batch of a request whose pixels (B, H, W, C) uint8 are ready; CPU torch tensors, pixels on any device."""
     import torch
 
     targets = manifest.targets(np.where(request.rows >= 0, request.rows, 0))
@@ -65,6 +65,7 @@ def decode_batch(
     """Decode a request with Pillow: pixels (B, S, S, C) uint8, the request as delivered, row -> reason of failures.
 
     Args:
+        threads: images decoded at a time.
         patience: shared with other batches; None: the files of this one are waited for together.
 
     Raises:
@@ -95,7 +96,7 @@ def decode_batch(
 
 
 def read_row(sampler: Sampler, row: int, patience: reach.Patience) -> bytes:
-    """The bytes of a row's file.
+    """Read the file of a row.
 
     Raises:
         Undecodable: what is there is no image file.
@@ -106,7 +107,7 @@ def read_row(sampler: Sampler, row: int, patience: reach.Patience) -> bytes:
 
 
 def decode_row(sampler: Sampler, request: Request, position: int, content: bytes) -> np.ndarray:
-    """One image as its batch wants it, by Pillow: (size, size, C) uint8.
+    """Decode one image with Pillow, as its batch wants it: (size, size, C) uint8.
 
     Args:
         position: index in the request.
@@ -129,9 +130,9 @@ def decode_row(sampler: Sampler, request: Request, position: int, content: bytes
 
 
 def batches_by(sampler: Sampler, view: Callable[[bytes], np.ndarray]) -> Generator[Batch, None, None]:
-    """The batches of a sampler, one image after the other, each by `view`: the bytes of a file to (S, S, C) uint8.
+    """Yield the batches of a sampler, decoded image by image with `view`, which turns the bytes of a file into (S, S, C) uint8.
 
-    What raises DataError in `view`, or cannot be read, is a bad image.
+    An image that cannot be read, or on which `view` raises DataError, is a bad one.
     """
     spec, patience = sampler.pixels, reach.Patience()
     for index in range(sampler.steps):

@@ -1,4 +1,4 @@
-"""The loader on NVIDIA DALI: the sampler draws every crop, DALI only decodes, resizes and flips.
+"""Loads images with NVIDIA DALI: the sampler draws every crop, DALI only decodes, resizes and flips.
 
 `reading.py` gives it files that it decodes as Pillow does, `dali_graph.py` holds what it does to them. What it refuses
 nevertheless goes to Pillow as well: the pipeline is rebuilt at the next undelivered batch, which needs no saved state
@@ -23,7 +23,7 @@ from .sampler import Request, Sampler
 
 
 class DaliLoader:
-    """See `backend.Loader`. `dali-cpu` decodes on `workers` threads; `dali-gpu` on the GPU, and delivers there."""
+    """Loader on DALI (see `backend.Loader`). `dali-cpu` decodes on `workers` threads; `dali-gpu` on the GPU, and delivers there."""
 
     def __init__(
         self,
@@ -77,7 +77,7 @@ class DaliLoader:
 
     # delivery
     def _batch(self, epoch: int, index: int) -> Batch:
-        """One batch; rebuilds the pipeline when it stands elsewhere, and after each failure of DALI's."""
+        """Return one batch; rebuild the pipeline when it stands elsewhere, and after each failure of DALI's."""
         place = (epoch if self.sampler.training else 0, index)
         asked, again = time.monotonic(), False
         for _ in range(self.sampler.batch_size + 3):  # each round but the last finds at least one row for Pillow
@@ -115,7 +115,7 @@ class DaliLoader:
 
     # recovery
     def _find_refused(self, requests: list[Request], message: str) -> None:
-        """Which rows of the batches in flight made DALI fail: from now on they are Pillow's.
+        """Find the rows of the batches in flight that made DALI fail: from now on they are Pillow's.
 
         Raises:
             DataError: D015 when a file cannot be reached.

@@ -1,4 +1,4 @@
-"""The DALI graph: decode, resize, crop, flip and colour, by numbers that the sampler has drawn.
+"""Builds the DALI graph: decode, resize, crop, flip and colour, by numbers that the sampler has drawn.
 
 Pixels are within 2 levels of Pillow's (mean 0.16), with two exceptions in less than 0.1 % of the values: at the very
 edge of an image DALI repeats the last pixel where Pillow renormalises its filter (up to 15 levels, outermost row or
@@ -26,11 +26,11 @@ Source = Callable[[], list[list[np.ndarray]]]
 
 
 class Graph:
-    """What DALI does to the files of a batch, and what it is given for each.
+    """Operators of DALI for the files of a batch, and their inputs.
 
     Args:
         sampler: geometry and augmentation.
-        threads: of DALI on the CPU.
+        threads: CPU threads of DALI.
         device_id: number of the GPU that decodes; None: the CPU does.
     """
 
@@ -41,7 +41,7 @@ class Graph:
         self._factors = (2 if sampler.pixels.color == "gray" else 4) if color else 0  # gray has no hue, no saturation
 
     def pipeline(self, source: Source) -> Any:
-        """A built pipeline whose output is (S, S, C) uint8 pixels; DALI calls `source` for each batch, ahead of delivery."""
+        """Build a pipeline that outputs (S, S, C) uint8 pixels; DALI calls `source` for each batch, ahead of delivery."""
         pipeline = Pipeline(
             batch_size=self.sampler.batch_size,
             num_threads=self._threads,
@@ -55,7 +55,7 @@ class Graph:
         return pipeline
 
     def single(self) -> Any:
-        """A built pipeline that decodes one whole file per run, fed as "file"."""
+        """Build a pipeline that decodes one whole file per run, fed as "file"."""
         pipeline = Pipeline(batch_size=1, num_threads=1, device_id=self._device_id, prefetch_queue_depth=1)
         with pipeline:
             encoded = fn.external_source(name="file", dtype=types.UINT8)
@@ -64,7 +64,7 @@ class Graph:
         return pipeline
 
     def arguments(self, request: Request, encoded: dict[int, bytes]) -> list[list[np.ndarray]]:
-        """The inputs of the graph for one batch: a list of one array per sample each.
+        """Return the inputs of the graph for one batch, each a list of one array per sample.
 
         Positions that DALI shall not decode (padding, rows for Pillow) get the blank image, black in every setting.
         """
@@ -134,7 +134,7 @@ class Graph:
 
 
 def _blank() -> np.ndarray:
-    """The file of a black image of one pixel, (n,) uint8."""
+    """Return the file of a black image of one pixel, (n,) uint8."""
     file = io.BytesIO()
     Image.new("RGB", (1, 1)).save(file, "PNG")
     return np.frombuffer(file.getvalue(), np.uint8)

@@ -1,4 +1,4 @@
-"""Which column of the sampler's random numbers is for what.
+"""Names the columns of the sampler's random numbers.
 
 Each position of a training batch gets COLUMNS uniform numbers in [0, 1), whatever is switched on, so that a change of one
 strength leaves all other draws as they are.

@@ -1,8 +1,9 @@
-"""How a batch gets from a decoding process to this one: through shared memory, else through a pipe, else there is no such process.
+"""Brings batches from a decoding process to this one: through shared memory, else through a pipe, else without such a process.
 
 Shared memory is quickest and, in a container, small: Docker gives /dev/shm 64 MB. A worker that finds it full in the thread that
-feeds the queue prints a traceback and drops the batch, for which this process would then wait for ever. So it is asked before,
-batches are put there where the failure can be told, and whatever still goes wrong in that thread ends the worker with a word.
+feeds the queue prints a traceback and drops the batch, for which this process would then wait for ever. So the room is
+checked before, batches are put there where a failure can be reported, and whatever still goes wrong in that thread ends the
+worker with a reason.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _LONGEST = 300  # bytes of its reason
 
 
 def free_bytes() -> int | None:
-    """Bytes that are free in shared memory; None where it has no size of its own, 0 where there is none."""
+    """Return the bytes that are free in shared memory; None where it has no size of its own, 0 where there is none."""
     try:
         facts = os.statvfs(SHARED_MEMORY)
     except OSError:
@@ -43,12 +44,12 @@ def free_bytes() -> int | None:
 
 
 def bytes_needed(batch_size: int, size: int, channels: int, workers: int) -> int:
-    """Shared memory that loading may take: the pixels of all batches that are ready or in work."""
+    """Return the shared memory that loading may take: the pixels of all batches that are ready or in work."""
     return batch_size * size * size * channels * (workers * AHEAD + _BESIDE)
 
 
 def shortage(needed: int) -> str:
-    """What is wrong with shared memory for so many bytes; empty where nothing is."""
+    """Describe what is wrong with shared memory for so many bytes; empty where nothing is."""
     free = free_bytes()
     if free is None or free >= needed:
         return ""
@@ -58,7 +59,7 @@ def shortage(needed: int) -> str:
 
 
 def choose_way(batch_size: int, size: int, channels: int, workers: int) -> tuple[Way, str]:
-    """How batches will come, and the reason where it is not through shared memory."""
+    """Choose how batches come; with the reason where it is not through shared memory."""
     if not workers:
         return "threads", ""
     lack = shortage(bytes_needed(batch_size, size, channels, workers))
@@ -72,7 +73,7 @@ def choose_way(batch_size: int, size: int, channels: int, workers: int) -> tuple
 
 
 def consequence(way: Way, reason: str) -> str:
-    """One line for the user: what happened, what is done instead, and how to mend it."""
+    """Write one line for the user: what happened, what is done instead, and how to mend it."""
     instead = {
         "pipes": "batches go through pipes, which takes longer",
         "threads": "images are decoded in threads of this process",
@@ -83,14 +84,14 @@ def consequence(way: Way, reason: str) -> str:
 
 
 def is_failed_sharing(text: str) -> bool:
-    """Whether an error of a loader tells of shared memory or open files, and not of an image."""
+    """Whether an error of a loader is about shared memory or open files, and not about an image."""
     if not _PINNING.search(text):
         return not text.startswith("Caught ") and bool(_NO_SHARING.search(text))
     return not text.startswith("Caught ") or text.startswith("Caught OSError") or bool(_NO_SHARING.search(_last_line(text)))
 
 
 def shortened(text: str) -> str:
-    """One line of a failure that `is_failed_sharing`: of a traceback its last."""
+    """Cut a failure that `is_failed_sharing` to one line: the last one of a traceback."""
     if _PINNING.search(text) and not text.startswith("Caught "):  # the thread printed its reason and is gone
         return "the thread that receives batches ended, as it does where too many open files or too little shared memory are left"
     return " ".join(_last_line(text).split() if text.startswith("Caught ") else text.split())[:200]
@@ -101,7 +102,7 @@ def _last_line(text: str) -> str:
 
 
 def hand_over(batch: Batch, way: Way) -> Batch | str:
-    """A finished batch as its way wants it, in the worker; or why it does not fit into shared memory."""
+    """Convert a finished batch in the worker as its way wants it; or return why it does not fit into shared memory."""
     values = (batch.pixels, batch.targets, batch.weight, batch.rows)
     if way == "pipes":
         return Batch(*(value.numpy() for value in values))
@@ -115,7 +116,7 @@ def hand_over(batch: Batch, way: Way) -> Batch | str:
 
 
 def received(batch: Batch, way: Way, *, pin: bool) -> Batch:
-    """The same batch of torch tensors in this process."""
+    """Convert a batch that came by `way` back to torch tensors, in this process."""
     if way != "pipes":
         return batch
     values = (batch.pixels, batch.targets, batch.weight, batch.rows)
@@ -124,9 +125,9 @@ def received(batch: Batch, way: Way, *, pin: bool) -> Batch:
 
 
 def shared_values(way: Way) -> tuple[Any, Any]:
-    """A flag that workers see, and room where a worker that has to end leaves its reason; of this process where it has no workers.
+    """Return a flag that workers see, and room for the reason of a worker that has to end.
 
-    Those of multiprocessing lie in shared memory, and without any they cannot be made.
+    Those of multiprocessing are in shared memory; without workers, and where there is no such memory, plain ones do.
     """
     if way == "threads":
         return ctypes.c_byte(0), ctypes.create_string_buffer(_LONGEST + 1)
@@ -134,7 +135,7 @@ def shared_values(way: Way) -> tuple[Any, Any]:
 
 
 def end_when_feeding_fails(room: Any) -> None:
-    """In a worker: end with a reason where the thread that feeds the queue would lose a batch and go on."""
+    """Make this worker end with a reason where the thread that feeds the queue would lose a batch and go on."""
 
     def farewell(error: BaseException, lost: Any) -> None:
         room.value = f"{type(error).__name__}: {error}".encode("utf-8", "replace")[:_LONGEST]
@@ -144,13 +145,13 @@ def end_when_feeding_fails(room: Any) -> None:
 
 
 def reason_left(room: Any) -> str:
-    """The reason that a worker left before it ended, else an empty text; it is taken away."""
+    """Take the reason that a worker left before it ended; an empty text where there is none."""
     text, room.value = bytes(room.value).decode("utf-8", "replace"), b""
     return text
 
 
 def no_processes(error: OSError) -> str:
-    """Why no decoding processes could be started."""
+    """Describe why no decoding process could be started."""
     if error.errno in (errno.EMFILE, errno.ENFILE):
         return "too many open files for decoding processes"
     return f"no decoding process can be started ({error.strerror or error})"

@@ -1,4 +1,4 @@
-"""The choice of a loader, and the ways to read some rows once."""
+"""Chooses a loader, and reads some rows once."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ BACKENDS = ("torch", "dali-cpu", "dali-gpu")
 
 
 def dali_missing() -> str | None:
-    """Why DALI cannot be used here, or None."""
+    """Return why DALI cannot be used here, or None."""
     from importlib.util import find_spec
 
     return None if find_spec("nvidia") and find_spec("nvidia.dali") else "nvidia-dali-cuda130 is not installed"
 
 
 def usual_loader(pixels: Pixels, device: str) -> str:
-    """The loader for judging images that no run has planned for."""
+    """Choose the loader for images that no run has planned for."""
     if dali_missing() or pixels.color == "rgba":
         return "torch"
     return "dali-cpu" if device == "cpu" else "dali-gpu"
@@ -137,7 +137,7 @@ def read_rows(
 def pixels_of(
     bundle: Bundle, manifest: Manifest, rows: np.ndarray, left: Undecoded, *, batch_size: int = 32
 ) -> list[np.ndarray]:
-    """(n, S, S, C) uint8 arrays of some rows, without padding; undecodable ones are left out, into `left`."""
+    """Return (n, S, S, C) uint8 arrays of some rows, without padding; undecodable ones are left out, into `left`."""
     found = []
     for batch in read_rows(manifest, rows, bundle.pixels, batch_size=batch_size, on_bad=left.of(manifest)):
         keep = np.asarray(batch.weight) > 0
@@ -147,9 +147,9 @@ def pixels_of(
 
 
 def comparison_rows(manifest: Manifest, images: int) -> np.ndarray:
-    """(n,) int64, at most `images` rows to compare on: test, then val, then train, each in fair order.
+    """Return (n,) int64, at most `images` rows to compare on: test, then val, then train, each in fair order.
 
-    So that whoever looks at the first few only (the reference evaluator of BF16) sees a sample as well.
+    In that order the first few (all that the reference evaluator of BF16 takes) are a sample as well.
     """
     picked: list[np.ndarray] = []
     for split in ("test", "val", "train"):

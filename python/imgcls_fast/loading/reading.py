@@ -1,4 +1,4 @@
-"""Reads the files of the batches to come in threads, and sorts out what DALI may decode; knows nothing of DALI itself.
+"""Reads the files of coming batches in threads, and sorts out what DALI may decode. Imports nothing of DALI.
 
 DALI cannot skip a bad image: one undecodable file makes the whole pipeline invalid (NVIDIA/DALI issue 3913), and some
 end the process. So what DALI gets are bytes that were proven well-formed (`proof.py`) and of the size that the scan saw.
@@ -42,7 +42,7 @@ class Work:
         return self.request.epoch, self.request.index
 
     def encoded(self) -> dict[int, bytes]:
-        """Position -> what DALI decodes; waits for the threads and sorts what they made, until a file is given up."""
+        """Wait for the threads and sort what they made, until a file is given up: position -> what DALI decodes."""
         found: dict[int, bytes] = {}
         for position, job in self.jobs.items():
             try:
@@ -67,7 +67,7 @@ class Work:
 
 
 class Reader:
-    """Keeps threads one batch ahead of whoever takes the batches.
+    """Keeps threads one batch ahead of the pipeline that takes the batches.
 
     Args:
         sampler: order of the batches.
@@ -92,7 +92,7 @@ class Reader:
         self._read_on()
 
     def take(self) -> Work | None:
-        """The batch whose turn it is, perhaps still being read, while the one after it is begun; None at the end."""
+        """Return the batch whose turn it is, perhaps still being read, and begin the one after it; None at the end."""
         if not self._waiting:
             return None
         work = self._waiting.popleft()
@@ -113,7 +113,7 @@ class Reader:
             self._pool = None
 
     def content(self, row: int) -> bytes:
-        """The bytes of a row's file.
+        """Read the file of a row.
 
         Raises:
             Undecodable: what is there is no image file.
@@ -148,7 +148,7 @@ class Reader:
         self._waiting.append(Work(request, {k: self._pool.submit(self._read, request, k) for k in positions}))
 
     def _read(self, request: Request, position: int) -> bytes | np.ndarray | str:
-        """One file: its bytes when DALI may have them, else its pixels by Pillow, or why it is bad."""
+        """Read one file: its bytes when DALI may have them, else its pixels by Pillow, or why it is bad."""
         row = int(request.rows[position])
         try:
             content = self.content(row)

@@ -1,4 +1,4 @@
-"""One decoded image as the model sees it: resized, cropped, flipped and coloured, by Pillow."""
+"""Turns one decoded image into what the model sees: resized, cropped, flipped and coloured, by Pillow."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
 def resize_region(image: np.ndarray, size: tuple[int, int], pixels: Pixels) -> np.ndarray:
-    """Antialiased resize of (H, W, C) uint8 to (height, width); alpha is resized like a colour channel."""
+    """Resize (H, W, C) uint8 to (height, width), antialiased; alpha is resized like a colour channel."""
     channels = image.shape[2]
     picture = Image.fromarray(image[:, :, 0] if channels == 1 else image, _MODES[channels])
     if channels == 4:  # Pillow would premultiply RGBA; the model wants the four planes as they are
@@ -46,7 +46,7 @@ def _source_span(offset: int, size: int, resized: int, source: int) -> tuple[int
 
 
 def render(image: np.ndarray, request: Request, position: int, pixels: Pixels) -> np.ndarray:
-    """One decoded image (H, W, C) uint8 as its batch wants it: (size, size, C) uint8."""
+    """Crop, resize, flip and colour one decoded image (H, W, C) uint8 as its batch wants it: (size, size, C) uint8."""
     if request.crop is not None:
         top, left, high, wide = (int(v) for v in request.crop[position])
         region = np.ascontiguousarray(image[top : top + high, left : left + wide])

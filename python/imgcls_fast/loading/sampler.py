@@ -1,4 +1,4 @@
-"""Which image stands where in which epoch, and how it is cropped: a pure function of (seed, epoch, index).
+"""Decides which image is where in which epoch, and how it is cropped: a pure function of (seed, epoch, index).
 
 No state, no generator that has to be saved: every loader backend, any number of workers and every resumed run ask the
 same function and get the same answer. Randomness is counter-based (Philox: Salmon et al., "Parallel random numbers: as
@@ -24,7 +24,7 @@ _ORDER, _DRAWS = 0, 1  # streams of random numbers
 
 
 def random_stream(seed: int, epoch: int, stream: int, skip: int = 0) -> np.random.Generator:
-    """The random numbers of one epoch, after `skip` blocks of four 64-bit words."""
+    """Return the random numbers of one epoch, after `skip` blocks of four 64-bit words."""
     mask = (1 << 64) - 1
     key = np.array([seed & mask, (epoch * 2 + stream) & mask], np.uint64)  # a list would pass through float64
     return np.random.Generator(np.random.Philox(counter=[skip, 0, 0, 0], key=key))
@@ -91,7 +91,7 @@ class Sampler:
         rows: (n,) int64 the rows of the split.
         pixels: output size and evaluation geometry.
         batch_size: B; for training at most n.
-        seed: of order and augmentation.
+        seed: seed of order and augmentation.
         augment: random changes; None: evaluation.
 
     Raises:
@@ -124,7 +124,7 @@ class Sampler:
 
     @property
     def steps(self) -> int:
-        """Batches an epoch."""
+        """Batches per epoch."""
         n = len(self.rows)
         return n // self.batch_size if self.training else -(-n // self.batch_size)
 

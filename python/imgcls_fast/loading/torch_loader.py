@@ -1,4 +1,4 @@
-"""The loader that works everywhere: Pillow in worker processes, one whole batch a task."""
+"""Loads images everywhere: with Pillow in worker processes, one whole batch per task."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class _Keys(KeySampler):
 
 
 class TorchLoader:
-    """Pillow decoding in `workers` processes that live as long as the loader. See `backend.Loader`.
+    """Loader that decodes with Pillow in `workers` processes, which live as long as it does. See `backend.Loader`.
 
     A worker that dies, of an image or otherwise, is survived: the files of the batches in flight are examined one by
     one in a child, what is bad is named, and new workers go on at the batch that was not delivered.
@@ -139,7 +139,7 @@ class TorchLoader:
                 index, deaths = index + 1, 0
 
     def _changed_way(self, error: Exception) -> bool:
-        """Whether an error tells that batches cannot come as they did; from now on they come in another way."""
+        """Whether an error means that batches cannot come as they did; from now on they come in another way."""
         text = handover.reason_left(self._room) or str(error)
         workers = getattr(getattr(self._loader, "_iterator", None), "_workers", ())
         if any(worker.exitcode == -signal.SIGBUS for worker in workers):
@@ -157,7 +157,7 @@ class TorchLoader:
         self._stop = weakref.finalize(self, _stop_workers, self._loader)
 
     def _made(self) -> Iterator[Any]:
-        """The DataLoader's iterator, without its signal handler.
+        """Return the DataLoader's iterator, without its signal handler.
 
         That would raise the death of a worker wherever the main thread stands; `next` finds it as well, in order.
         """
@@ -182,7 +182,7 @@ class TorchLoader:
         return handover.received(batch, self._way, pin=self._pin)
 
     def _find_culprits(self, epoch: int, index: int) -> bool:
-        """Examine what the workers may have been at; whether a file was found bad.
+        """Examine the files that the workers may have been at; return whether one was found bad.
 
         Raises:
             DataError: D015 when a file cannot be reached.
@@ -201,7 +201,7 @@ class TorchLoader:
         return bool(found)
 
     def _restart(self, error: Exception, deaths: int) -> None:
-        """New workers.
+        """Start new workers.
 
         Raises:
             HardwareError: H002 after the third death in a row that no file explains.
@@ -241,7 +241,7 @@ def _stop_workers(loader: Any) -> None:
 def _spare_children() -> None:
     """Forked processes collect no garbage of this one.
 
-    A DALI pipeline that nobody holds may wait here for the collector. Collected in a worker, it waits for ever for the end of
+    A DALI pipeline without a reference may wait here for the collector. Collected in a worker, it waits for ever for the end of
     threads that a fork does not copy. What others do in a worker before it freezes the garbage may collect as well, so the
     collector stands still from before the fork.
     """
@@ -266,7 +266,7 @@ def _start_worker(worker: int, room: Any) -> None:
     """A worker decodes on one thread and leaves signals to the main process.
 
     Service managers send SIGTERM to the whole group; a worker that dies of it makes the main process fail wherever it
-    stands, instead of saving at the next step. Workers end when they are told to, or when their parent is gone.
+    stands, instead of saving at the next step. Workers end when the loader is closed, or when their parent is gone.
     """
     torch.set_num_threads(1)
     handover.end_when_feeding_fails(room)
