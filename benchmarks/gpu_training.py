@@ -137,7 +137,7 @@ def swin_step(journal: Journal) -> None:
                 try:
                     for _ in range(1 if journal.small or journal.warm else 4):
                         fit.step.take(batch, 0)
-                    loss = float(fit.step.loss_sum) / fit.step.loss_weight
+                    loss = fit.step.loss
                     contenders[kernels] = partial(fit.step.take, batch, 0)
                     journal.write(f"swin_t, kernels {kernels}", f"mean loss of the first steps {loss:.4f}", loss=loss)
                 except (RuntimeError, ValueError) as error:

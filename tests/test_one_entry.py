@@ -45,21 +45,34 @@ print(json.dumps(found))
 
 @pytest.fixture(scope="module")
 def extended() -> dict[str, Any]:
-    """A process with one optimizer and one schedule more."""
+    """A process with one optimizer, one schedule and one loss more."""
     return tried(
         """
 choices.OPTIMIZERS["adagrad"] = choices.Optimizer("torch.optim:Adagrad", ("fused",))
 choices.SCHEDULES["flat"] = "imgcls_fast.training.schedule:NONE"
+choices.LOSSES["brier"] = choices.Loss("brier:one_of", "brier:any_of")
 """,
         """
+import types
 import torch
+from imgcls_fast.core.labels import LabelSpace, Task
+from imgcls_fast.training.objectives import Objective
 from imgcls_fast.training.optim import build_optimizer
 from imgcls_fast.training.schedule import Schedule
+sys.modules["brier"] = types.SimpleNamespace(
+    one_of=lambda logits, soft: (logits.softmax(1) - soft).square().sum(1),
+    any_of=lambda logits, soft: (logits.sigmoid() - soft).square(),
+)
+losses = build_config({"loss.name": "brier", "loss.label_smoothing": 0}).loss
+labels = LabelSpace((Task("a", ("x", "y")), Task("b", ("z",), "any_of")))
+objective, targets = Objective(labels, losses, None, torch.device("cpu")), torch.tensor([[1.0, 0, 1]])
+loss = objective.mean(objective.sums(torch.zeros(1, 3), targets, torch.ones(1)), objective.totals(targets, torch.ones(1)))
 asked = {"optim.opt": "adagrad", "optim.sched": "flat", "optim.lr": 0.5, "optim.weight_decay": 0, "optim.warmup": 0}
 config = build_config(asked).optim
 optimizer = build_optimizer(torch.nn.Linear(2, 2), config, torch.device("cpu"))
 found |= {
-    "error": {name: refused({f"optim.{name}": "nothing"}) for name in ("opt", "sched")},
+    "error": {name: refused({name: "nothing"}) for name in ("optim.opt", "optim.sched", "loss.name")},
+    "loss": float(loss),
     "made": [type(optimizer).__name__, optimizer.param_groups[0]["lr"]],
     "rates": [Schedule(config, 2, 3).lr(step) for step in range(6)],
 }
@@ -67,15 +80,18 @@ found |= {
     )
 
 
-@pytest.mark.parametrize(("setting", "name"), [("opt", "adagrad"), ("sched", "flat")])
+@pytest.mark.parametrize(
+    ("setting", "name"), [("optim.opt", "adagrad"), ("optim.sched", "flat"), ("loss.name", "brier")]
+)
 def test_one_more_choice_is_in_schema_help_docs_and_errors(setting: str, name: str, extended: dict[str, Any]) -> None:
-    assert name in extended["help"][f"optim.{setting}"]
-    assert f"`{name}`" in next(line for line in extended["docs"].splitlines() if f"`optim.{setting}`" in line)
+    assert name in extended["help"][setting]
+    assert f"`{name}`" in next(line for line in extended["docs"].splitlines() if f"`{setting}`" in line)
     assert f'"{name}"' in extended["rows"]
     assert f"'{name}'" in extended["error"][setting]
 
 
-def test_one_more_optimizer_and_schedule_train_with_their_own_object(extended: dict[str, Any]) -> None:
+def test_one_more_optimizer_schedule_and_loss_are_used(extended: dict[str, Any]) -> None:
+    assert extended["loss"] == 0.5 + 0.25
     assert extended["made"] == ["Adagrad", 0.5]
     assert extended["rates"] == [0.5] * 6
 

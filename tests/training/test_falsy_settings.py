@@ -96,7 +96,7 @@ def read_class_weights(value: Any, make_fit: Any) -> int:
         with pytest.raises(ConfigError, match="0 numbers"):
             make_fit({"loss.class_weights": value})
         return 0
-    total = make_fit({"loss.class_weights": value}).step.objective.total(torch.eye(3), torch.ones(3))
+    total = make_fit({"loss.class_weights": value}).step.objective.totals(torch.eye(3), torch.ones(3))[0]
     return int(total != pytest.approx(3))
 
 
@@ -156,7 +156,7 @@ READ: dict[str, Callable[..., Any]] = {
     "model.attention": lambda value, make_fit: plan_of({"model.attention": value}).spec["attention"],
     "model.drop_rate": read_drop_rate,
     "model.drop_path": read_drop_path,
-    "loss.label_smoothing": lambda value, make_fit: make_fit({"loss.label_smoothing": value}).step.objective.smoothing,
+    "loss.label_smoothing": lambda value, make_fit: make_fit({"loss.label_smoothing": value}).step.objective.terms[0].smoothing,
     "loss.class_weights": read_class_weights,
     "optim.weight_decay": read_decays,
     "optim.momentum": read_momentum,

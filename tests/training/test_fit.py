@@ -20,6 +20,7 @@ from imgcls_fast.core.run import Run
 from imgcls_fast.training import session
 from imgcls_fast.training.checkpoint import read_checkpoint
 from imgcls_fast.training.fit import Fit
+from imgcls_fast.training.objectives import Objective, OneOf, cross_entropy
 from imgcls_fast.training.optim import Averaged
 from imgcls_fast.training.step import Step
 
@@ -56,7 +57,7 @@ def gradients(fit: Any, batch: Batch, micro: int) -> tuple[torch.Tensor, float]:
     model = Plain()
     fit.step.model = fit.step.forward = model
     fit.step.micro_batch = micro
-    summed = fit.step.gradients(batch, fit.step.objective.total(batch.targets, batch.weight))
+    summed = fit.step.gradients(batch, fit.step.objective.totals(batch.targets, batch.weight))
     return torch.cat([p.grad.flatten() for p in model.parameters()]), float(summed)
 
 
@@ -102,7 +103,7 @@ def test_the_train_loss_is_a_mean_over_images_whatever_the_batch_size(make_fit: 
         fit.step.averaged = None
         for batch in fit.loaders.train.epoch(0):
             fit._learn(batch)
-        losses[size] = float(fit.step.loss_sum) / fit.step.loss_weight
+        losses[size] = fit.step.loss
         assert fit.step.images == 42
     assert losses[7] == pytest.approx(losses[42], rel=1e-5)
     assert losses[14] == pytest.approx(losses[42], rel=1e-5)
@@ -144,17 +145,15 @@ def test_validation_runs_in_order_without_augmentation_and_without_gradients(
 
 
 def test_label_smoothing_and_class_weights_equal_torchs_cross_entropy() -> None:
-    from imgcls_fast.training.objectives import CrossEntropy
-
     torch.manual_seed(0)
     logits, label = torch.randn(9, 4), torch.randint(0, 4, (9,))
     hot, one = nn.functional.one_hot(label, 4).float(), torch.ones(9)
     for smoothing in (0.0, 0.1, 0.5):
-        mine = CrossEntropy(smoothing, None, torch.device("cpu"))
+        mine = OneOf(cross_entropy, smoothing, None, torch.device("cpu"))
         expected = nn.CrossEntropyLoss(label_smoothing=smoothing)(logits, label)
         torch.testing.assert_close(mine.sum(logits, hot, one) / mine.total(hot, one), expected)
     weights = np.array([0.5, 1, 2, 4], np.float32)
-    mine = CrossEntropy(0.0, weights, torch.device("cpu"))
+    mine = OneOf(cross_entropy, 0.0, weights, torch.device("cpu"))
     expected = nn.CrossEntropyLoss(weight=torch.from_numpy(weights))(logits, label)
     torch.testing.assert_close(mine.sum(logits, hot, one) / mine.total(hot, one), expected)
 
@@ -194,11 +193,11 @@ def test_no_step_waits_for_the_device(make_fit: MakeFit, monkeypatch: pytest.Mon
     meta = torch.device("meta")
     fit.step.device, fit.step.model, fit.step.averaged = meta, fit.step.model.to(meta), Averaged(fit.step.model.to(meta), 0.9)
     fit.step.forward = fit.step.model
-    from imgcls_fast.training.objectives import CrossEntropy
     from imgcls_fast.training.optim import build_optimizer
 
     fit.step.optimizer = build_optimizer(fit.step.model, fit.config.optim, meta)
-    fit.step.objective = CrossEntropy(0.1, np.array([1, 2, 4], np.float32), meta)
+    weights = np.array([1, 2, 4], np.float32)
+    fit.step.objective = Objective(fit.manifest.labels, fit.config.loss, weights, meta)
     fit.step.loss_sum = fit.step.loss_sum.to(meta)
     monkeypatch.setattr(fit.step, "_autocast", nullcontext)
     for step in range(3):
@@ -215,8 +214,8 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_gradient(
     expected, loss = gradients(fit, batch_of(12), 12)
     original = Step._accumulate
 
-    def scarce(self: Step, batch: Batch, total: float) -> Any:
-        answer = original(self, batch, total)  # gradients of a failed attempt must not be counted
+    def scarce(self: Step, batch: Batch, totals: list[float]) -> Any:
+        answer = original(self, batch, totals)  # gradients of a failed attempt must not be counted
         if self.micro_batch > 3:
             raise torch.OutOfMemoryError("injected")
         return answer
@@ -237,13 +236,13 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_gradient(
 
 
 def test_memory_that_does_not_hold_one_image_is_h002(make_fit: MakeFit, monkeypatch: pytest.MonkeyPatch) -> None:
-    def never(self: Step, batch: Batch, total: float) -> Any:
+    def never(self: Step, batch: Batch, totals: list[float]) -> Any:
         raise torch.OutOfMemoryError("injected")
 
     fit = make_fit()
     monkeypatch.setattr(Step, "_accumulate", never)
     with pytest.raises(ModelError) as refused:
-        fit.step.gradients(batch_of(8), 8.0)
+        fit.step.gradients(batch_of(8), [8.0])
     assert refused.value.code == "H002"
 
 

@@ -142,7 +142,7 @@ def test_halving_goes_down_to_two_images_and_then_says_what_to_do(
     fit = make_fit({"train.batch_size": batch})
     sizes = short_of_memory(fit, monkeypatch, lambda call, n: True)
     with pytest.raises(ModelError, match="2 images at a time do not fit") as refused:
-        fit.step.gradients(batch_of(batch), float(batch))
+        fit.step.gradients(batch_of(batch), [float(batch)])
     assert refused.value.code == "H002"
     assert min(sizes) >= 2
 
@@ -164,11 +164,11 @@ def test_a_halved_batch_ends_as_if_it_had_been_cut_so_from_the_beginning(
     disturbed = make_fit({**small, "train.micro_batch": 6})
     disturbed.step.model.train()
     short_of_memory(disturbed, monkeypatch, lambda at, n: at == call)
-    loss = disturbed.step.gradients(batch_of(12), 12.0)
+    loss = disturbed.step.gradients(batch_of(12), [12.0])
     found = state_of(disturbed)
     calm = make_fit({**small, "train.micro_batch": 3})
     calm.step.model.train()
-    assert torch.equal(calm.step.gradients(batch_of(12), 12.0), loss)
+    assert torch.equal(calm.step.gradients(batch_of(12), [12.0]), loss)
     assert disturbed.step.micro_batch == calm.step.micro_batch == 3
     assert all(torch.equal(a, b) for a, b in zip(found, state_of(calm), strict=True))
 

@@ -14,6 +14,7 @@ import torch
 
 from imgcls_fast.core.config import LossConfig, OptimConfig
 from imgcls_fast.core.errors import ConfigError
+from imgcls_fast.core.labels import LabelSpace
 from imgcls_fast.models.backbones import ModelSpec, weightless
 from imgcls_fast.models.build import build_model
 from imgcls_fast.training.objectives import class_weights
@@ -21,11 +22,11 @@ from imgcls_fast.training.optim import build_optimizer, parameter_groups
 from imgcls_fast.training.schedule import Schedule, set_rates
 
 COUNTS = np.array([90, 9, 1])
-CLASSES = ("cat", "dog", "owl")
+LABELS = LabelSpace.single(("cat", "dog", "owl"))
 
 
 def weights(value: Any) -> np.ndarray:
-    found = class_weights(LossConfig(class_weights=value), CLASSES, COUNTS)
+    found = class_weights(LossConfig(class_weights=value), LABELS, COUNTS, np.full(3, 100))
     assert found is not None
     return found
 
@@ -48,7 +49,7 @@ def test_class_weights_follow_their_formula_and_average_to_one_over_the_images(a
 
 
 def test_no_weights_are_none() -> None:
-    assert class_weights(LossConfig(class_weights="none"), CLASSES, COUNTS) is None
+    assert class_weights(LossConfig(class_weights="none"), LABELS, COUNTS, np.full(3, 100)) is None
 
 
 @pytest.mark.parametrize(("asked", "words"), [((1, 2), ("2 numbers", "3 classes")), ({"ow": 2}, ("'ow'",))])

@@ -442,10 +442,10 @@ def test_resume_obeys_an_out_of_memory_revision(
 ) -> None:
     original = Step._accumulate
 
-    def scarce(self: Step, batch: Any, total: float) -> Any:
+    def scarce(self: Step, batch: Any, totals: list[float]) -> Any:
         if self.loss_weight > 0 and self.micro_batch > 4:  # from the second step on
             raise torch.OutOfMemoryError("injected")
-        return original(self, batch, total)
+        return original(self, batch, totals)
 
     with monkeypatch.context() as patch:
         patch.setattr(Step, "_accumulate", scarce)

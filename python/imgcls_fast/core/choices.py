@@ -28,6 +28,26 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "adamw": Optimizer("torch.optim:AdamW", ("fused",)),
 }
 
+
+
+class Loss(NamedTuple):
+    """One choice of `loss.name`: what it is for each kind of task, from float32 logits and probabilities (n, C).
+
+    Attributes:
+        one_of: a function that returns the loss of each row, (n,).
+        any_of: a function that returns the loss of each answer, (n, C).
+    """
+
+    one_of: str
+    any_of: str
+
+
+LOSSES: dict[str, Loss] = {
+    "cross-entropy": Loss(
+        "imgcls_fast.training.objectives:cross_entropy", "imgcls_fast.training.objectives:binary_cross_entropy"
+    ),
+}
+
 SCHEDULES: dict[str, str] = {  # choices of `optim.sched` -> a `training.schedule.Shape`
     "cosine": "imgcls_fast.training.schedule:COSINE",
     "onecycle": "imgcls_fast.training.schedule:ONECYCLE",

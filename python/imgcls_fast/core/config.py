@@ -10,17 +10,19 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import AfterValidator, BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 
-from .choices import OPTIMIZERS, SCHEDULES
+from .choices import LOSSES, OPTIMIZERS, SCHEDULES
 from .config_verbs import ExportConfig
 from .figures import MONITORS
 from .schema import BITS, FREE, Auto, Fraction, Seconds, Section, Text, extras, flag, flag_row, listed, several
 from .verbs import Group
 
 if TYPE_CHECKING:
+    LossName: TypeAlias = str
     MonitorName: TypeAlias = str
     OptimizerName: TypeAlias = str
     ScheduleName: TypeAlias = str
 else:  # from tables, which a type checker cannot read
+    LossName = Literal[(*LOSSES,)]
     MonitorName = Literal[("auto", *MONITORS)]
     OptimizerName = Literal[("auto", *OPTIMIZERS)]
     ScheduleName = Literal[("auto", *SCHEDULES)]
@@ -196,6 +198,7 @@ class ModelConfig(Section):
 class LossConfig(Section):
     """What is minimised."""
 
+    name: LossName = Field("cross-entropy", description="loss of each task", json_schema_extra=flag("--loss"))
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] | Auto = Field(
         "auto", description="mass spread over all classes", json_schema_extra=flag("--label-smoothing", metavar="S")
     )

@@ -29,6 +29,7 @@ _SETTINGS = {  # our setting: their names, lower case, words joined by _
     "model.drop_rate": "drop dropout dropout_rate head_dropout",
     "model.drop_path": "drop_path_rate stochastic_depth stochastic_depth_prob drop_connect drop_connect_rate",
     "model.freeze": "freeze_backbone freeze_layers freeze_blocks frozen trainable train_backbone unfreeze",
+    "loss.name": "criterion loss_fn loss_function",
     "loss.label_smoothing": "smoothing label_smooth smooth",
     "loss.class_weights": "class_weight cls_weights loss_weights weighted_loss balanced pos_weight weighted_sampler",
     "optim.lr": "learning_rate learningrate lr0 base_lr init_lr initial_lr max_lr lr_max start_lr peak_lr learn_rate",
@@ -73,9 +74,6 @@ _MEANT = {name.partition(".")[2]: name for name in _OWN.split(" ")} | {
 NOT_NEEDED = {
     **dict.fromkeys(
         ("num_classes", "nc", "n_classes", "classes", "n_class", "class_names"), "the classes are those of the data"
-    ),
-    **dict.fromkeys(
-        ("loss", "criterion", "loss_fn"), "the loss is cross-entropy; see --label-smoothing and --class-weights"
     ),
     **dict.fromkeys(("verbose", "v"), "all that matters is shown; --quiet shows less, --debug shows tracebacks"),
     **dict.fromkeys(

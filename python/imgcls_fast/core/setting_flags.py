@@ -109,6 +109,10 @@ ROWS: tuple[dict[str, Any], ...] = (
         "setting": "model.freeze", "verbs": ("train",), "metavar": "PART", "kind": "value", "group": "model",
     },
     {
+        "names": ("--loss",), "help": "loss of each task", "setting": "loss.name", "verbs": ("train",),
+        "metavar": "NAME", "kind": "value", "group": "optimisation", "choices": ("cross-entropy",),
+    },
+    {
         "names": ("--label-smoothing",), "help": "mass spread over all classes, or auto",
         "setting": "loss.label_smoothing", "verbs": ("train",), "metavar": "S", "kind": "value",
         "group": "optimisation",

@@ -15,14 +15,15 @@ from ..core.manifest import Manifest
 from ..core.run import Run
 from ..engines.scoring import predict
 from ..engines.torch_runtime import TorchEngine
-from ..evaluation.metrics import Metrics, judge
+from ..evaluation.metrics import Metrics
+from ..evaluation.tasks import TaskMetrics, judge_all
 from ..models.build import Classifier
 from ..models.kernels import use_kernels
 from ..tracking.events import Emit, EpochDone, ImageLeftOut, Stopped, Validating, event_of
 from .checkpoint import has_checkpoint
 from .display import Display
 from .loaders import Loaders
-from .objectives import CrossEntropy, class_weights
+from .objectives import Objective, class_weights
 from .plan import Plan, Start, starting_model
 from .progress import (
     Pace,
@@ -66,8 +67,9 @@ class Fit:
         self.progress = Progress()
         self.quarantined = Quarantined(run, manifest, self.config.data.max_bad)
         self.loaders = Loaders(plan, manifest, self._on_bad)
-        weights = class_weights(self.config.loss, manifest.labels.classes, manifest.counts("train"))
-        objective = CrossEntropy(float(self.config.loss.label_smoothing), weights, device)
+        counts = manifest.counts("train"), manifest.known_counts("train")
+        weights = class_weights(self.config.loss, manifest.labels, *counts)
+        objective = Objective(manifest.labels, self.config.loss, weights, device)
         self.step = Step(model, self.config, objective, self.loaders.steps, emit)
         judged = self.step.averaged.model if self.step.averaged else model
         asked: Any = torch.compile(judged) if train.compile else judged
@@ -183,7 +185,7 @@ class Fit:
         self.progress.step += 1
         return lr
 
-    def _validate(self, stop: StopRequest) -> Metrics:
+    def _validate(self, stop: StopRequest) -> Metrics | TaskMetrics:
         total = len(self.loaders.val.sampler.rows)
 
         def progress(done: int) -> None:
@@ -195,9 +197,9 @@ class Fit:
         predictions = predict(self.engine, batches, paths=self.manifest.paths, progress=progress)
         if not np.isfinite(predictions.scores).all():
             raise diverged(self.plan, self.run_, self.progress, self.step)
-        return judge(predictions, top_k=(1,), bootstrap=0)
+        return judge_all(predictions, top_k=(1,), bootstrap=0)
 
-    def _finish_epoch(self, metrics: Metrics, seconds: float) -> None:
+    def _finish_epoch(self, metrics: Metrics | TaskMetrics, seconds: float) -> None:
         progress, train, step = self.progress, self.config.train, self.step
         facts = {
             "train_loss": step.loss,

@@ -1,27 +1,173 @@
-"""What is minimised: cross-entropy with soft targets, smoothing and weights, exact under padding and accumulation."""
+"""What is minimised: a loss per task, exact under padding, accumulation and missing answers. `core.choices.LOSSES` names them."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import reduce
+from pkgutil import resolve_name
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..core.choices import LOSSES
 from ..core.config import LossConfig
 from ..core.errors import ConfigError, near
+from ..core.labels import LabelSpace
+from ..core.text import quoted
 
 _EFFECTIVE_BETA = 0.999
+Loss = Callable[[Tensor, Tensor], Tensor]
 
 
-def class_weights(config: LossConfig, classes: tuple[str, ...], counts: np.ndarray) -> np.ndarray | None:
-    """The weight of each class, with mean 1 over the training images; None when all are equal.
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of each row: (n, C) float32 logits and probabilities -> (n,)."""
+    return -(targets * torch.log_softmax(logits, 1)).sum(1)
+
+
+def binary_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Binary cross-entropy of each answer: (n, C) float32 logits and probabilities -> (n, C)."""
+    return torch.nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+
+
+class Term(Protocol):
+    """The loss of one task, as a sum that is divided by a total of the whole batch.
+
+    The total is known before the first micro-batch: so accumulation over micro-batches equals one large batch, and what
+    has no weight (padding, unknown answers) changes neither the value nor any gradient.
+    """
+
+    def total(self, targets: Tensor, weight: Tensor) -> float:
+        """Return the divisor of a batch, from CPU tensors (no device sync)."""
+        ...
+
+    def sum(self, logits: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
+        """Return the weighted sum: logits, targets (n, C) with NaN where unknown, weight (n,) -> scalar float32."""
+        ...
+
+
+class OneOf:
+    """A task with exactly one true class: its loss over the rows whose answer is known.
 
     Args:
-        config: `class_weights` is none, auto (inverse frequency), effective (Cui et al., "Class-balanced loss based on
-            effective number of samples", CVPR 2019, eq. 2), one number a class in class order, or names to numbers.
-        classes: names in column order.
+        loss: (logits, probabilities) -> (n,).
+        smoothing: mass moved from the target to all C classes (Szegedy et al., CVPR 2016, section 7).
+        weights: (C,) float32 class weights, or None; a row counts as much as its target's classes.
+        device: where the logits are.
+    """
+
+    def __init__(self, loss: Loss, smoothing: float, weights: np.ndarray | None, device: torch.device) -> None:
+        self._loss, self.smoothing = loss, smoothing
+        self._host = None if weights is None else torch.from_numpy(weights)
+        self._weights = None if self._host is None else self._host.to(device)
+
+    def total(self, targets: Tensor, weight: Tensor) -> float:
+        """Sum of row weights times class weights over the known rows."""
+        return float(_row_weights(*_filled(targets), weight, self._host).sum())
+
+    def sum(self, logits: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
+        """See `Term`."""
+        known, filled = _filled(targets)
+        soft = filled * (1 - self.smoothing) + self.smoothing / targets.shape[1]
+        return (self._loss(logits.float(), soft) * _row_weights(known, filled, weight, self._weights)).sum()
+
+
+class AnyOf:
+    """A task of which any number of classes may hold: its loss over the answers that are known.
+
+    Args:
+        loss: (logits, probabilities) -> (n, C).
+        smoothing: share by which each answer moves towards 0.5.
+        weights: (C,) float32 weights of positive answers, or None; a negative answer weighs 1.
+        device: where the logits are.
+    """
+
+    def __init__(self, loss: Loss, smoothing: float, weights: np.ndarray | None, device: torch.device) -> None:
+        self._loss, self.smoothing = loss, smoothing
+        self._host = None if weights is None else torch.from_numpy(weights)
+        self._weights = None if self._host is None else self._host.to(device)
+
+    def total(self, targets: Tensor, weight: Tensor) -> float:
+        """Sum over the known answers of row weights times the weights of positives."""
+        return float(_answer_weights(*_filled(targets), weight, self._host).sum())
+
+    def sum(self, logits: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
+        """See `Term`."""
+        known, filled = _filled(targets)
+        soft = filled * (1 - self.smoothing) + self.smoothing / 2
+        return (self._loss(logits.float(), soft) * _answer_weights(known, filled, weight, self._weights)).sum()
+
+
+def _filled(targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what is known, and targets with zeros elsewhere: NaN times a weight of 0 would be NaN, also in the gradient."""
+    known = ~targets.isnan()
+    return known, torch.where(known, targets, 0.0)
+
+
+def _row_weights(known: Tensor, targets: Tensor, weight: Tensor, weights: Tensor | None) -> Tensor:
+    weight = torch.where(known.all(1), weight, 0.0)
+    return weight if weights is None else weight * (targets @ weights)
+
+
+def _answer_weights(known: Tensor, targets: Tensor, weight: Tensor, weights: Tensor | None) -> Tensor:
+    weight = torch.where(known, weight[:, None], 0.0)
+    return weight if weights is None else weight * (1 + (weights - 1) * targets)
+
+
+class Objective:
+    """The sum over tasks of each one's mean loss; tasks weigh the same, however many classes and answers they have.
+
+    Args:
+        labels: the tasks.
+        config: resolved.
+        weights: (K,) as `class_weights` returns them, or None.
+        device: where the logits are.
+    """
+
+    def __init__(self, labels: LabelSpace, config: LossConfig, weights: np.ndarray | None, device: torch.device) -> None:
+        chosen, smoothing = LOSSES[config.name], float(config.label_smoothing)
+        self._sizes = [len(task.classes) for task in labels.tasks]
+        self.terms: list[Term] = []
+        for task, part in labels.parts:
+            loss: Loss = resolve_name(chosen.any_of if task.kind == "any_of" else chosen.one_of)
+            kind = AnyOf if task.kind == "any_of" else OneOf
+            self.terms.append(kind(loss, smoothing, None if weights is None else weights[part], device))
+
+    def totals(self, targets: Tensor, weight: Tensor) -> list[float]:
+        """Return the divisor of each task for a batch, from CPU tensors; 0 where nothing is known of a task."""
+        parts = zip(self.terms, self._columns(targets), strict=True)
+        return [term.total(part, weight) for term, part in parts]
+
+    def sums(self, logits: Tensor, targets: Tensor, weight: Tensor) -> list[Tensor]:
+        """Return the weighted sum of each task: logits and targets (n, K), weight (n,) -> scalars, float32."""
+        parts = zip(self.terms, self._columns(logits), self._columns(targets), strict=True)
+        return [term.sum(own, part, weight) for term, own, part in parts]
+
+    @staticmethod
+    def mean(sums: Sequence[Tensor], totals: Sequence[float]) -> Tensor:
+        """Return the loss, from sums and totals of each task; a task of which nothing is known is left out."""
+        return reduce(torch.add, [part / total for part, total in zip(sums, totals, strict=True) if total])
+
+    def _columns(self, values: Tensor) -> Sequence[Tensor]:
+        return values.split(self._sizes, 1) if len(self._sizes) > 1 else (values,)
+
+
+def class_weights(
+    config: LossConfig, labels: LabelSpace, counts: np.ndarray, known: np.ndarray
+) -> np.ndarray | None:
+    """Return the weight of each class, or None when all are equal.
+
+    Of a `one_of` task the weights have mean 1 over the training images. Of an `any_of` task they are weights of positive
+    answers; negative ones weigh 1.
+
+    Args:
+        config: `class_weights` is none, auto (inverse frequency; any_of: negatives per positive), effective (Cui et al.,
+            "Class-balanced loss based on effective number of samples", CVPR 2019, eq. 2), one number per class in class
+            order, or names to numbers.
+        labels: the tasks.
         counts: (K,) int64 training images of each class.
+        known: (K,) int64 training images in which the answer is known.
 
     Returns:
         (K,) float32, or None.
@@ -32,63 +178,48 @@ def class_weights(config: LossConfig, classes: tuple[str, ...], counts: np.ndarr
     asked: Any = config.class_weights
     if asked == "none":
         return None
-    if asked == "auto":
-        weights = 1.0 / np.maximum(counts, 1)
-    elif asked == "effective":
-        weights = (1 - _EFFECTIVE_BETA) / (1 - _EFFECTIVE_BETA ** np.maximum(counts, 1))
+    if asked in ("auto", "effective"):
+        rarity = _RARITY[asked]
+        weights = np.where(labels.any_of, rarity(counts) / rarity(known - counts), rarity(counts))
     elif isinstance(asked, dict):
-        weights = _named(asked, classes)
+        weights = _named(asked, labels)
     else:
         weights = np.array(asked, np.float64)
-        if len(weights) != len(classes):
+        if len(weights) != labels.size:
             raise ConfigError(
                 "C003",
-                f"loss.class_weights has {len(weights)} numbers, and there are {len(classes)} classes",
-                why="the order is the class order: " + ", ".join(classes),
-                try_=f"--class-weights {','.join(f'{name}=1' for name in classes[:3])}",
+                f"loss.class_weights has {len(weights)} numbers, and there are {labels.size} classes",
+                why="the order is the class order: " + ", ".join(labels.classes),
+                try_=f"--class-weights {','.join(f'{name}=1' for name in labels.classes[:3])}",
             )
-    return (weights * counts.sum() / (weights * counts).sum()).astype(np.float32)
+    for task, part in labels.parts:
+        if task.kind == "one_of":
+            own, images = weights[part], counts[part]
+            weights[part] = own * images.sum() / (own * images).sum()
+    return weights.astype(np.float32)
 
 
-def _named(asked: dict[str, float], classes: tuple[str, ...]) -> np.ndarray:
-    for name in asked:
-        if name not in classes:
-            guess = near(name, classes)
-            raise ConfigError(
-                "C003",
-                f"loss.class_weights names an unknown class {name!r}; the classes are {', '.join(classes)}",
-                try_=f"--class-weights {guess or classes[0]}={asked[name]:g}",
-            )
-    return np.array([asked.get(name, 1.0) for name in classes], np.float64)
+_RARITY: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "auto": lambda images: 1.0 / np.maximum(images, 1),
+    "effective": lambda images: (1 - _EFFECTIVE_BETA) / (1 - _EFFECTIVE_BETA ** np.maximum(images, 1)),
+}
 
 
-class CrossEntropy:
-    """Cross-entropy of logits against soft targets, as a sum over rows that the caller divides by `total`.
-
-    Dividing by the weight of the whole batch, known before the first micro-batch, makes accumulation over micro-batches
-    equal to one large batch, and padding (weight 0) invisible.
-
-    Args:
-        smoothing: mass moved from the target to all K classes (Szegedy et al., CVPR 2016, section 7).
-        weights: (K,) float32 class weights, or None.
-        device: where the logits are.
-    """
-
-    def __init__(self, smoothing: float, weights: np.ndarray | None, device: torch.device) -> None:
-        self.smoothing = smoothing
-        self._host = None if weights is None else torch.from_numpy(weights)
-        self._weights = None if weights is None else self._host.to(device)  # type: ignore[union-attr]
-
-    def total(self, targets: Tensor, weight: Tensor) -> float:
-        """The divisor of a batch, from CPU tensors (no device sync): sum of row weights times class weights."""
-        if self._host is not None:
-            weight = weight * (targets @ self._host)
-        return float(weight.sum())
-
-    def sum(self, logits: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
-        """Weighted sum of row losses: logits (n, K), targets (n, K) float32, weight (n,) float32 -> scalar float32."""
-        if self._weights is not None:
-            weight = weight * (targets @ self._weights)
-        soft = targets * (1 - self.smoothing) + self.smoothing / targets.shape[1]
-        rows = -(soft * torch.log_softmax(logits.float(), 1)).sum(1)
-        return (rows * weight).sum()
+def _named(asked: dict[str, float], labels: LabelSpace) -> np.ndarray:
+    """Return the numbers in column order, 1 where a class is not named; the name of a class may stand without its task."""
+    plain = [name for task in labels.tasks for name in task.classes]
+    weights = np.ones(labels.size)
+    for name, weight in asked.items():
+        at = [k for k, names in enumerate(zip(labels.classes, plain, strict=True)) if name in names]
+        if len(at) == 1:
+            weights[at] = weight
+            continue
+        known = [labels.classes[k] for k in at] or list(labels.classes)
+        what = f"names {name!r}, a class of several tasks: " if at else f"names an unknown class {name!r}; the classes are "
+        guess = known[0] if at else near(name, known) or known[0]
+        raise ConfigError(
+            "C003",
+            f"loss.class_weights {what}{', '.join(known)}",
+            try_=f"--class-weights {quoted(f'{guess}={weight:g}')}",
+        )
+    return weights

@@ -285,9 +285,8 @@ def choose_class_weights(notes: Notes, manifest: Manifest) -> None:
     asked = notes.config.loss.class_weights
     if asked == "none":
         return
-    weights = class_weights(
-        notes.config.loss, manifest.labels.classes, manifest.counts("train")
-    )  # refuses here, not in the run
+    counts = manifest.counts("train"), manifest.known_counts("train")
+    weights = class_weights(notes.config.loss, manifest.labels, *counts)  # refuses here, not in the run
     if not isinstance(asked, str):
         notes.rows.append(("loss.class_weights", str(asked), "as asked"))
         return
@@ -295,7 +294,9 @@ def choose_class_weights(notes: Notes, manifest: Manifest) -> None:
     values = [float(f"{w:.6g}") for w in weights]
     notes.changes["loss.class_weights"] = values
     reason = {"auto": "inverse frequency", "effective": "effective number of images"}[asked]
-    notes.rows.append(("loss.class_weights", text(values), f"{reason}; mean 1 over the training images"))
+    kinds = {task.kind: None for task in manifest.labels.tasks}
+    scales = {"one_of": "mean 1 over the training images", "any_of": "of positive answers, negative ones weigh 1"}
+    notes.rows.append(("loss.class_weights", text(values), "; ".join([reason, *(scales[kind] for kind in kinds)])))
 
 
 def choose_speed(notes: Notes, manifest: Manifest, machine: Machine, device: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from ..loading.sampler import forward_passes
 from ..models.build import Classifier
 from ..tracking.events import Emit, Warned
 from .checkpoint import optimizer_tensors, random_states, restore_optimizer, restore_random_states
-from .objectives import CrossEntropy
+from .objectives import Objective
 from .optim import Averaged, build_optimizer
 from .rewind import Rewind
 from .schedule import Schedule, set_rates
@@ -37,7 +38,7 @@ class Step:
         self,
         model: Classifier,
         config: RunConfig,
-        objective: CrossEntropy,
+        objective: Objective,
         steps_per_epoch: int,
         emit: Emit,
     ) -> None:
@@ -52,8 +53,10 @@ class Step:
         self.forward: Any = torch.compile(model) if train.compile else model
         self.names = {parameter: name for name, parameter in model.named_parameters()}
         self.micro_batch = int(train.micro_batch)  # images per forward pass; halved when memory runs out
-        self.loss_sum = torch.zeros((), dtype=torch.float32, device=self.device)  # of this epoch
-        self.loss_weight = 0.0
+        several = len(objective.terms)
+        self._shape = (several,) if several > 1 else ()  # one number per task
+        self.loss_sum = torch.zeros(self._shape, dtype=torch.float32, device=self.device)  # of this epoch
+        self.loss_weight = torch.zeros(self._shape, dtype=torch.float64)
         self.images = 0  # of this epoch, that counted
 
     # state
@@ -63,7 +66,7 @@ class Step:
         if self.averaged:
             tensors |= {f"ema.{name}": value for name, value in self.averaged.model.state_dict().items()}
         tensors |= optimizer_tensors(self.optimizer, self.names) | random_states()
-        tensors |= {"sum.loss": self.loss_sum, "sum.weight": torch.tensor(self.loss_weight, dtype=torch.float64)}
+        tensors |= {"sum.loss": self.loss_sum, "sum.weight": self.loss_weight}
         return tensors, {
             "micro_batch": self.micro_batch,
             "images": self.images,
@@ -81,23 +84,24 @@ class Step:
         self.schedule.state.update(facts["schedule"])
         self.scaler.load_state_dict(facts["scaler"])
         self.loss_sum.copy_(tensors["sum.loss"])
-        self.loss_weight = float(tensors["sum.weight"])
+        self.loss_weight.copy_(tensors["sum.weight"])
         restore_random_states(tensors)
 
     # of an epoch
     def begin_epoch(self) -> None:
         """Forget the loss and the images of the epoch before."""
         self.loss_sum.zero_()
-        self.loss_weight, self.images = 0.0, 0
+        self.loss_weight.zero_()
+        self.images = 0
 
     @property
     def loss(self) -> float:
-        """Mean loss of the epoch so far. Waits for the device."""
-        return float(self.loss_sum) / max(self.loss_weight, 1e-12)
+        """Loss of the epoch so far: the mean of each task, summed over the tasks. Waits for the device."""
+        return float((self.loss_sum.cpu().double() / self.loss_weight.clamp(min=1e-12)).sum())
 
     def is_finite(self) -> bool:
         """Whether the loss and every weight are numbers: a finite loss can hide a gradient that was not."""
-        if not math.isfinite(float(self.loss_sum)):
+        if not math.isfinite(float(self.loss_sum.sum())):
             return False
         norms = torch._foreach_norm([p.detach() for p in self.model.parameters()])
         return math.isfinite(float(torch.stack([norm.float() for norm in norms]).sum()))
@@ -109,10 +113,12 @@ class Step:
         good = int((batch.weight > 0).sum())
         if good < self.images_needed:  # the others are bad: nothing to learn from, or a lone image for a batch norm
             return lr
-        total = self.objective.total(batch.targets, batch.weight)
+        totals = self.objective.totals(batch.targets, batch.weight)
+        if not any(totals):  # no answer to anything is known
+            return lr
         self.images += good
-        self.loss_sum += self.gradients(batch, total)
-        self.loss_weight += total
+        self.loss_sum += self.gradients(batch, totals)
+        self.loss_weight += torch.tensor(totals, dtype=torch.float64).reshape(self._shape)
         if self.config.optim.clip is not None:
             self.scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip)
@@ -123,8 +129,8 @@ class Step:
             self.averaged.update(number)
         return lr
 
-    def gradients(self, batch: Batch, total: float) -> Tensor:
-        """Accumulate the gradient of the batch's mean loss; returns the sum of its row losses.
+    def gradients(self, batch: Batch, totals: Sequence[float]) -> Tensor:
+        """Accumulate the gradient of the batch's loss; returns the weighted sum of each task's losses.
 
         When memory runs out the micro-batch is halved, for good, and the batch is done again as if it had not been begun.
 
@@ -134,7 +140,7 @@ class Step:
         self.rewind.keep()
         while True:
             try:
-                return self._accumulate(batch, total)
+                return self._accumulate(batch, totals)
             except torch.OutOfMemoryError as error:
                 smaller = self._smaller_parts(len(batch))
                 if smaller is None:
@@ -161,7 +167,7 @@ class Step:
                 return max(part.stop - part.start for part in parts)
         return None
 
-    def _accumulate(self, batch: Batch, total: float) -> Tensor:
+    def _accumulate(self, batch: Batch, totals: Sequence[float]) -> Tensor:
         summed = torch.zeros_like(self.loss_sum)
         for part in forward_passes(len(batch), self.micro_batch, self.images_needed):
             pixels, targets, weight = (
@@ -170,11 +176,12 @@ class Step:
             with self._autocast():
                 outputs = self.forward(pixels)
             logits, *aux = outputs if isinstance(outputs, tuple) else (outputs,)
-            loss = self.objective.sum(logits, targets, weight)
-            summed += loss.detach()
+            sums = self.objective.sums(logits, targets, weight)
+            summed += torch.stack(sums).detach().reshape(self._shape)
             for share, extra in zip(self.model.aux_weights, aux, strict=False):
-                loss = loss + share * self.objective.sum(extra, targets, weight)
-            self.scaler.scale(loss / total).backward()
+                further = self.objective.sums(extra, targets, weight)
+                sums = [one + share * other for one, other in zip(sums, further, strict=True)]
+            self.scaler.scale(self.objective.mean(sums, totals)).backward()
         return summed
 
     def _autocast(self) -> torch.autocast:
