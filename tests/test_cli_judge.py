@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,14 @@ import numpy as np
 import pytest
 
 from imgcls_fast.api import export, judge, runs
+from imgcls_fast.cli.answer import plain
 from imgcls_fast.cli.app import main
+from imgcls_fast.cli.figures import headline, show_judged
 from imgcls_fast.core.exports import Export
+from imgcls_fast.core.labels import LabelSpace, Task
+from imgcls_fast.core.predictions import Predictions
+from imgcls_fast.evaluation.tasks import judge_tasks
+from imgcls_fast.tracking.console import make_console
 
 PHOTO = Path("photos", "a.jpg")
 Capture = pytest.CaptureFixture[str]
@@ -211,3 +218,17 @@ def test_eval_shows_the_largest_class_and_balanced_accuracy_where_classes_are_un
     assert lines[1] == "  largest class: 0.800 by always answering whole, no better: right about the same images"
     assert main(["eval", "mine", "-q"]) == 0
     assert "balanced 0.500" in capsys.readouterr().out
+
+
+def test_eval_shows_each_task_with_its_classes_and_thresholds(capsys: Capture) -> None:
+    labels = LabelSpace((Task("colour", ("red", "green"), "one_of"), Task("parts", ("wheel", "door"), "any_of")))
+    targets = np.array([[1, 0, 1, 0], [0, 1, 1, 1], [np.nan, np.nan, 0, 1], [0, 1, 0, 0]], np.float32)
+    scores = np.array([[0.9, 0.1, 0.8, 0.3], [0.2, 0.8, 0.4, 0.9], [0.5, 0.5, 0.1, 0.7], [0.6, 0.4, 0.2, 0.2]], np.float32)
+    thresholds = np.array([0.5, 0.5, 0.35, 0.5], np.float32)
+    found = judge_tasks(Predictions(np.arange(4), scores, targets, labels, list("abcd"), "x", thresholds), bootstrap=0)
+    show_judged(make_console(sys.stdout), headline(plain(found)), plain(found), [])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "mAP 1.000, labels right 0.833, all labels right 0.750 [0.301, 0.954]"
+    assert "colour: 3 images" in lines
+    assert "parts: 4 images" in lines
+    assert "wheel\t2\t1.000\t1.000\t1.000\t1.000\t0.350" in lines

@@ -13,10 +13,9 @@ from ..core.files import write_text
 from ..core.outputs import ANSWERS, claim_file
 from ..core.text import command, quoted, to_csv, to_json
 from .answer import Answer, Request, Session, plain
+from .figures import headline, show_judged
 from .settings import whole_number
-from .show import facts, say, share, table
-
-MANY_CLASSES = 30  # beyond this only the worst are listed
+from .show import say, table
 
 
 def evaluate(request: Request, session: Session) -> Answer:
@@ -43,13 +42,9 @@ def evaluate(request: Request, session: Session) -> Answer:
         force=bool(request.get("force")),
     )
     metrics = plain(found)
-    what = rest[0] if rest else split
-    shares = f"{share(metrics['accuracy'])}{_interval(metrics.get('accuracy_ci'))}"
-    if metrics["imbalanced"]:
-        shares += f", balanced {share(metrics['balanced_accuracy'])},"
-    line = f"{what} accuracy {shares} on {counted(metrics['n'], 'image')}"
+    line = f"{rest[0] if rest else split} {headline(metrics)} on {counted(metrics['n'], 'image')}"
     return Answer({"run": run or "last", "data": rest[0] if rest else None, "split": split, "runtime": runtime, "metrics": metrics},
-                  lambda console: _show_metrics(console, line, metrics, session.warnings), line)  # fmt: skip
+                  lambda console: show_judged(console, line, metrics, session.warnings), line)  # fmt: skip
 
 
 def predict(request: Request, session: Session) -> Answer:
@@ -173,30 +168,6 @@ def _no_such_file(word: str, more: str = "") -> DataError:
         return DataError("D001", f"{word} does not exist{more}", why=f"there is no folder {folder}")
     guess = near(path.name, sorted(os.listdir(folder)))
     return DataError("D001", f"{word} does not exist{more}", try_=quoted(str(folder / guess)) if guess else "")
-
-
-def _show_metrics(console: Any, line: str, metrics: dict[str, Any], told: Sequence[str]) -> None:
-    """What `eval` found; warnings that were `told` already are not repeated as notes."""
-    from ..tracking.lines import majority_line
-
-    say(console, line, "bold")
-    if metrics["imbalanced"]:
-        say(console, f"  largest class: {majority_line(metrics['majority'])}")
-    names = ("macro_f1", "balanced_accuracy", "roc_auc", "log_loss", "ece")
-    facts(console, {**{f"top-{k} accuracy": share(value) for k, value in (metrics.get("top_k") or {}).items() if str(k) != "1"},
-                    **{name: share(metrics.get(name)) for name in names if name in metrics}}, 2)  # fmt: skip
-    classes = metrics.get("per_class") or []
-    if len(classes) > MANY_CLASSES:
-        classes = sorted(classes, key=lambda found: found["f1"])[:MANY_CLASSES]
-        say(console, f"the {MANY_CLASSES} worst of {len(metrics['per_class'])} classes:")
-    rows = ([c["name"], c["support"], share(c["precision"]), share(c["recall"]), share(c["f1"])] for c in classes)
-    table(console, ["class", "images", "precision", "recall", "F1"], rows, numbers=range(1, 5))
-    for text in (text for text in metrics.get("warnings") or () if text not in told):
-        say(console, f"note: {text}", "yellow")
-
-
-def _interval(ci: Sequence[float | None] | None) -> str:
-    return f" [{ci[0]:.3f}, {ci[1]:.3f}]" if ci and None not in ci else ""
 
 
 def _heads(top_k: int) -> list[str]:

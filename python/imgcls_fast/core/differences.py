@@ -7,7 +7,7 @@ from typing import Any
 from .run import Run
 from .settings import flatten
 
-_FIGURES = ("n", "accuracy", "macro_f1", "balanced_accuracy", "roc_auc", "log_loss", "brier", "ece")
+_FIGURES = ("n", "accuracy", "macro_f1", "balanced_accuracy", "roc_auc", "log_loss", "brier", "ece", "exact_match", "macro_ap")
 _NOT_COMPARED = ("out", "data.source")  # places, not what was done; the source stands among the data
 Row = dict[str, Any]
 
@@ -55,13 +55,20 @@ def _figures(run: Run) -> Row:
     bundle = run.read_json("bundle/bundle.json") or {}
     row["best epoch"] = (bundle.get("provenance") or {}).get("epoch")
     row["parameters"] = (run.plan_facts or {}).get("parameters")
-    row["temperature"] = bundle.get("temperature")
+    row["temperature"] = bundle.get("temperature") or bundle.get("temperatures")
+    row["thresholds"] = bundle.get("thresholds")
     baseline = run.read_json("baseline.json") or {}
     row["accuracy of the baseline"] = baseline.get("accuracy")
     for split in ("test", "val"):
         found = run.metrics(split) or {}
-        row |= {f"{split} {name.replace('_', ' ')}": found.get(name) for name in _FIGURES}
+        row |= _judged(split, found)
+        for task, figures in (found.get("tasks") or {}).items():
+            row |= _judged(f"{split} {task}:", figures)
     return row
+
+
+def _judged(whose: str, figures: Row) -> Row:
+    return {f"{whose} {name.replace('_', ' ')}": figures.get(name) for name in _FIGURES}
 
 
 def _environment(run: Run) -> Row:

@@ -113,7 +113,10 @@ class Validating(TypedDict):
 
 
 class EpochDone(TypedDict):
-    """An epoch is trained and validated. `delta`: the monitored figure minus that of the best epoch before."""
+    """An epoch is trained and validated; it may hold the column of any of `core.figures.FIGURES`.
+
+    `delta`: the monitored figure minus that of the best epoch before.
+    """
 
     event: Literal["epoch"]
     epoch: int
@@ -202,13 +205,21 @@ class Failed(TypedDict):
 
 
 class Done(TypedDict):
-    """Trained and judged. `against`: the baseline on the same images; `around_s`: time before and after the loop."""
+    """Trained and judged. `against`: the baseline on the same images; `around_s`: time before and after the loop.
+
+    Where images have labels of another kind than one class, figures are means over `tasks` (see `evaluation.tasks.TaskMetrics`).
+    """
 
     event: Literal["done"]
     split: str
     accuracy: float
     ci: Pair
     macro_f1: float
+    exact_match: NotRequired[float]
+    exact_match_ci: NotRequired[Pair]
+    macro_ap: NotRequired[float]
+    macro_ap_ci: NotRequired[Pair]
+    tasks: NotRequired[list[dict[str, Any]]]
     balanced_accuracy: NotRequired[float]
     imbalanced: NotRequired[bool]
     majority: NotRequired[Mapping[str, Any]]
