@@ -10,9 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import imgcls_fast as ic
+from imgcls_fast.core.errors import DataError
 from imgcls_fast.core.labels import LabelSpace, Task
-from imgcls_fast.core.manifest import Manifest
+from imgcls_fast.core.manifest import NO_SPLIT, Manifest
+from imgcls_fast.data import sources
 from imgcls_fast.data.findings import DataProblems, ScanOptions, ScanResult
+from imgcls_fast.data.listing import Listing
 from imgcls_fast.data.scan import inspect, scan
 from imgcls_fast.data.split import make_splits, write_split_csv
 
@@ -153,6 +157,39 @@ def test_the_table_of_a_split_gives_the_same_labels_again(name: str, folder: Pat
     write_split_csv(folder / "split.csv", first)
     again = scan(folder / "split.csv", ScanOptions(advice=False)).manifest
     assert again.labels == first.labels and targets(again) == targets(first)
+
+
+def test_check_split_and_stats_report_each_task(folder: Path) -> None:
+    text = rows("color,tags", *(["red,new|old", "blue,new", ",old", "red,old"] * 3))
+    (folder / "tasks.csv").write_text(text)
+    asked = {"label_col": "color,tags", "split_ratio": "0.5,0.25,0.25"}
+    checked = ic.check_data(folder / "tasks.csv", **asked)
+    assert checked["ok"] and checked["line"].startswith("12 images, 4 classes of 2 tasks")
+    color, tags = checked["tasks"]
+    assert color == {"name": "color", "kind": "one_of", "counts": {"blue": 3, "red": 6}, "unknown": {"blue": 3, "red": 3}}
+    assert tags == {"name": "tags", "kind": "any_of", "counts": {"new": 6, "old": 9}, "unknown": {}}
+    done = ic.split_data(folder / "tasks.csv", out=folder / "done.csv", force=True, **asked)
+    stats = ic.data_stats(folder / "done.csv")
+    assert done["per_split"] == stats["per_split"] and stats["tasks"] == checked["tasks"]
+    assert stats["splits"] == {"train": 6, "val": 3, "test": 3} and min(stats["per_split"]["train"].values()) >= 1
+
+
+def test_a_new_format_of_sources_is_one_entry(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(source: Path, options: ScanOptions) -> Listing:
+        """MXNet's list: number, class, path."""
+        listing = Listing(str(source.parent), explicit=True, classes=["0", "1"])
+        for line in source.read_text().splitlines():
+            _, label, path = line.split("\t")
+            listing.add(path, int(label), NO_SPLIT)
+        return listing.sorted()
+
+    (folder / "t.lst").write_text("".join(f"{k}\t{k % 2}\t{k}.png\n" for k in range(4)))
+    with pytest.raises(DataError, match="neither a folder, nor a table"):
+        scan(folder / "t.lst")
+    monkeypatch.setattr(sources, "FORMATS", (*sources.FORMATS, sources.Format("a list (.lst)", lambda p: p.suffix == ".lst", read)))
+    assert ic.check_data(folder / "t.lst")["counts"] == {"0": 2, "1": 2}
+    with pytest.raises(DataError, match=r"nor a list \(.lst\)"):
+        scan(folder / "0.png")
 
 
 # ---------------------------------------------------------------- what is wrong

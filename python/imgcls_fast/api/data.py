@@ -35,13 +35,13 @@ def split_data(
         force: replace a file that is not this very split; never the table that is read.
 
     Returns:
-        path of the file, images of each split, notices.
+        path of the file, images per split (of several labels per image also those of each), notices.
 
     Raises:
         UsageError: U002 when the file may not be written there; DataError as `train`.
     """
     from ..core.outputs import SPLIT, claim_file, demand_new
-    from ..data.prepare import prepare
+    from ..data.prepare import per_split, prepare
     from ..data.split import write_split_csv
 
     config = config_of(data, arguments)
@@ -50,7 +50,8 @@ def split_data(
     prepared = prepare(config)
     write_split_csv(path, prepared.manifest, keep=not force)
     names = ("images", "splits", "quarantined", "duplicates_removed", "notices")
-    return {"path": str(path), **{name: prepared.facts()[name] for name in names}}
+    answer = {"path": str(path), **{name: prepared.facts()[name] for name in names}}
+    return answer if prepared.manifest.labels.is_single else {**answer, "per_split": per_split(prepared.manifest)}
 
 
 def data_stats(data: str | Path | None = None, **arguments: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What the classes and the channels of the images suggest: notices, each with its figures and what to do."""
+"""Notices about classes, labels, channels and bit depth: each with its figures and what to do."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .examine import Files
 from .listing import Problem
 from .separators import joined_labels
 
-FEW = 20  # images of a class, below which its figures mean little
+FEW = 20  # images per class, below which its figures mean little
 UNEVEN = 5.0  # largest class / smallest class
 _LOOKED_AT = 16  # images that are decoded to find a colour in them
 _TINT = 8  # levels: chroma of a gray picture that was compressed in colour
@@ -29,9 +29,10 @@ def about_classes(classes: Sequence[str], counts: np.ndarray, *, weighted: bool,
     """Notices for classes of very different sizes, and for small ones.
 
     Args:
-        counts: (K,) images of each class.
-        weighted: the loss has class weights already.
-        pretrained: training begins with somebody's weights already.
+        classes: names.
+        counts: (K,) images per class.
+        weighted: whether the loss has class weights already.
+        pretrained: whether training begins with somebody's weights already.
     """
     if len(classes) < 2 or not counts.all():
         return []
@@ -61,8 +62,8 @@ def about_channels(path_of: Callable[[int], str], head: dict[str, np.ndarray], r
     Args:
         path_of: the full name of a row's file.
         head: the probe's columns.
-        rows: those that are used.
-        limit: most megapixels that are decoded.
+        rows: the rows that are used.
+        limit: largest image that is decoded, megapixels.
     """
     stored_gray = (head["channels"] <= 2) & ((head["detail"] & _PALETTE) == 0)
     others = rows[~stored_gray[rows]]
@@ -87,8 +88,9 @@ def about_depth(files: Files, rows: np.ndarray, bits: int | None) -> list[str]:
     """Notices when images of 16 bits use fewer: of gray ones how they are read, of colour that they stay dark.
 
     Args:
-        rows: of training images.
-        bits: what was asked for; None: what the images use.
+        files: the examined files.
+        rows: training images.
+        bits: the bits that were asked for; None: those that the images use.
     """
     told, limit = [], files.options.max_megapixels
     gray = rows[(files.flags[rows] & FLAG_WIDE) != 0]
@@ -156,7 +158,7 @@ def several_labels(classes: Sequence[str], counts: np.ndarray, source: str) -> P
 
     Args:
         classes: names of the folders.
-        counts: (K,) images of each class.
+        counts: (K,) images per class.
         source: what the user named.
     """
     found = joined_labels(classes)

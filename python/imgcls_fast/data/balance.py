@@ -89,7 +89,7 @@ def _order(vectors: np.ndarray, rarer: np.ndarray, first: np.ndarray) -> np.ndar
 
 
 class _Sharing:
-    """Who is where, and how far that is from the target."""
+    """Which unit is in which split, and how far that is from the target."""
 
     def __init__(self, vectors: np.ndarray, target: np.ndarray, scale: np.ndarray, order: np.ndarray) -> None:
         self.vectors, self.target, self.scale, self.order = vectors, target, scale, order

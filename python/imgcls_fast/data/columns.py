@@ -20,13 +20,13 @@ _JOINT = re.compile(r"(?P<task>.+?)(?: \((?P<kind>one_of|any_of)\))?: (?P<name>.
 
 
 def joint_name(task: Task, name: str) -> str:
-    """The name of a column that is one class of a task, so that a scan finds it and knows what it is."""
+    """The name of a column that is one class of a task, so that a scan finds it again with its kind."""
     return f"{task.name} ({task.kind}): {name}"
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of a table's columns: None finds them, "" says that there is none."""
+    """Names of a table's columns: None finds them, "" means that there is none."""
 
     path: str | None = None
     label: str | None = None  # several with commas: a task each

@@ -33,7 +33,7 @@ def bits_of(paths: Iterable[str], max_megapixels: float, store: Store = FILES) -
         try:
             bits = _at_least(bits or _LEAST, _reader(path, max_megapixels, store))
         except Undecodable:
-            continue  # the loader will find it and say so
+            continue  # the loader will find it and report it
         if bits == FULL_BITS:
             break
     return bits

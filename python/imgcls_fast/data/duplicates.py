@@ -80,7 +80,7 @@ def dhash(gray: np.ndarray) -> int:
 def near_units(hashes: np.ndarray, bits: int = NEAR_BITS) -> np.ndarray:
     """(N,) int64: rows have the same number when a chain of hashes at most `bits` apart joins them.
 
-    Flat images (hash 0) say nothing and stay alone. By the pigeonhole principle two such hashes agree in one of
+    Flat images (hash 0) prove nothing and stay alone. By the pigeonhole principle two such hashes agree in one of
     bits + 1 bands, so only rows within a band's bucket are compared.
 
     Args:

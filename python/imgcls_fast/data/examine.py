@@ -154,7 +154,7 @@ class Files:
         return wrong
 
     def _decode_suspects(self, rows: list[int], unsound: set[int]) -> None:
-        """In child processes: these are the files that make decoders crash."""
+        """Decode in child processes: these are the files that make decoders crash."""
         if not rows:
             return
         workers = max(1, min(self.threads, len(rows) // 16))
@@ -229,7 +229,7 @@ def pillow_flags(head: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def _in_threads(work: Callable[[int], Any], rows: Sequence[int], threads: int, what: str) -> Iterator[Any]:
-    """Results in order, counted in a phase of this name; NotAFile becomes a result, any other error ends the work at once."""
+    """Yield results in order, counted in a phase of this name; NotAFile becomes a result, any other error ends the work at once."""
 
     def guarded(row: int) -> Any:
         try:

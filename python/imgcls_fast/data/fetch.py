@@ -68,7 +68,7 @@ def is_ignored(name: str) -> bool:
 
 
 def is_archive(path: Path) -> bool:
-    """Whether the name says that this is an archive that `open_source` can unpack."""
+    """Whether the name is that of an archive that `open_source` can unpack."""
     return path.name.lower().endswith(ARCHIVES)
 
 
@@ -77,7 +77,7 @@ def open_source(path: Path, cache: Path, limits: Limits = Limits()) -> Path:
 
     Args:
         path: a folder (returned as it is), or .zip, .tar, .tar.gz, .tgz, .tar.xz, .tar.bz2.
-        cache: where archives are unpacked, once for each content, into `<first 16 hex digits of the SHA-256>/`.
+        cache: where archives are unpacked, once per content, into `<first 16 hex digits of the SHA-256>/`.
         limits: what counts as a bomb.
 
     Returns:
@@ -91,17 +91,9 @@ def open_source(path: Path, cache: Path, limits: Limits = Limits()) -> Path:
     path = Path(os.path.abspath(path))
     if os.path.isdir(path):
         return path
-    if lack := lack_of(path):
-        if lack != "does not exist":
-            raise DataError("D001", f"{path} {lack}")
-        address = re.search(r"\b(https?|s3|gs|hf):/", str(path))
-        why = "nothing is downloaded: fetch it yourself, then name the file or folder" if address else ""
-        raise DataError("D001", f"no such file or folder: {path}", why=why, try_=_similar(path))
+    demand_there(path)
     if not is_archive(path):
-        raise DataError(
-            "D001",
-            f"{path} is neither a folder, nor a table (.csv, .tsv, .jsonl), nor an archive ({', '.join(ARCHIVES)})",
-        )
+        raise DataError("D001", f"{path} is neither a folder nor an archive ({', '.join(ARCHIVES)})")
     try:
         name = sha256_file(path)[:16]
     except OSError as error:
@@ -110,6 +102,20 @@ def open_source(path: Path, cache: Path, limits: Limits = Limits()) -> Path:
     if not target.is_dir():
         _unpack_whole(path, target, limits)
     return data_root(target)
+
+
+def demand_there(path: Path) -> None:
+    """Refuse what is not there, with the name that may be meant.
+
+    Raises:
+        DataError: D001.
+    """
+    if lack := lack_of(path):
+        if lack != "does not exist":
+            raise DataError("D001", f"{path} {lack}")
+        address = re.search(r"\b(https?|s3|gs|hf):/", str(path))
+        why = "nothing is downloaded: fetch it yourself, then name the file or folder" if address else ""
+        raise DataError("D001", f"no such file or folder: {path}", why=why, try_=_similar(path))
 
 
 def data_root(folder: Path) -> Path:
@@ -235,7 +241,7 @@ def _write(source: IO[bytes] | TarMember, place: Path, name: str, counter: _Coun
 
 @contextmanager
 def _writing(place: Path, name: str) -> Iterator[None]:
-    """Tell a name that no file can have (the archive's fault) from a full disk (the machine's)."""
+    """Distinguish a name that no file can have (the archive's fault) from a full disk (the machine's)."""
     try:
         with explained_write(place, "IMGCLS_CACHE"):
             yield

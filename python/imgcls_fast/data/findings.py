@@ -35,7 +35,7 @@ class ScanOptions:
     label_kind: LabelKind = "auto"
     split_col: str | None = None
     group_col: str | None = None
-    duplicates: Literal["drop", "keep", "error"] = "drop"  # of images in several given splits
+    duplicates: Literal["drop", "keep", "error"] = "drop"  # what happens to images in several given splits
     near_duplicates: bool = False  # a coarse hash: uniform subjects (cells, X-rays) may look alike to it
     threads: int = 0  # 0: as many as this process may use
     cache: Path | None = None  # where archives are unpacked; None: beside the archive
@@ -46,7 +46,7 @@ class ScanOptions:
     color: str = "auto"  # what training was asked to read
     weighted: bool = False  # class weights were asked for
     pretrained: bool = False  # weights to begin with were asked for
-    bits: int | None = None  # that 16-bit gray uses, where training was told
+    bits: int | None = None  # bits that 16-bit gray images use, where that was asked for
 
     @property
     def labelled(self) -> bool:

@@ -199,7 +199,7 @@ def _splits_inside(listing: Listing, folders: list[str]) -> dict[str, dict[str, 
     found: dict[str, dict[str, int]] = {}
     strays: list[str] = []
     whole, odd = [], []
-    looked = Listing(listing.root)  # folders that cannot be read are told of once
+    looked = Listing(listing.root)  # folders that cannot be read are reported once
     for folder in folders:
         inner, files = _entries(os.path.join(listing.root, folder), looked)
         codes = {name: code for name in inner if (code := split_of(name)) is not None}

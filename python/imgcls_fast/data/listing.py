@@ -59,7 +59,7 @@ class Listed:
 
 @dataclass
 class Listing:
-    """What the source names, before any file has been opened. All columns have one entry a row."""
+    """What the source names, before any file has been opened. All columns have one entry per row."""
 
     root: str  # absolute; relative paths are relative to it
     paths: list[str] = field(default_factory=list)
@@ -103,5 +103,5 @@ def is_named_as_image(path: str) -> bool:
 
 
 def is_table(path: Path) -> bool:
-    """Whether the name says that this is a list of images."""
+    """Whether the name is that of a list of images."""
     return path.suffix.lower() in TABLES

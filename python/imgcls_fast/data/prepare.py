@@ -29,12 +29,12 @@ from .split import make_splits
 from .store import open_store
 
 _STATISTICS_IMAGES = 500
-_CHANGED_PIECE = 64  # rows a task, so that ten million rows do not become ten million futures
+_CHANGED_PIECE = 64  # rows per job, so that ten million rows do not become ten million futures
 
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """A manifest in which every row has a split, and what the scan had to say."""
+    """A manifest in which every row has a split, and what the scan found."""
 
     manifest: Manifest
     found: ScanResult
@@ -203,7 +203,7 @@ def channel_statistics(
             content = read_file(manifest.paths[row], max_megapixels, store=store)
             pixels = decode_pixels(content, color=color, max_megapixels=max_megapixels, bits=bits)
         except Undecodable:
-            continue  # the loader will find it and say so
+            continue  # the loader will find it and report it
         # Pillow counts without a copy; as float64 a 50-megapixel photo would need 1.2 GB
         counts = Image.fromarray(pixels[:, :, 0] if color == "gray" else pixels).histogram()
         shares += np.array(counts).reshape(shares.shape) / (pixels.shape[0] * pixels.shape[1])
@@ -214,11 +214,17 @@ def channel_statistics(
     return tuple(mean.tolist()), tuple(deviation.tolist())
 
 
+def per_split(manifest: Manifest) -> dict[str, dict[str, int]]:
+    """{split: {class: images}}; classes of several tasks as "TASK: CLASS"."""
+    names = manifest.labels.classes
+    return {split: {c: int(n) for c, n in zip(names, manifest.counts(split), strict=True)} for split in SPLITS}
+
+
 def statistics(prepared: Prepared, bits: int | None = None, max_megapixels: float = 50.0) -> dict[str, Any]:
     """What the images are like: classes, splits, sizes, orientations, channel means.
 
     Args:
-        bits: that 16-bit gray uses; None: as the training images use them.
+        bits: bits that 16-bit gray images use; None: as many as the training images use.
         max_megapixels: larger images are not decoded.
     """
     manifest = prepared.manifest
@@ -238,10 +244,7 @@ def statistics(prepared: Prepared, bits: int | None = None, max_megapixels: floa
 
     return {
         **prepared.facts(),
-        "per_split": {
-            name: {c: int(n) for c, n in zip(manifest.labels.classes, manifest.counts(name), strict=True)}
-            for name in SPLITS
-        },
+        "per_split": per_split(manifest),
         "width": spread(width),
         "height": spread(height),
         "aspect": spread(width / height),

@@ -69,7 +69,7 @@ def compiled():  # type: ignore[no-untyped-def]  # a module
 
 @dataclass
 class _Chunks:
-    """What the chunks of a PNG have told so far."""
+    """What the chunks of a PNG have shown so far."""
 
     width: int = 0
     height: int = 0

@@ -81,7 +81,7 @@ def examine_isolated(
 
     Args:
         paths: the files, in any number, or names in the store of `root`; one child serves many until it dies.
-        root: of a manifest.
+        root: the manifest's root.
         timeout_s: seconds for one file.
         memory_mb: address space of a child, in MiB.
         workers: children at a time.

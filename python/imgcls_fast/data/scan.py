@@ -1,4 +1,4 @@
-"""From a folder, table or archive to a manifest: every file is looked at once, and every problem is reported at once."""
+"""Makes a manifest of a folder, table or archive: every file is looked at once, and every problem is reported at once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several labels in one cell ("RBC|WBC"), told from names of classes that hold such a sign."""
+"""Distinguishes several labels in one cell ("RBC|WBC") from names of classes that hold such a sign."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from .tables import list_table
 class Format:
     """One kind of source: how it is recognised, and who lists it."""
 
-    name: str
+    name: str  # for people, after "neither" and "nor"
     matches: Callable[[Path], bool]
     list_rows: Callable[[Path, ScanOptions], Listing]
 
@@ -33,7 +33,11 @@ def list_source(source: Path, options: ScanOptions) -> Listing:
     Raises:
         DataError: D001 when there is no such source, D004 for a table or D007 for an archive that cannot be read.
     """
-    found = next(one for one in FORMATS if one.matches(source))
+    found = next((one for one in FORMATS if one.matches(source)), None)
+    if found is None:
+        source = Path(os.path.abspath(source))
+        fetch.demand_there(source)
+        raise DataError("D001", f"{source} is neither {', nor '.join(one.name for one in FORMATS)}")
     return found.list_rows(source, options)
 
 
@@ -70,11 +74,11 @@ def _opened(source: Path, options: ScanOptions) -> Path:
     return fetch.open_source(source, options.cache or Path(os.path.abspath(source)).parent / ".imgcls-cache")
 
 
-# in the order in which they are tried; the last takes everything, and reports what is not there
-FORMATS = (
-    Format("table", lambda source: is_table(source) and os.path.isfile(source), _list_table),
-    Format("archive", lambda source: not os.path.isdir(source), _list_archive),
-    Format("folder", lambda source: True, _list_tree),
+# in the order in which they are tried
+FORMATS: tuple[Format, ...] = (
+    Format("a folder", os.path.isdir, _list_tree),
+    Format("a table (.csv, .tsv, .jsonl)", lambda source: is_table(source) and os.path.isfile(source), _list_table),
+    Format(f"an archive ({', '.join(fetch.ARCHIVES)})", lambda source: fetch.is_archive(source) and os.path.isfile(source), _list_archive),
 )
 
 

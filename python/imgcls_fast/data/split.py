@@ -1,4 +1,4 @@
-"""Who is trained on, who is validated on, and who is only ever tested on: stratified, groups never parted."""
+"""Decides which images are learnt from, validated on, and only ever tested on: stratified, groups never parted."""
 
 from __future__ import annotations
 
