@@ -143,6 +143,49 @@ def test_more_answers_than_classes_are_as_many_as_there_are_classes(asked: dict[
     assert "the model has 2 classes" in capsys.readouterr().err
 
 
+def test_answers_with_several_labels_are_one_line_per_image(asked: dict[str, Any]) -> None:
+    top = [("rbc", 0.9), ("wbc", 0.75), ("platelet", 0.1)]
+    asked["answers"] = [
+        {"path": "a.jpg", "labels": top[:2], "top": top},
+        {"path": "b.jpg", "labels": [], "top": top[2:] + top[:2]},
+        {"path": "bad.jpg", "error": "truncated"},
+    ]
+    for words, heads, first in (
+        ([], "path,labels,probabilities,error", "a.jpg,rbc|wbc,0.900000|0.750000,"),
+        (["-k", "1"], "path,labels,probabilities,error", "a.jpg,rbc|wbc,0.900000|0.750000,"),
+        (
+            ["-k", "2"],
+            "path,labels,probabilities,label_1,confidence_1,label_2,confidence_2,error",
+            "a.jpg,rbc|wbc,0.900000|0.750000,rbc,0.900000,wbc,0.750000,",
+        ),
+    ):
+        assert main(["predict", "photos", *words, "-o", "answers.csv"]) == 0  # and replaces what it wrote before
+        lines = Path("answers.csv").read_text("utf-8").splitlines()
+        assert lines[:2] == [heads, first]
+        assert lines[2].startswith("b.jpg,,") and lines[3] == "bad.jpg" + "," * heads.count(",") + "truncated"
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl"])
+def test_answers_to_several_tasks_stand_side_by_side(ending: str, asked: dict[str, Any]) -> None:
+    tasks = {
+        "colour, main": {"label": "red", "confidence": 0.75, "top": [("red", 0.75), ("blue", 0.25)]},
+        "marks": {"labels": [("dot", 0.5)], "top": [("dot", 0.5), ("bar", 0.25)]},
+    }
+    asked["answers"] = [{"path": "a.jpg", "tasks": tasks}, {"path": "bad.jpg", "error": "truncated"}]
+    for _ in range(2):  # the second replaces the first
+        assert main(["predict", "photos", "-o", f"answers.{ending}"]) == 0
+    if ending == "jsonl":
+        assert set(json.loads(Path("answers.jsonl").read_text("utf-8").splitlines()[0])["tasks"]) == set(tasks)
+        return
+    with open("answers.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert rows[0] == {
+        "path": "a.jpg", "colour, main: label": "red", "colour, main: confidence": "0.750000",
+        "marks: labels": "dot", "marks: probabilities": "0.500000", "error": "",
+    }  # fmt: skip
+    assert (rows[1]["path"], rows[1]["marks: labels"], rows[1]["error"]) == ("bad.jpg", "", "truncated")
+
+
 def test_quiet_still_prints_the_answers_and_nothing_else(asked: dict[str, Any], capsys: Capture) -> None:
     assert main(["predict", "photos", "-q"]) == 0
     out, err = capsys.readouterr()

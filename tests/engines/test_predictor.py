@@ -180,7 +180,7 @@ def test_embeddings_are_what_the_last_layer_sees(predictor: Predictor, pictures:
     head = predictor.engine.model.backbone.head  # type: ignore[attr-defined]
     with torch.no_grad():
         logits = head(torch.from_numpy(features))
-    scores = torch.softmax(logits / predictor.engine.temperature, 1).numpy()  # type: ignore[attr-defined]
+    scores = torch.softmax(logits / predictor.engine.temperature[0], 1).numpy()  # type: ignore[attr-defined]
     np.testing.assert_allclose(scores, predictor.predict(pictures[:6]), atol=1e-5)
 
 

@@ -117,7 +117,9 @@ def predict(
             content or its name; a warning counts and names the others.
 
     Returns:
-        One dict an image, in order: path, label, confidence and top (class, probability); or path and error.
+        One dict per image, in order: path, label, confidence and top (class, probability); or path and error. Where any number of
+            classes may hold: path, labels (class, probability of those that do) and top. Of a model with several tasks: path and tasks,
+            by their names.
 
     Raises:
         DataError: D001 for a path that does not exist, D002 when a folder holds no image.

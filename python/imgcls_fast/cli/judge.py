@@ -76,12 +76,12 @@ def predict(request: Request, session: Session) -> Answer:
         )
     )
     bad = [answer for answer in answers if answer.get("error")]
-    known = max((len(answer.get("top") or ()) for answer in answers), default=0)
+    known = max((len(part.get("top") or ()) for answer in answers for _, part in _parts(answer)), default=0)
     if 0 < known < top_k:
         session.note(f"the model has {known:,} classes, so each image gets {known:,} answers, not {top_k:,}")
         top_k = known
     if out is not None:
-        rows = [_heads(top_k), *_rows(answers, top_k)]
+        rows = [_heads(answers, top_k), *_rows(answers, top_k)]
         write_text(out, to_csv(rows) if out.suffix.lower() == ".csv" else "".join(f"{to_json(answer)}\n" for answer in answers))
     value = {"run": run or "last", "predictions": answers, "failed": len(bad), "out": str(out) if out else None,
              "passed_over": len(asked.passed_over)}  # fmt: skip
@@ -91,7 +91,7 @@ def predict(request: Request, session: Session) -> Answer:
 
     def show(console: Any) -> None:
         if out is None:
-            table(console, _heads(top_k), _rows(answers, top_k), limit=None)
+            table(console, _heads(answers, top_k), _rows(answers, top_k), limit=None)
         if out is not None or bad:
             say(console, line)
 
@@ -170,19 +170,42 @@ def _no_such_file(word: str, more: str = "") -> DataError:
     return DataError("D001", f"{word} does not exist{more}", try_=quoted(str(folder / guess)) if guess else "")
 
 
-def _heads(top_k: int) -> list[str]:
-    more = [name for k in range(2, top_k + 1) for name in (f"label_{k}", f"confidence_{k}")]
-    return ["path", "label", "confidence", *more, "error"]
+def _parts(answer: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """The answers to each task of a model, and what stands before the names of their columns."""
+    if "tasks" in answer:
+        return [(f"{name}: ", part) for name, part in answer["tasks"].items()]
+    return [("", answer)]
+
+
+def _heads(answers: Sequence[dict[str, Any]], top_k: int) -> list[str]:
+    """Columns of `predict`: per task the answer, then the K most probable classes."""
+    first = next((answer for answer in answers if not answer.get("error")), {})
+    heads = ["path"]
+    for before, part in _parts(first):
+        several = "labels" in part  # none, one or many may hold, so that the most probable one is no answer by itself
+        ranks = range(1, top_k + 1) if several and top_k > 1 else range(2, top_k + 1)
+        names = ["labels", "probabilities"] if several else ["label", "confidence"]
+        heads += [before + name for name in (*names, *(name for k in ranks for name in (f"label_{k}", f"confidence_{k}")))]
+    return [*heads, "error"]
 
 
 def _rows(answers: Sequence[dict[str, Any]], top_k: int) -> list[list[str]]:
+    width = len(_heads(answers, top_k)) - 2
     rows = []
     for answer in answers:
         if answer.get("error"):
-            rows.append([answer["path"], "", "", *[""] * (2 * (top_k - 1)), str(answer["error"])])
+            rows.append([answer["path"], *[""] * width, str(answer["error"])])
             continue
-        ranked = list(answer.get("top") or [])[1:top_k]
-        more = [cell for label, confidence in ranked for cell in (str(label), f"{confidence:.6f}")]
-        more += [""] * (2 * (top_k - 1) - len(more))
-        rows.append([answer["path"], str(answer["label"]), f"{answer['confidence']:.6f}", *more, ""])
+        cells: list[str] = []
+        for _, part in _parts(answer):
+            ranked = list(part.get("top") or [])[:top_k]
+            if "labels" in part:
+                cells += ["|".join(str(name) for name, _ in part["labels"]), "|".join(f"{p:.6f}" for _, p in part["labels"])]
+                ranks = top_k if top_k > 1 else 0
+            else:
+                cells += [str(part["label"]), f"{part['confidence']:.6f}"]
+                ranked, ranks = ranked[1:], top_k - 1
+            more = [cell for label, confidence in ranked[:ranks] for cell in (str(label), f"{confidence:.6f}")]
+            cells += more + [""] * (2 * ranks - len(more))
+        rows.append([answer["path"], *cells, ""])
     return rows

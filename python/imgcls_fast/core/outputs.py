@@ -5,6 +5,7 @@ A verb claims its output before it begins to work, so that a wrong name costs no
 
 from __future__ import annotations
 
+import csv
 import errno
 import os
 import re
@@ -22,6 +23,8 @@ from .text import command, quoted
 _HEAD_BYTES = 1 << 16
 _OF_FILES = frozenset((".csv", ".htm", ".html", ".json", ".jsonl", ".parquet", ".png", ".tsv", ".txt", ".xlsx", ".yaml", ".yml"))
 _JUDGED_BY_TRAINING = ("val", "test", "baseline")
+_ANSWER = re.compile(r"(.*: )?(label|labels|confidence|probabilities)(_\d+)?")  # a column, perhaps of one of several tasks
+_ANSWERED = ({"error"}, {"label", "confidence", "top"}, {"labels", "top"}, {"tasks"})
 _MANIFEST = re.compile(rb"# (kserve|k8s) manifest for [^\n]*, written by imgcls-fast\.\n")
 
 
@@ -245,12 +248,15 @@ def _split_table(path: Path) -> bool:
 def _answers(path: Path) -> bool:
     line = _first_line(path)
     if path.suffix.lower() == ".csv":
-        return re.fullmatch(r"path,label,confidence(,label_\d+,confidence_\d+)*,error", line) is not None
+        head = next(csv.reader([line]), [])
+        inner = head[1:-1]
+        ours = [head[:1], head[-1:]] == [["path"], ["error"]] and all(map(_ANSWER.fullmatch, inner))
+        return ours and any(name.endswith(("confidence", "probabilities")) for name in inner)
     try:
         value = parse_json(line)
     except ValueError:
         return False
-    return isinstance(value, dict) and "path" in value and ("error" in value or {"label", "confidence", "top"} <= value.keys())
+    return isinstance(value, dict) and "path" in value and any(keys <= value.keys() for keys in _ANSWERED)
 
 
 def _judged_folder(folder: Path) -> bool:
@@ -291,7 +297,16 @@ SERVICE = Kind("a manifest", (".yaml", ".yml"), lambda path: _MANIFEST.match(_he
 REPORT = Kind("a report", (".html",), lambda path: b"imgcls-fast report</title>" in _head(path))
 JUDGED = Kind("an evaluation", (), _judged_folder)
 BENCH_PAGE = Kind("a page of benchmarks", (), _bench_page)
-JUDGED_NAMES = ("confusion.csv", "metrics.json", "per_class.csv", "plots", "predictions.csv", "predictions.json", "scores.npy")
+JUDGED_NAMES = (
+    "confusion.csv",
+    "metrics.json",
+    "per_class.csv",
+    "plots",
+    "predictions.csv",
+    "predictions.json",
+    "scores.npy",
+    "targets.npy",
+)
 
 
 def demand_vacant(directory: Path) -> None:

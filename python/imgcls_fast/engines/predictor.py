@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 
 from ..core.errors import ConfigError, DataError
 from ..core.files import lack_of
+from ..core.labels import Task, TaskKind
 from ..core.pixels import evaluation_geometry
 from ..data import inputs, skipped
 from ..data.decode import Undecodable, decode_pixels, read_file
@@ -32,11 +34,16 @@ class Prediction:
     """The answer for one image.
 
     Args:
-        path: of the file, or what stands for it.
-        label: the most probable class; empty when there is an error.
-        confidence: its probability.
-        top: (class, probability), the most probable first.
+        path: name of the file, or what stands for it.
+        label: the most probable class; where any number of classes may hold those that do, joined by "|"; empty for several
+            tasks, and when there is an error.
+        confidence: its probability; NaN unless the answer is one class.
+        top: (class, probability), the most probable first; empty for several tasks.
         error: why the image could not be read; empty when it could.
+        labels: (class, probability) of the classes that hold: one, or none or several where any number may. Of several tasks the
+            names are those of `Predictor.classes`.
+        tasks: the answer to each task, by its name; empty for a model with one.
+        kind: whether exactly one class holds, or any number.
     """
 
     path: str
@@ -44,20 +51,32 @@ class Prediction:
     confidence: float = 0.0
     top: tuple[tuple[str, float], ...] = ()
     error: str = ""
+    labels: tuple[tuple[str, float], ...] = ()
+    tasks: Mapping[str, Prediction] = field(default_factory=dict, hash=False)
+    kind: TaskKind = "one_of"
 
     def __repr__(self) -> str:
-        said = f"error={self.error!r}" if self.error else f"label={self.label!r}, confidence={self.confidence:.3f}"
-        return f"Prediction(path={self.path!r}, {said})"
+        if self.error:
+            found = f"error={self.error!r}"
+        elif self.tasks or self.kind == "any_of":
+            found = f"labels={[(name, round(score, 3)) for name, score in self.labels]}"
+        else:
+            found = f"label={self.label!r}, confidence={self.confidence:.3f}"
+        return f"Prediction(path={self.path!r}, {found})"
 
     def to_dict(self) -> dict[str, Any]:
+        """path with label, confidence and top; or labels and top; or tasks (each of these by its name); or error."""
         if self.error:
             return {"path": self.path, "error": self.error}
-        return {
-            "path": self.path,
-            "label": self.label,
-            "confidence": self.confidence,
-            "top": [list(pair) for pair in self.top],
-        }
+        if self.tasks:
+            return {"path": self.path, "tasks": {name: answer._found() for name, answer in self.tasks.items()}}
+        return {"path": self.path, **self._found()}
+
+    def _found(self) -> dict[str, Any]:
+        top = [list(pair) for pair in self.top]
+        if self.kind == "any_of":
+            return {"labels": [list(pair) for pair in self.labels], "top": top}
+        return {"label": self.label, "confidence": self.confidence, "top": top}
 
 
 class Predictor:
@@ -92,7 +111,7 @@ class Predictor:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Class names in column order."""
+        """Name of every column: the class, and "TASK: CLASS" where there are several tasks."""
         return self.engine.labels.classes
 
     def __call__(self, image: Image | Iterable[Image], *, top_k: int | None = None) -> Any:
@@ -207,14 +226,28 @@ class Predictor:
 
     def _answers(self, decoded: list[tuple[str, np.ndarray | None, str]], top_k: int) -> Iterator[Prediction]:
         good = [pixels for _, pixels, _ in decoded if pixels is not None]
-        scores = iter(self.engine.scores(np.stack(good)) if good else ())
+        scores = self.engine.scores(np.stack(good)) if good else np.zeros((0, len(self.classes)), np.float32)
+        answers = iter(zip(scores, self.engine.labels.decide(scores, self.engine.thresholds), strict=True))
         for name, pixels, error in decoded:
-            yield Prediction(name, error=error) if pixels is None else self._answer(name, next(scores), top_k)
+            yield Prediction(name, error=error) if pixels is None else self._answer(name, *next(answers), top_k)
 
-    def _answer(self, name: str, scores: np.ndarray, top_k: int) -> Prediction:
-        order = np.argsort(-scores, kind="stable")[:top_k]
-        top = tuple((self.classes[k], float(scores[k])) for k in order)
-        return Prediction(name, top[0][0], top[0][1], top)
+    def _answer(self, name: str, scores: np.ndarray, holds: np.ndarray, top_k: int) -> Prediction:
+        parts = self.engine.labels.parts
+        tasks = {task.name: _answer_to(task, name, scores[part], holds[part], top_k) for task, part in parts}
+        if len(tasks) == 1:
+            return next(iter(tasks.values()))
+        labels = tuple((self.classes[k], float(scores[k])) for k in np.flatnonzero(holds))
+        return Prediction(name, confidence=math.nan, labels=labels, tasks=tasks)
+
+
+def _answer_to(task: Task, path: str, scores: np.ndarray, holds: np.ndarray, top_k: int) -> Prediction:
+    """The answer to one task, from the scores of its classes and which of them hold."""
+    order = np.argsort(-scores, kind="stable")
+    top = tuple((task.classes[k], float(scores[k])) for k in order[:top_k])
+    if task.kind == "one_of":
+        return Prediction(path, *top[0], top, labels=top[:1])
+    labels = tuple((task.classes[k], float(scores[k])) for k in order if holds[k])
+    return Prediction(path, "|".join(name for name, _ in labels), math.nan, top, labels=labels, kind="any_of")
 
 
 def _check_top_k(top_k: int) -> int:
