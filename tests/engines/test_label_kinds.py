@@ -17,8 +17,9 @@ from imgcls_fast.core.exports import find_export
 from imgcls_fast.core.labels import LabelSpace, Task
 from imgcls_fast.engines.agreement import compare_engines, same_answers
 from imgcls_fast.engines.predictor import Predictor
-from imgcls_fast.engines.runtimes import load_model, open_engine
+from imgcls_fast.engines.runtimes import open_engine
 from imgcls_fast.engines.scoring import predict
+from imgcls_fast.engines.torch_runtime import load_model
 
 LABELS = LabelSpace((Task("kind", ("a", "b", "c")), Task("marks", ("w", "x", "y", "z"), "any_of")))
 HEAT = (2.5, 0.8)

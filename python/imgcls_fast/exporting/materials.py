@@ -105,11 +105,11 @@ class Materials:
 
     def open_onnx(self, path: Path, way: Way) -> Engine:
         """What computes the scores of an ONNX file on this machine."""
-        labels, pixels = self.bundle.labels, self.bundle.pixels
+        labels, pixels, least = self.bundle.labels, self.bundle.pixels, self.bundle.thresholds
         if not way.stand_in:
-            return OnnxEngine(path, labels, pixels)
+            return OnnxEngine(path, labels, pixels, thresholds=least)
         scorer = scorer_of(self.bundle, way.precision)
-        return FunctionEngine(scorer, labels, pixels, runtime="torch", precision=way.precision)
+        return FunctionEngine(scorer, labels, pixels, runtime="torch", precision=way.precision, thresholds=least)
 
     # --- the gate -----------------------------------------------------------------------------------------------------
 

@@ -236,7 +236,9 @@ def _verify(
 ) -> dict[str, Any]:
     """Score real images, and one alone, with the file that was just written and with torch."""
     kind = PROGRAMS[way.target]
-    reference = TorchEngine(load_model(bundle), bundle.labels, bundle.pixels, temperature=bundle.temperatures)
+    reference = TorchEngine(
+        load_model(bundle), bundle.labels, bundle.pixels, temperature=bundle.temperatures, thresholds=bundle.thresholds
+    )
     engine = kind.open(path, way, bundle, facts, device)
     listed = list(batches)
     listed += [listed[0][:1]] if listed and settings.batch is None else []  # a trace may have swallowed the batch size
@@ -274,8 +276,9 @@ def _engine(load: Callable[[], Any], way: Way, bundle: Bundle, facts: dict[str, 
         warnings.simplefilter("ignore")
         module = load()
     batch, precision = facts["batch"], facts["effective_precision"]
-    size = {} if batch is None else {"max_batch": batch, "fixed": True}
-    return FunctionEngine(module, bundle.labels, bundle.pixels, runtime=way.target, precision=precision, **size)
+    more: dict[str, Any] = {} if batch is None else {"max_batch": batch, "fixed": True}
+    more["thresholds"] = bundle.thresholds
+    return FunctionEngine(module, bundle.labels, bundle.pixels, runtime=way.target, precision=precision, **more)
 
 
 def _edges(bundle: Bundle, batch: int | None) -> dict[str, Any]:

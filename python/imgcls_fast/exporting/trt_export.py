@@ -73,7 +73,9 @@ def _judged(materials: Materials, way: Way, folder: Path, gate: Gate, meta: dict
     bundle, settings = materials.bundle, materials.settings
     digest = sha256_file(folder / PLAN)
     whole = {**common_meta(bundle), **meta, "sha256": digest}
-    engine = TrtEngine(folder / PLAN, whole, bundle.labels, bundle.pixels, streams=settings.streams)
+    engine = TrtEngine(
+        folder / PLAN, whole, bundle.labels, bundle.pixels, streams=settings.streams, thresholds=bundle.thresholds
+    )
     try:
         result = compare_engines(materials.reference, engine, materials.comparison)
         meta["comparison"] = result.to_dict()

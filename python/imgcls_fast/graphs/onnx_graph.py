@@ -223,7 +223,7 @@ def verify_graph(
         ExportError: E001 without images; GateFailed: E901 when the scores differ.
     """
     reference = TorchEngine(
-        load_model(bundle), bundle.labels, bundle.pixels, temperature=bundle.temperatures
+        load_model(bundle), bundle.labels, bundle.pixels, temperature=bundle.temperatures, thresholds=bundle.thresholds
     )  # in float32, whatever the file is in
     if precision != "bf16":
         engine: Engine = OnnxEngine(path, bundle.labels, bundle.pixels)
