@@ -13,9 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from imgcls_fast.core.labels import LabelSpace, Task
+from imgcls_fast.core.predictions import Predictions
 from imgcls_fast.evaluation import plots
 from imgcls_fast.evaluation.metrics import judge
 from imgcls_fast.evaluation.report import ReportFacts, write_report
+from imgcls_fast.evaluation.tasks import judge_tasks
 from imgcls_fast.measuring import page as benchpage
 
 WIDTHS = (390, 1280)
@@ -110,16 +113,35 @@ def report(tmp_path_factory, drawn, predictions_of) -> str:
         plots.judgement_plots = before
 
 
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory) -> str:
+    """A run with two questions, one of which any of many classes may answer, and names that no line can hold."""
+    root = tmp_path_factory.mktemp("tasks")
+    labels = LabelSpace((Task(LONG, (f"{LONG}a", "b")), Task(f"{LONG}2", tuple(f"{LONG}{k}" for k in range(45)), "any_of")))
+    draw = np.random.default_rng(0)
+    targets = (draw.random((60, 47)) < 0.4).astype(np.float32)
+    targets[:, 1] = 1 - targets[:, 0]
+    test = Predictions(np.arange(60), draw.random((60, 47), np.float32), targets, labels, (f"{LONG}.jpg",) * 60)
+    metrics = judge_tasks(test, bootstrap=20)
+    facts = ReportFacts(
+        name=LONG, splits={"test": (test, metrics), "val": (test, metrics)}, root=root, counts={"train": np.full(47, 1_234_567)},
+        baseline={"name": LONG, **metrics.headline()}, calibration=LONG, images=123_456_789,
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "judgement_plots", lambda p, m: {"reliability": plots.reliability(m)})
+        return write_report(root / "report.html", facts).read_text("utf-8")
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed (apt-get install chromium)")
-def test_nothing_leaves_the_screen_sideways_on_a_phone_and_on_a_desk(report, bench_area, tmp_path):
+def test_nothing_leaves_the_screen_sideways_on_a_phone_and_on_a_desk(report, tasks, bench_area, tmp_path):
     area = bench_area(
         [(LONG, LONG, "formula", 0.5), ("plain", "kernel", LONG, 1.5)], missing=[(LONG, LONG, "absent", LONG)]
     )
     bench = benchpage.page([{"ops": area}], {(0, "ops"): plots.training_curves([{"train_loss": 1.0}])["curves_loss"]})
-    found = measure({"report": report, "bench": bench}, tmp_path)
+    found = measure({"report": report, "tasks": tasks, "bench": bench}, tmp_path)
     assert [(f["page"], f["width"]) for f in found] == [
-        (page, width) for page in ("report", "bench") for width in WIDTHS
+        (page, width) for page in ("report", "tasks", "bench") for width in WIDTHS
     ]
     for frame in found:
         assert frame["wide"] == [] and frame["scroll"] <= frame["width"], (

@@ -17,8 +17,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..core import env
+from ..core.figures import FIGURES
+from ..core.labels import THRESHOLD
 from ..core.predictions import Predictions
 from .metrics import Metrics
+from .multilabel import AnyOfMetrics
 from .text import printable, shorten
 
 if TYPE_CHECKING:
@@ -51,7 +54,8 @@ def training_curves(epochs: Sequence[Mapping[str, Any]]) -> dict[str, bytes]:
     step = np.where(np.isfinite(step), step, np.arange(1, len(epochs) + 1))
     losses = {"training": "train_loss", "validation": "val_loss"}
     keys = sorted({key for e in epochs for key in e if key.startswith("val_") and key != "val_loss"})
-    shares = {key[4:].replace("_", " "): key for key in keys if _bounded(_column(epochs, key))}
+    words = {figure.column: figure.words for figure in FIGURES if "one_label" not in figure.usual}
+    shares = {words.get(key, key[4:].replace("_", " ")): key for key in keys if _bounded(_column(epochs, key))}
     panels = {"loss": losses, "validation": shares, "lr": {"learning rate": "lr"}}
     panels = {t: {n: k for n, k in s.items() if np.isfinite(_column(epochs, k)).any()} for t, s in panels.items()}
     panels = {t: s for t, s in panels.items() if s} or {"loss": {}}
@@ -140,18 +144,19 @@ def roc(predictions: Predictions, metrics: Metrics) -> bytes:
     return _png(figure)
 
 
-def precision_recall(predictions: Predictions, metrics: Metrics) -> bytes:
-    """Precision against recall of each class (the ten worst when there are more)."""
+def precision_recall(predictions: Predictions, metrics: Metrics | AnyOfMetrics) -> bytes:
+    """Precision against recall of each class of one task (the ten worst when there are more)."""
     from sklearn.metrics import precision_recall_curve
 
     figure = _figure(4.4, 4.9)
     axes = figure.subplots()
-    defined = [k for k, c in enumerate(metrics.per_class) if np.isfinite(c.average_precision)]
-    shown = _worst(defined, [c.average_precision for c in metrics.per_class])
+    each = np.array([c.average_precision for c in metrics.per_class])
+    defined = np.flatnonzero(np.isfinite(each)).tolist()
+    shown = _worst(defined, each)
     names = _labels(metrics.classes)
     for k in shown:
-        precision, recall, _ = precision_recall_curve(predictions.truth == k, predictions.scores[:, k])
-        label = f"{names[k]}  {metrics.per_class[k].average_precision:.3f}"
+        precision, recall, _ = precision_recall_curve(*_held(predictions, k))
+        label = f"{names[k]}  {each[k]:.3f}"
         axes.step(recall, precision, where="post", lw=1.5, color=COLORS[shown.index(k)], label=label)
     house_style(axes, _which("Precision and recall", shown, defined), "recall", "precision")
     _square(axes)
@@ -159,13 +164,27 @@ def precision_recall(predictions: Predictions, metrics: Metrics) -> bytes:
     return _png(figure)
 
 
-def reliability(metrics: Metrics) -> bytes:
-    """Accuracy in bins of confidence, the gap to honest confidence, and how many rows each bin holds."""
+def _held(predictions: Predictions, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Whether class k holds, and its scores, in the rows in which that is known."""
+    if predictions.labels.is_single:
+        return predictions.truth == k, predictions.scores[:, k]
+    targets = np.asarray(predictions.targets)[:, k]
+    known = ~np.isnan(targets)
+    return targets[known] >= THRESHOLD, predictions.scores[known, k]
+
+
+def reliability(metrics: Metrics | AnyOfMetrics) -> bytes:
+    """Accuracy in bins of confidence, the gap to honest confidence, and how many rows each bin holds.
+
+    Of an `any_of` task: how often a class holds in bins of its score, over all classes.
+    """
     return _png(_reliability(metrics))
 
 
-def _reliability(metrics: Metrics) -> Figure:
+def _reliability(metrics: Metrics | AnyOfMetrics) -> Figure:
     bins = metrics.reliability
+    single = metrics.kind == "one_of"
+    what, of, rows = ("accuracy", "confidence", "rows") if single else ("share that holds", "score", "labels")
     figure = _figure(4.4, 5.2)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3.2, 1])
     used = bins.count > 0
@@ -174,18 +193,18 @@ def _reliability(metrics: Metrics) -> Figure:
     bar = {"align": "edge", "edgecolor": "white", "linewidth": 0.8}
     # opaque and side by side: a gap drawn over the bar has a colour that no legend shows
     shared = np.minimum(accuracy, confidence)
-    top.bar(left, shared, width, color=ACCENT, label="accuracy", **bar)
+    top.bar(left, shared, width, color=ACCENT, label=what, **bar)
     for gap, color, label in (
-        (confidence - accuracy, TOO_SURE, "confidence above it: too sure"),
-        (accuracy - confidence, TOO_SHY, "accuracy above confidence: too cautious"),
+        (confidence - accuracy, TOO_SURE, f"{of} above it: too sure"),
+        (accuracy - confidence, TOO_SHY, f"{what} above {of}: too cautious"),
     ):
         top.bar(left, np.maximum(gap, 0), width, shared, color=color, label=label, **bar)
-    top.plot([0, 1], [0, 1], color=MUTED, lw=1, ls=":", label="confidence = accuracy")
-    house_style(top, f"Reliability: expected calibration error {metrics.ece:.3f}", "", "accuracy")
+    top.plot([0, 1], [0, 1], color=MUTED, lw=1, ls=":", label=f"{of} = {what}")
+    house_style(top, f"Reliability: expected calibration error {metrics.ece:.3f}", "", what)
     top.set_xlim(0, 1)
     top.set_ylim(0, 1)
-    bottom.bar(left, bins.count[used] / metrics.n, width, color=MUTED, **bar)
-    house_style(bottom, "", "confidence (highest score)", "share of rows")
+    bottom.bar(left, bins.count[used] / bins.count.sum(), width, color=MUTED, **bar)
+    house_style(bottom, "", "confidence (highest score)" if single else "score", f"share of {rows}")
     _legend_below(figure, top, columns=1)
     return figure
 
@@ -210,8 +229,14 @@ def _coverage(metrics: Metrics) -> Figure:
     return figure
 
 
-def judgement_plots(predictions: Predictions, metrics: Metrics) -> dict[str, bytes]:
-    """Every picture of one judged split, by name."""
+def judgement_plots(predictions: Predictions, metrics: Metrics | AnyOfMetrics) -> dict[str, bytes]:
+    """Every picture of one task of a judged split, by name."""
+    if isinstance(metrics, AnyOfMetrics):
+        return {
+            "co_occurrence": co_occurrence(metrics),
+            "precision_recall": precision_recall(predictions, metrics),
+            "reliability": reliability(metrics),
+        }
     return {
         "confusion": confusion(metrics.confusion, metrics.classes),
         "roc": roc(predictions, metrics),
@@ -219,6 +244,41 @@ def judgement_plots(predictions: Predictions, metrics: Metrics) -> dict[str, byt
         "reliability": reliability(metrics),
         "coverage": coverage(metrics),
     }
+
+
+def co_occurrence(metrics: AnyOfMetrics) -> bytes:
+    """Two heat maps of the images in which the class of the row holds: how many the class of the column holds in, and is answered in.
+
+    With more classes than have readable names, the most frequent ones are shown.
+    """
+    load_matplotlib()
+    support = np.diag(metrics.together)
+    order = np.sort(np.argsort(-support, kind="stable")[:MAX_COUNTED])
+    names, size = _labels([metrics.classes[k] for k in order]), len(order)
+    side = float(np.clip(0.36 * size, 3.0, 11.0))
+    figure = _figure(side + 1.4, 2 * side + 2.6)
+    panels = {"column class also holds": metrics.together, "column class is answered": metrics.answered}
+    picture: Any = None
+    for axes, (title, counts) in zip(figure.subplots(2, 1), panels.items(), strict=True):
+        shown = counts[np.ix_(order, order)]
+        share = shown / np.maximum(support[order], 1)[:, None]
+        picture = axes.imshow(share, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+        font = 11 if size <= 12 else 8 if size <= 20 else 7
+        for row, column in zip(*np.nonzero(shown), strict=True):
+            color = "white" if share[row, column] > 0.55 else INK
+            axes.text(column, row, f"{shown[row, column]:,}", ha="center", va="center", fontsize=font, color=color)
+        some = "" if size == len(metrics.classes) else f"\n(the {size} most frequent of {len(metrics.classes)})"
+        house_style(axes, f"Row class holds, {title}{some}", "", "class that holds")
+        axes.grid(False)
+        level = size <= 6 and max(map(len, names)) <= 10
+        axes.set_xticks(range(size), names, rotation=0 if level else 90, fontsize=10 if size <= 12 else 8)
+        axes.set_yticks(range(size), names, fontsize=10 if size <= 12 else 8)
+        axes.tick_params(length=0)
+    bar = figure.colorbar(picture, ax=figure.axes, location="bottom", fraction=0.02, pad=0.02, aspect=40)
+    bar.set_label("share of the images of the row's class", color=MUTED, fontsize=10)
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(labelsize=9, colors=MUTED, length=0)
+    return _png(figure)
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -302,7 +362,7 @@ def _labels(classes: Sequence[str]) -> list[str]:
     return out
 
 
-def _worst(defined: Sequence[int], figures: Sequence[float]) -> list[int]:
+def _worst(defined: Sequence[int], figures: Sequence[float] | np.ndarray) -> list[int]:
     return sorted(sorted(defined, key=lambda k: figures[k])[:MAX_CURVES])
 
 

@@ -17,8 +17,11 @@ from ..core.predictions import Predictions
 from ..core.text import to_csv
 from . import plots as draw
 from .metrics import Metrics
+from .multilabel import AnyOfMetrics
 from .paired import Difference
 from .scatter import engines_picture
+from .task_report import alternatives, file_names, task_context, task_plots
+from .tasks import TaskMetrics
 from .text import printable, shorten
 from .thumbnails import thumbnail
 
@@ -69,7 +72,7 @@ class ReportFacts:
     """
 
     name: str
-    splits: Mapping[str, tuple[Predictions, Metrics]]
+    splits: Mapping[str, tuple[Predictions, Metrics | TaskMetrics]]
     root: Path
     summary: Mapping[str, Any] = field(default_factory=dict)
     counts: Mapping[str, Sequence[int] | np.ndarray] = field(default_factory=dict)
@@ -106,29 +109,61 @@ def write_report(path: Path, facts: ReportFacts) -> Path:
     return path
 
 
-def write_evaluation(directory: Path, predictions: Predictions, metrics: Metrics, plots: Path | None = None) -> None:
+def write_evaluation(
+    directory: Path, predictions: Predictions, metrics: Metrics | TaskMetrics, plots: Path | None = None
+) -> None:
     """Fill the evaluation folder of one split, named after the split.
 
     Writes metrics.json (without the confusion), per_class.csv, confusion.csv (first column: true class), and the files
-    of `Predictions.save`. With `plots`, also `<plot>_<split>.png` there.
+    of `Predictions.save`. With `plots`, also `<plot>_<split>.png` there. With several tasks, the names of tables and plots begin
+    with that of the task; `any_of` tasks have co_occurrence.csv and answered.csv instead of the confusion: images in which the class
+    of the first column holds and the other holds, or was answered, too.
 
     Raises:
         HardwareError: H003 when a file cannot be written.
     """
     _make(directory)
+    if isinstance(metrics, TaskMetrics):
+        _write_tasks(directory, metrics)
+        pictures = {} if plots is None else task_plots(predictions, metrics)
+    else:
+        _write_single(directory, metrics)
+        pictures = {} if plots is None else draw.judgement_plots(predictions, metrics)
+    predictions.save(directory)
+    if plots is not None:
+        write_plots(plots, {f"{name}_{directory.name}": picture for name, picture in pictures.items()})
+
+
+def _write_single(directory: Path, metrics: Metrics) -> None:
     facts = metrics.to_dict()
     del facts["confusion"]  # K x K numbers have a file of their own
     write_json(directory / "metrics.json", facts)
     columns = list(facts["per_class"][0])
     lines = [[c[name] for name in columns] for c in facts["per_class"]]
     write_text(directory / "per_class.csv", to_csv([columns, *lines]))
-    table = [["truth", *metrics.classes]]
-    table += [[name, *row] for name, row in zip(metrics.classes, metrics.confusion.tolist(), strict=True)]
-    write_text(directory / "confusion.csv", to_csv(table))
-    predictions.save(directory)
-    if plots is not None:
-        pictures = draw.judgement_plots(predictions, metrics)
-        write_plots(plots, {f"{name}_{directory.name}": picture for name, picture in pictures.items()})
+    _write_pairs(directory / "confusion.csv", "truth", metrics.classes, metrics.confusion)
+
+
+def _write_tasks(directory: Path, metrics: TaskMetrics) -> None:
+    facts = metrics.to_dict()
+    for one in facts["tasks"].values():
+        one.pop("confusion", None)
+    write_json(directory / "metrics.json", facts)
+    for (name, one), begins in zip(metrics.tasks.items(), file_names(list(metrics.tasks)), strict=True):
+        start = f"{begins}_" if begins else ""
+        classes = facts["tasks"][name]["per_class"]
+        table = [list(classes[0]), *([c[key] for key in classes[0]] for c in classes)]
+        write_text(directory / f"{start}per_class.csv", to_csv(table))
+        if isinstance(one, AnyOfMetrics):
+            _write_pairs(directory / f"{start}co_occurrence.csv", "holds", one.classes, one.together)
+            _write_pairs(directory / f"{start}answered.csv", "holds", one.classes, one.answered)
+        else:
+            _write_pairs(directory / f"{start}confusion.csv", "truth", one.classes, one.confusion)
+
+
+def _write_pairs(path: Path, first: str, classes: Sequence[str], counts: np.ndarray) -> None:
+    table = [[first, *classes], *([name, *row] for name, row in zip(classes, counts.tolist(), strict=True))]
+    write_text(path, to_csv(table))
 
 
 def write_plots(directory: Path, pictures: Mapping[str, bytes]) -> None:
@@ -153,10 +188,11 @@ def template(name: str, room: str = "evaluation") -> str:
 
 
 def page_environment() -> Environment:
-    from jinja2 import Environment, StrictUndefined
+    from jinja2 import Environment, FunctionLoader, StrictUndefined
     from markupsafe import Markup
 
     environment = Environment(
+        loader=FunctionLoader(template),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -184,21 +220,12 @@ def _number(value: float, digits: int = 3) -> str:
 
 def _context(facts: ReportFacts) -> dict[str, Any]:
     context: dict[str, Any] = {"facts": facts, "split": facts.headline, "metrics": None, "pictures": {}, "alt": PLOTS}
-    context |= {"rows": [], "pairs": [], "mistakes": [], "wrong": 0, "verdict": None, "constant": None, "notes": list(facts.warnings)}
+    context |= {"rows": [], "pairs": [], "mistakes": [], "wrong": 0, "verdict": None, "constant": None, "sections": []}
+    context["notes"] = list(facts.warnings)
     pictures: dict[str, bytes] = {}
     if facts.headline:
-        predictions, metrics = facts.splits[facts.headline]
-        pictures |= draw.judgement_plots(predictions, metrics)
-        context |= {
-            "metrics": metrics,
-            "rows": sorted(metrics.per_class, key=lambda c: (c.support == 0, c.f1)),
-            "pairs": _confused_pairs(metrics),
-            "mistakes": _mistakes(predictions, facts.root),
-            "wrong": int((predictions.truth != predictions.predicted).sum()),
-            "verdict": _verdict(metrics, facts.baseline, facts.against),
-            "constant": _against_majority(metrics),
-        }
-        context["notes"] += [f"{name}: {text}" for name, (_, m) in facts.splits.items() for text in m.warnings]
+        pictures |= _judged(facts, context)
+    context["notes"] += [f"{name}: {text}" for name, (_, m) in facts.splits.items() for text in m.warnings]
     if facts.epochs:
         pictures |= draw.training_curves(facts.epochs)
     if facts.efficiency and (engines := engines_picture(facts.efficiency.get("engines", ()))):
@@ -208,12 +235,40 @@ def _context(facts: ReportFacts) -> dict[str, Any]:
     return context
 
 
+def _judged(facts: ReportFacts, context: dict[str, Any]) -> dict[str, bytes]:
+    """Add what was found about the headline's split to the context, and return its pictures."""
+    predictions, metrics = facts.splits[facts.headline]
+    if isinstance(metrics, TaskMetrics):
+        pictures = task_plots(predictions, metrics)
+        context |= task_context(predictions, metrics, facts.root, facts.baseline)
+        context |= {"alt": {**PLOTS, **alternatives(list(pictures), metrics)}, "verdict": _task_verdict(facts)}
+        return pictures
+    context |= {
+        "metrics": metrics,
+        "rows": sorted(metrics.per_class, key=lambda c: (c.support == 0, c.f1)),
+        "pairs": _confused_pairs(metrics),
+        "mistakes": _mistakes(predictions, facts.root),
+        "wrong": int((predictions.truth != predictions.predicted).sum()),
+        "verdict": _verdict(metrics, facts.baseline, facts.against),
+        "constant": _against_majority(metrics),
+    }
+    return draw.judgement_plots(predictions, metrics)
+
+
 def data_address(png: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
 
 
 def _classes(facts: ReportFacts) -> tuple[str, ...]:
     return facts.splits[facts.headline][0].labels.classes if facts.headline else ()
+
+
+def _task_verdict(facts: ReportFacts) -> dict[str, Any] | None:
+    """Which is better, the model or its baseline, by the share of right answers per image."""
+    if facts.against is None:
+        return None
+    kind, text = _in_words(facts.against, "the baseline")
+    return {"kind": kind, "text": text}
 
 
 def _verdict(metrics: Metrics, baseline: Mapping[str, Any] | None, against: Difference | None) -> dict[str, Any] | None:
