@@ -45,19 +45,23 @@ print(json.dumps(found))
 
 @pytest.fixture(scope="module")
 def extended() -> dict[str, Any]:
-    """A process with one optimizer, one schedule and one loss more."""
+    """A process with one optimizer, one schedule, one loss and one policy of augmentation more."""
     return tried(
         """
 choices.OPTIMIZERS["adagrad"] = choices.Optimizer("torch.optim:Adagrad", ("fused",))
 choices.SCHEDULES["flat"] = "imgcls_fast.training.schedule:NONE"
 choices.LOSSES["brier"] = choices.Loss("brier:one_of", "brier:any_of")
+choices.POLICIES["autumn"] = choices.Policy(hue=0.25)
 """,
         """
 import types
 import torch
 from imgcls_fast.core.labels import LabelSpace, Task
 from imgcls_fast.training.objectives import Objective
+from imgcls_fast.core.pixels import Pixels
+from imgcls_fast.training.defaults import RECIPES, Notes
 from imgcls_fast.training.optim import build_optimizer
+from imgcls_fast.training.plan_numbers import choose_augment
 from imgcls_fast.training.schedule import Schedule
 sys.modules["brier"] = types.SimpleNamespace(
     one_of=lambda logits, soft: (logits.softmax(1) - soft).square().sum(1),
@@ -70,8 +74,11 @@ loss = objective.mean(objective.sums(torch.zeros(1, 3), targets, torch.ones(1)),
 asked = {"optim.opt": "adagrad", "optim.sched": "flat", "optim.lr": 0.5, "optim.weight_decay": 0, "optim.warmup": 0}
 config = build_config(asked).optim
 optimizer = build_optimizer(torch.nn.Linear(2, 2), config, torch.device("cpu"))
+notes = Notes(build_config({"augment.policy": "autumn", "data.source": "x"}))
+changes = choose_augment(notes, RECIPES["scratch"], Pixels(32, 1.0, "bilinear", "rgb", "apply", (0.5,) * 3, (0.5,) * 3))
 found |= {
-    "error": {name: refused({name: "nothing"}) for name in ("optim.opt", "optim.sched", "loss.name")},
+    "changes": [changes.hue, changes.flip],
+    "error": {name: refused({name: "nothing"}) for name in ("optim.opt", "optim.sched", "loss.name", "augment.policy")},
     "loss": float(loss),
     "made": [type(optimizer).__name__, optimizer.param_groups[0]["lr"]],
     "rates": [Schedule(config, 2, 3).lr(step) for step in range(6)],
@@ -81,7 +88,8 @@ found |= {
 
 
 @pytest.mark.parametrize(
-    ("setting", "name"), [("optim.opt", "adagrad"), ("optim.sched", "flat"), ("loss.name", "brier")]
+    ("setting", "name"),
+    [("optim.opt", "adagrad"), ("optim.sched", "flat"), ("loss.name", "brier"), ("augment.policy", "autumn")],
 )
 def test_one_more_choice_is_in_schema_help_docs_and_errors(setting: str, name: str, extended: dict[str, Any]) -> None:
     assert name in extended["help"][setting]
@@ -90,8 +98,9 @@ def test_one_more_choice_is_in_schema_help_docs_and_errors(setting: str, name: s
     assert f"'{name}'" in extended["error"][setting]
 
 
-def test_one_more_optimizer_schedule_and_loss_are_used(extended: dict[str, Any]) -> None:
+def test_one_more_optimizer_schedule_loss_and_policy_are_used(extended: dict[str, Any]) -> None:
     assert extended["loss"] == 0.5 + 0.25
+    assert extended["changes"] == [0.25, 0.0]
     assert extended["made"] == ["Adagrad", 0.5]
     assert extended["rates"] == [0.5] * 6
 

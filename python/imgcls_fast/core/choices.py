@@ -48,6 +48,35 @@ LOSSES: dict[str, Loss] = {
     ),
 }
 
+
+class Policy(NamedTuple):
+    """One choice of `augment.policy`: the strengths of `loading.augment.Augment`, under the same names.
+
+    Attributes:
+        scale: area of the random crop, as fractions of the image.
+        ratio: width / height of the crop.
+        flip: probability of a horizontal flip.
+        brightness, contrast, saturation: factors are drawn from 1 +- this.
+        hue: drawn from +- this, in turns.
+    """
+
+    scale: tuple[float, float] = (1.0, 1.0)
+    ratio: tuple[float, float] = (1.0, 1.0)
+    flip: float = 0.0
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+    hue: float = 0.0
+
+
+_ASPECTS = (0.75, 1.3333)  # of torchvision's RandomResizedCrop
+POLICIES: dict[str, Policy] = {
+    "none": Policy(),
+    "light": Policy(scale=(0.7, 1.0), ratio=(0.85, 1.18), brightness=0.1, contrast=0.1),
+    "medium": Policy((0.25, 1.0), _ASPECTS, flip=0.5, brightness=0.4, contrast=0.4, saturation=0.4),
+    "heavy": Policy((0.08, 1.0), _ASPECTS, flip=0.5, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1),
+}
+
 SCHEDULES: dict[str, str] = {  # choices of `optim.sched` -> a `training.schedule.Shape`
     "cosine": "imgcls_fast.training.schedule:COSINE",
     "onecycle": "imgcls_fast.training.schedule:ONECYCLE",

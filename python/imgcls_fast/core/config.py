@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import AfterValidator, BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 
-from .choices import LOSSES, OPTIMIZERS, SCHEDULES
+from .choices import LOSSES, OPTIMIZERS, POLICIES, SCHEDULES
 from .config_verbs import ExportConfig
 from .figures import MONITORS
 from .schema import BITS, FREE, Auto, Fraction, Seconds, Section, Text, extras, flag, flag_row, listed, several
@@ -20,11 +20,13 @@ if TYPE_CHECKING:
     LossName: TypeAlias = str
     MonitorName: TypeAlias = str
     OptimizerName: TypeAlias = str
+    PolicyName: TypeAlias = str
     ScheduleName: TypeAlias = str
 else:  # from tables, which a type checker cannot read
     LossName = Literal[(*LOSSES,)]
     MonitorName = Literal[("auto", *MONITORS)]
     OptimizerName = Literal[("auto", *OPTIMIZERS)]
+    PolicyName = Literal[("auto", *POLICIES)]
     ScheduleName = Literal[("auto", *SCHEDULES)]
 
 
@@ -136,7 +138,7 @@ class PixelsConfig(Section):
 class AugmentConfig(Section):
     """Random changes of training images, drawn by the sampler."""
 
-    policy: Literal["auto", "none", "light", "medium", "heavy"] = Field(
+    policy: PolicyName = Field(
         "auto",
         description="strength of the random changes, for what is 'auto' in augment",
         json_schema_extra=flag("--augment"),

@@ -187,7 +187,7 @@ def changed_files(manifest: Manifest, threads: int, without: Collection[int] = (
     pieces = [range(first, min(first + _CHANGED_PIECE, n)) for first in range(0, n, _CHANGED_PIECE)]
     with ThreadPoolExecutor(max(1, threads)) as pool:
         found = [path for piece in pool.map(changed_in, pieces) for path in piece]
-    missing = {path for path in found if not (manifest.root / path).exists()}
+    missing = {path for path in found if not store.holds(path)}
     return Changed([path for path in found if path in missing], [path for path in found if path not in missing], found)
 
 

@@ -8,46 +8,6 @@ from typing import Any
 from ..core.compilers import Lack
 from ..core.config import RunConfig
 
-# strengths of augment.policy; scale and ratio as in torchvision's RandomResizedCrop
-POLICIES: dict[str, dict[str, Any]] = {
-    "none": {
-        "scale": (1.0, 1.0),
-        "ratio": (1.0, 1.0),
-        "flip": 0.0,
-        "brightness": 0.0,
-        "contrast": 0.0,
-        "saturation": 0.0,
-        "hue": 0.0,
-    },
-    "light": {
-        "scale": (0.7, 1.0),
-        "ratio": (0.85, 1.18),
-        "flip": 0.0,
-        "brightness": 0.1,
-        "contrast": 0.1,
-        "saturation": 0.0,
-        "hue": 0.0,
-    },
-    "medium": {
-        "scale": (0.25, 1.0),
-        "ratio": (0.75, 1.3333),
-        "flip": 0.5,
-        "brightness": 0.4,
-        "contrast": 0.4,
-        "saturation": 0.4,
-        "hue": 0.0,
-    },
-    "heavy": {
-        "scale": (0.08, 1.0),
-        "ratio": (0.75, 1.3333),
-        "flip": 0.5,
-        "brightness": 0.4,
-        "contrast": 0.4,
-        "saturation": 0.4,
-        "hue": 0.1,
-    },
-}
-
 
 @dataclass(frozen=True)
 class Recipe:

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
-from ..core.choices import OPTIMIZERS
+from ..core.choices import OPTIMIZERS, POLICIES
 from ..core.config import RunConfig
 from ..core.errors import ConfigError, HardwareError
 from ..core.manifest import Manifest
 from ..core.pixels import CHANNELS, FULL_BITS, Pixels
 from ..loading.augment import Augment
 from ..loading.sampler import forward_passes
-from .defaults import POLICIES, Machine, Notes, Recipe, text
+from .defaults import Machine, Notes, Recipe, text
 from .plan_model import Start
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ def choose_augment(notes: Notes, recipe: Recipe, pixels: Pixels) -> Augment:
         policy = notes.decide("augment.policy", "light", "a mirrored digit is another sign")
     else:
         policy = notes.decide("augment.policy", recipe.augment, "recipe")
-    strengths = POLICIES[policy]
+    strengths = POLICIES[policy]._asdict()
     values: dict[str, Any] = {}
     for name, value in strengths.items():
         if pixels.color == "gray" and name in ("saturation", "hue"):

@@ -6,10 +6,13 @@ from collections import Counter
 from contextlib import suppress
 from functools import cached_property
 
+import numpy as np
+
 from ..core.errors import DataError
 from ..core.manifest import SPLITS, Manifest
 from ..core.run import Run
 from ..data.quarantine import BadFile, append_quarantine, read_quarantine, write_quarantine
+from ..data.store import open_store
 
 
 class Quarantined:
@@ -56,8 +59,10 @@ class Quarantined:
         if path not in files:
             size = 0
             with suppress(OSError):
-                size = manifest.path(row).stat().st_size
-            label = manifest.labels.classes[manifest.label[row]] if manifest.label[row] >= 0 else ""
+                size = open_store(manifest.root).size(path)
+            holds = manifest.labels.decide(manifest.targets(np.array([row])))[0]
+            names = [name for name, held in zip(manifest.labels.classes, holds, strict=True) if held]
+            label = ("|" if len(manifest.labels.tasks) == 1 else ", ").join(names)
             bad = BadFile(path, reason, SPLITS[manifest.split[row]], label, size, found)
             self._write(bad)
             files[path] = bad
