@@ -34,6 +34,7 @@ class DataRead(TypedDict):
     skipped_files: list[dict[str, Any]]
     notices: list[str]
     fingerprint: str
+    tasks: NotRequired[list[dict[str, Any]]]  # where images have labels of another kind than one class
 
 
 class Notice(TypedDict):
