@@ -96,7 +96,7 @@ def save_checkpoint(folder: Path, found: Checkpoint, *, best: bool) -> Path:
 
 
 def _sweep(folder: Path) -> None:
-    """Clear what a process that was killed while it saved has left; a directory that it had set aside goes back."""
+    """Clear what a process left that was killed while it saved; a directory that it had set aside goes back."""
     ours = [left for left in folder.glob(".*") if _LEFT.fullmatch(left.name)]  # a stranger's link may have led us to other folders
     for name in _NAMES:
         for aside in ours:
@@ -113,7 +113,7 @@ def _sweep(folder: Path) -> None:
 
 
 def _linked(temporary: Path, folder: Path) -> Path:
-    """A second directory with the same files: hard links where possible, else copies."""
+    """Make a second directory with the same files: hard links where possible, else copies."""
     twin = folder / f".best.{os.getpid()}"
     twin.mkdir()
     for name in (TENSORS, STATE, DIGESTS):
@@ -169,7 +169,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def _read_files(path: Path) -> dict[str, bytes]:
-    """The files of a checkpoint, all from one directory, although a writer may put another one in its place meanwhile."""
+    """Read the files of a checkpoint, all from one directory, although a writer may put another one in its place meanwhile."""
     give_up = time.monotonic() + _PATIENCE_S
     while True:
         number = None
@@ -196,7 +196,7 @@ def _read_in(folder: int, name: str) -> bytes:
 
 
 def _is_being_replaced(path: Path, number: int | None) -> bool:
-    """Whether another directory than the one with inode `number` is at `path` by now, or soon will be."""
+    """Return whether another directory than the one with inode `number` is at `path` by now, or soon will be."""
     try:
         return path.stat().st_ino != number
     except OSError:
@@ -205,7 +205,7 @@ def _is_being_replaced(path: Path, number: int | None) -> bool:
 
 
 def has_checkpoint(folder: Path) -> bool:
-    """Whether anything was saved, intact or not.
+    """Return whether anything was saved, intact or not.
 
     Raises:
         HardwareError: H003 when the disk does not answer.
@@ -214,7 +214,7 @@ def has_checkpoint(folder: Path) -> bool:
 
 
 def _present(folder: Path) -> list[str]:
-    """The names that are there, the newest first, after leftovers have been cleared."""
+    """Return the names that are there, the newest first, after clearing leftovers."""
     with explained_write(folder):
         if folder.is_dir():
             _sweep(folder)
@@ -255,7 +255,7 @@ def final_state(run: Run) -> tuple[dict[str, Tensor], Progress]:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Any, str]) -> dict[str, Tensor]:
-    """The optimizer's state as named tensors: "optim.<parameter>.<what>"."""
+    """Return the optimizer's state as named tensors: "optim.<parameter>.<what>"."""
     return {
         f"optim.{names[parameter]}.{key}": value
         for parameter, state in optimizer.state.items()
@@ -281,7 +281,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, names: Mapping[Any, str]
 
 
 def random_states() -> dict[str, Tensor]:
-    """The state of torch's generators as tensors."""
+    """Return the state of torch's generators as tensors."""
     states = {"rng.cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states |= {f"rng.cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}

@@ -43,7 +43,7 @@ from .step import Step
 
 
 class Fit:
-    """One training run: build, restore, loop. Holds no state after `run`: everything needed to continue is in the checkpoints.
+    """Runs one training: builds, restores, loops. Holds no state after `run`: everything needed to continue is in the checkpoints.
 
     Args:
         plan: resolved.

@@ -24,7 +24,7 @@ _TABLES = re.compile(
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Trainable parameters in two groups: matrices and filters decay, what only scales, shifts or marks does not.
+    """Split trainable parameters in two groups: matrices and filters decay, what only scales, shifts or marks does not.
 
     Exempt are biases and norms (rank < 2), layer scales, logit scales and temperatures (one number per channel or head),
     embeddings of positions, tokens, tables of biases, and what the library names in `no_weight_decay()`.
@@ -53,7 +53,7 @@ def _exempt(owner: nn.Module, name: str, parameter: nn.Parameter) -> bool:
 
 
 def _named(name: str, listed: Collection[str]) -> bool:
-    """In the library's list, which may hold patterns; Swin V2's authors exempt what computes its bias table, too."""
+    """Return whether the library lists it, perhaps by a pattern; Swin V2's authors exempt what computes its bias table, too."""
     return "cpb_mlp" in name or any(fnmatchcase(name, pattern) for pattern in listed)
 
 
@@ -76,7 +76,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig, device: torch.device)
 
 
 class Averaged:
-    """Exponential moving average of weights and batch statistics (integer buffers are copied), updated once an optimizer step.
+    """Exponential moving average of weights and batch statistics (integer buffers are copied), updated once per optimizer step.
 
     The decay rises as (1 + t) / (10 + t) at first, so that early weights are forgotten (as in TensorFlow's
     ExponentialMovingAverage). `model` is a twin of the trained one that holds the averaged weights.

@@ -1,4 +1,4 @@
-"""How far and how fast a run is: its pace, and whether an epoch is the best so far."""
+"""Keeps how far and how fast a run is, and decides whether an epoch is the best so far."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ ShouldStop = Callable[[Mapping[str, Any]], bool]  # asked after every epoch but 
 
 
 class Pace:
-    """Times of one epoch: since when it runs, how long the loop waited for batches, how many images it has had."""
+    """Times one epoch: since when it runs, how long the loop waited for batches, how many images it has had."""
 
     def __init__(self) -> None:
         self.began = time.monotonic()
@@ -54,11 +54,11 @@ class Pace:
 
     @property
     def seconds(self) -> float:
-        """Since the epoch began."""
+        """Time since the epoch began."""
         return time.monotonic() - self.began
 
     def waiting(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The same batches; the time spent waiting for them is counted."""
+        """Yield the same batches and count the time spent waiting for them."""
         while True:
             begin = time.monotonic()
             batch = next(batches, None)
@@ -75,7 +75,7 @@ class Pace:
 
     @property
     def data_share(self) -> float:
-        """Share of the time that went by in waiting for batches."""
+        """Share of the time spent waiting for batches."""
         return self.waited / max(self.waited + self.busy, 1e-9)
 
 
@@ -86,7 +86,7 @@ def end_epoch(
 
     Args:
         progress: changed, but for its counters of epochs and batches.
-        facts: of training: train_loss, lr, images, images_per_s, data_share, memory_mb, seconds.
+        facts: figures of training: train_loss, lr, images, images_per_s, data_share, memory_mb, seconds.
 
     Returns:
         The row of metrics.csv, the monitored value (higher is better), and the monitored figure minus that of the best
@@ -113,7 +113,7 @@ def end_epoch(
 
 
 def is_better(value: float, loss: float, progress: Progress) -> bool:
-    """Higher value; between equal values (common with few validation rows) the lower loss."""
+    """Return whether the value is higher; between equal values (common with few validation rows) the lower loss wins."""
     if progress.best is None or math.isnan(progress.best) or value > progress.best:
         return True
     return value == progress.best and progress.best_loss is not None and loss < progress.best_loss
@@ -163,7 +163,7 @@ def how_it_ended(train: TrainConfig, history: Sequence[Mapping[str, Any]], *, by
 
 
 def patience_is_over(train: TrainConfig, progress: Progress) -> bool:
-    """Whether the last epochs were none better, as many as `train.patience` allows."""
+    """Return whether as many epochs as `train.patience` allows have passed since the best one."""
     return train.patience is not None and progress.wait >= train.patience and progress.index == 0
 
 
@@ -180,7 +180,7 @@ def told_end(train: TrainConfig, history: Sequence[Mapping[str, Any]], *, by_cal
 
 
 def memory_mb(device: torch.device) -> float:
-    """The most memory that was in use so far: of the GPU, or of the process."""
+    """Return the most memory that was in use so far, of the GPU or of the process."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 1e6, 1)
     import resource

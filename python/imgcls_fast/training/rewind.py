@@ -1,4 +1,4 @@
-"""Undo of a batch that was begun: memory ran out, and it is done again in smaller parts."""
+"""Undoes a batch that was begun: memory ran out, and it is done again in smaller parts."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 
 class Rewind:
-    """Buffers of a network (statistics of batch norms) and random states, as they were at `keep`.
+    """Keeps the buffers of a network (statistics of batch norms) and the random states, and puts them back.
 
-    A second copy of the buffers, written at each step by one fused call for each dtype: of lists with several dtypes PyTorch
-    copies tensor by tensor (batch norms count in int64 beside their float32 statistics).
+    The copy of the buffers is written at each step by one fused call per dtype: PyTorch copies a list with several dtypes
+    tensor by tensor (batch norms count in int64 beside their float32 statistics).
 
     Args:
         model: on its device; its buffers keep their identity.
