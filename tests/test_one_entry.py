@@ -45,11 +45,12 @@ print(json.dumps(found))
 
 @pytest.fixture(scope="module")
 def extended() -> dict[str, Any]:
-    """A process with one optimizer, one schedule, one loss and one policy of augmentation more."""
+    """A process with one optimizer, one schedule, one loss, one policy of augmentation and one tracker more."""
     return tried(
         """
 choices.OPTIMIZERS["adagrad"] = choices.Optimizer("torch.optim:Adagrad", ("fused",))
 choices.SCHEDULES["flat"] = "imgcls_fast.training.schedule:NONE"
+choices.TRACKERS["mine"] = "mine:Tracker"
 choices.LOSSES["brier"] = choices.Loss("brier:one_of", "brier:any_of")
 choices.POLICIES["autumn"] = choices.Policy(hue=0.25)
 """,
@@ -63,6 +64,8 @@ from imgcls_fast.training.defaults import RECIPES, Notes
 from imgcls_fast.training.optim import build_optimizer
 from imgcls_fast.training.plan_numbers import choose_augment
 from imgcls_fast.training.schedule import Schedule
+from imgcls_fast.tracking.trackers import trackers
+sys.modules["mine"] = types.SimpleNamespace(Tracker=lambda run: f"tracks {run}")
 sys.modules["brier"] = types.SimpleNamespace(
     one_of=lambda logits, soft: (logits.softmax(1) - soft).square().sum(1),
     any_of=lambda logits, soft: (logits.sigmoid() - soft).square(),
@@ -78,8 +81,9 @@ notes = Notes(build_config({"augment.policy": "autumn", "data.source": "x"}))
 changes = choose_augment(notes, RECIPES["scratch"], Pixels(32, 1.0, "bilinear", "rgb", "apply", (0.5,) * 3, (0.5,) * 3))
 found |= {
     "changes": [changes.hue, changes.flip],
-    "error": {name: refused({name: "nothing"}) for name in ("optim.opt", "optim.sched", "loss.name", "augment.policy")},
+    "error": {name: refused({name: "nothing"}) for name in ("optim.opt", "optim.sched", "loss.name", "augment.policy", "train.track")},
     "loss": float(loss),
+    "tracked": trackers(build_config({"train.track": ["mine"]}).train.track, "a run"),
     "made": [type(optimizer).__name__, optimizer.param_groups[0]["lr"]],
     "rates": [Schedule(config, 2, 3).lr(step) for step in range(6)],
 }
@@ -89,7 +93,13 @@ found |= {
 
 @pytest.mark.parametrize(
     ("setting", "name"),
-    [("optim.opt", "adagrad"), ("optim.sched", "flat"), ("loss.name", "brier"), ("augment.policy", "autumn")],
+    [
+        ("optim.opt", "adagrad"),
+        ("optim.sched", "flat"),
+        ("loss.name", "brier"),
+        ("augment.policy", "autumn"),
+        ("train.track", "mine"),
+    ],
 )
 def test_one_more_choice_is_in_schema_help_docs_and_errors(setting: str, name: str, extended: dict[str, Any]) -> None:
     assert name in extended["help"][setting]
@@ -98,11 +108,12 @@ def test_one_more_choice_is_in_schema_help_docs_and_errors(setting: str, name: s
     assert f"'{name}'" in extended["error"][setting]
 
 
-def test_one_more_optimizer_schedule_loss_and_policy_are_used(extended: dict[str, Any]) -> None:
+def test_one_more_optimizer_schedule_loss_policy_and_tracker_are_used(extended: dict[str, Any]) -> None:
     assert extended["loss"] == 0.5 + 0.25
     assert extended["changes"] == [0.25, 0.0]
     assert extended["made"] == ["Adagrad", 0.5]
     assert extended["rates"] == [0.5] * 6
+    assert extended["tracked"] == ["tracks a run"]
 
 
 # A target in a process of its own: the tables are read when their readers are imported. Its maker is the one new file.

@@ -378,7 +378,7 @@ def test_free_settings_are_exactly_those_that_do_not_shape_the_weights() -> None
     assert free_settings() == {
         "out", "data.max_bad", "train.workers", "train.baseline", "train.save_every", "train.log_every",
         "evaluate.top_k", "evaluate.bootstrap",
-        "evaluate.batch_size", "evaluate.calibrate", *(f"export.{name}" for name in ExportConfig.model_fields),
+        "evaluate.batch_size", "evaluate.calibrate", "train.track", *(f"export.{name}" for name in ExportConfig.model_fields),
     }  # fmt: skip
 
 

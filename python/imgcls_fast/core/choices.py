@@ -84,3 +84,7 @@ SCHEDULES: dict[str, str] = {  # choices of `optim.sched` -> a `training.schedul
     "plateau": "imgcls_fast.training.schedule:PLATEAU",
     "none": "imgcls_fast.training.schedule:NONE",
 }
+
+TRACKERS: dict[str, str] = {  # choices of `train.track` -> a `tracking.events.Sink`, made of the run
+    "tensorboard": "imgcls_fast.tracking.trackers:TensorBoard",
+}

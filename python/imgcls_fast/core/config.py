@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import AfterValidator, BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 
-from .choices import LOSSES, OPTIMIZERS, POLICIES, SCHEDULES
+from .choices import LOSSES, OPTIMIZERS, POLICIES, SCHEDULES, TRACKERS
 from .config_verbs import ExportConfig
 from .figures import MONITORS
 from .schema import BITS, FREE, Auto, Fraction, Seconds, Section, Text, extras, flag, flag_row, listed, several
@@ -22,12 +22,14 @@ if TYPE_CHECKING:
     OptimizerName: TypeAlias = str
     PolicyName: TypeAlias = str
     ScheduleName: TypeAlias = str
+    TrackerName: TypeAlias = str
 else:  # from tables, which a type checker cannot read
     LossName = Literal[(*LOSSES,)]
     MonitorName = Literal[("auto", *MONITORS)]
     OptimizerName = Literal[("auto", *OPTIMIZERS)]
     PolicyName = Literal[("auto", *POLICIES)]
     ScheduleName = Literal[("auto", *SCHEDULES)]
+    TrackerName = Literal[(*TRACKERS,)]
 
 
 def _sums_to_one(fractions: tuple[float, float, float]) -> tuple[float, float, float]:
@@ -316,6 +318,11 @@ class TrainConfig(Section):
         json_schema_extra=FREE | flag("--save-every", metavar="T", group="machine"),
     )
     log_every: Seconds = Field(1.0, description="seconds between looks at the loss", json_schema_extra=FREE)
+    track: Annotated[tuple[TrackerName, ...], BeforeValidator(several)] = Field(
+        (),
+        description="program that gets the figures of each epoch",
+        json_schema_extra=FREE | flag("--track", group="output"),
+    )
 
     @model_validator(mode="after")
     def _one_way_to_accumulate(self) -> TrainConfig:

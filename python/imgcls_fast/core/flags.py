@@ -22,7 +22,10 @@ def setting_value(flag: Flag, value: Any, written: str) -> Any:
         ConfigError: C003 when the flag has listed choices and `value` is none of them.
     """
     table = dict(flag.values)
-    if flag.choices and not isinstance(value, bool) and str(value) not in (*flag.choices, *table.values()):
+    given = [part for text in value for part in str(text).split(",")] if isinstance(value, list | tuple) else [value]
+    wrong = [one for one in given if not isinstance(one, bool) and str(one).strip() not in (*flag.choices, *table.values())]
+    if flag.choices and wrong:
+        value = wrong[0]
         guess = value_meant(str(value), flag.choices) or near(str(value), flag.choices) or flag.choices[0]
         legal = ", ".join(repr(choice) for choice in flag.choices)
         raise ConfigError(
@@ -47,7 +50,7 @@ def overrides(given: Mapping[str, Any], flags: Iterable[Flag]) -> dict[str, Any]
     """
     known = {flag.keyword: flag for flag in flags if flag.setting}
     return {
-        flag.setting: setting_value(flag, given[keyword], f"{flag.long} {given[keyword]}")
+        flag.setting: setting_value(flag, given[keyword], f"{flag.long} {_as_typed(given[keyword])}")
         for keyword, flag in known.items()
         if flag.setting and keyword in given
     }
@@ -81,6 +84,10 @@ def python_overrides(kwargs: Mapping[str, Any]) -> dict[str, Any]:
             )
         changes[str(flag.setting)] = setting_value(flag, value, f"{keyword}={value!r}")
     return changes
+
+
+def _as_typed(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _is_number(text: str) -> bool:

@@ -163,7 +163,6 @@ FLAGS = tuple(sorted((*OWN, *(Flag(**row) for row in ROWS)), key=_rank))
 LATER_FLAGS = (
     "--folds",
     "--gpus",
-    "--track",
     "--balance",
     "--mixup",
     "--cutmix",

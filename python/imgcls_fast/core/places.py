@@ -40,6 +40,7 @@ RUN_NAMES = (
     "report.html",
     "run.json",
     "split.csv",
+    "tensorboard",
 )
 _LEFTOVER = re.compile(r"\..+\.\d+\.tmp", re.DOTALL)  # of `files.write_whole`
 

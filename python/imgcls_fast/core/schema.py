@@ -115,7 +115,10 @@ def flag_row(setting: str, field: FieldInfo, section: type[Section]) -> dict[str
     if NoneType in parts and str not in parts:  # a column may be called none
         values["none"] = None
     kind = declared.get("kind") or _kind(parts)
-    choices = tuple(texts.get(word, word) for word in words) if len(parts) == 1 else ()
+    alone = parts if len(parts) == 1 else []
+    if alone and get_origin(alone[0]) is tuple and get_origin(get_args(alone[0])[0]) is Literal:  # any of some words
+        alone, words = [get_args(alone[0])[0]], list(get_args(get_args(alone[0])[0]))
+    choices = tuple(texts.get(word, word) for word in words) if alone and get_origin(alone[0]) is Literal else ()
     row = {
         "names": declared["names"],
         "help": _help(
@@ -148,7 +151,7 @@ def _kind(parts: list[Any]) -> Kind:
     lists = [get_args(part)[0] for part in parts if get_origin(part) is tuple]
     if bool in parts:
         return "bool"
-    if str in lists:
+    if any(part is str or get_origin(part) is Literal for part in lists):
         return "many"
     return "numbers" if lists else "value"
 

@@ -219,6 +219,11 @@ ROWS: tuple[dict[str, Any], ...] = (
         "group": "machine",
     },
     {
+        "names": ("--track",), "help": "program that gets the figures of each epoch; may be repeated",
+        "setting": "train.track", "verbs": ("train",), "metavar": "NAME", "kind": "many", "group": "output",
+        "choices": ("tensorboard",),
+    },
+    {
         "names": ("--opset",), "help": "ONNX operator set; from 23 on attention is one operator",
         "setting": "export.opset", "verbs": ("export",), "metavar": "N", "kind": "value", "group": "target",
     },

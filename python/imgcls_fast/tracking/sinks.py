@@ -1,4 +1,4 @@
-"""Where the events of training go: one table of sinks. A sink shows or stores what happened; it decides nothing."""
+"""Where the events of training go. A sink shows or stores what happened; it decides nothing."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.diary import append_event, append_log
 from ..core.phases import PhaseEvent
-from .console import ConsoleSink
-from .events import Event, Sink, Warned
+from .events import Event, Warned
 from .lines import plain_lines
 
 if TYPE_CHECKING:
@@ -68,5 +67,3 @@ def _took_long(event: PhaseEvent) -> bool:
     """Whether a phase has ended that a person had to wait for."""
     return event["state"] == "end" and event["seconds"] >= 1
 
-
-SINKS: dict[str, Callable[..., Sink]] = {"console": ConsoleSink, "log": LogSink}

@@ -38,6 +38,7 @@ from ..tracking.events import (
     warnings_as_events,
 )
 from ..tracking.sinks import LogSink, Sinks
+from ..tracking.trackers import trackers
 from .baseline import fit_baseline
 from .early import refuse_early
 from .failures import Recorded
@@ -116,7 +117,7 @@ def start(
             log = LogSink(run)
             for event in early:
                 log(event)
-            listeners.sinks.append(log)
+            listeners.sinks += [log, *trackers(config.train.track, run)]
             _warn_without_locks(run, listeners)
             with work_on(run.directory, parent=plan.start.parent, part_of=parent) as work:
                 stage = _Stage(plan, prepared.manifest, run, listeners, work, began, should_stop)
@@ -156,7 +157,7 @@ def resume(run: Run, changes: dict[str, Any], sinks: Sequence[Callable[[Any], An
         plan = Plan.from_dict(facts, config)
         if plan.trajectory is not None:
             require_same_trajectory(plan.trajectory, trajectory(plan, manifest), run, run.directory / PLAN)
-        listeners.sinks.append(LogSink(run))
+        listeners.sinks += [LogSink(run), *trackers(config.train.track, run)]
         _warn_without_locks(run, listeners)
         death, end = unexplained_end(run.directory), last_end(run.directory)
         if death:
