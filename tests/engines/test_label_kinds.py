@@ -19,7 +19,7 @@ from imgcls_fast.engines.agreement import compare_engines, same_answers
 from imgcls_fast.engines.predictor import Predictor
 from imgcls_fast.engines.runtimes import open_engine
 from imgcls_fast.engines.scoring import predict
-from imgcls_fast.engines.torch_runtime import load_model
+from imgcls_fast.engines.torch_runtime import CompiledEngine, TorchEngine, load_model
 
 LABELS = LabelSpace((Task("kind", ("a", "b", "c")), Task("marks", ("w", "x", "y", "z"), "any_of")))
 HEAT = (2.5, 0.8)
@@ -78,15 +78,29 @@ def test_onnx_and_openvino_have_softmax_and_sigmoid_inside(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("runtime", ["compile", "aoti"])
-def test_compiled_code_does_so_too(
-    runtime: str, bundle: Any, pixels: np.ndarray, expected: np.ndarray, tmp_path: Path
+def test_a_package_of_aotinductor_does_so_too(
+    bundle: Any, pixels: np.ndarray, expected: np.ndarray, tmp_path: Path
 ) -> None:
-    if runtime == "aoti":
-        from imgcls_fast.exporting.programs import export_program
+    from imgcls_fast.core.exports import way_of
+    from imgcls_fast.exporting.programs import write_program
 
-        export_program(bundle, tmp_path, [pixels[:4]], "aoti")
-    demand_equal(open_engine(bundle, runtime, exports=tmp_path), pixels, expected)
+    write_program(bundle, tmp_path, [pixels[:4]], way_of("aoti"))
+    demand_equal(open_engine(bundle, "aoti", exports=tmp_path), pixels, expected)
+
+
+@pytest.mark.slow
+def test_compiled_code_does_so_too(bundle: Any, pixels: np.ndarray) -> None:
+    model = torch.nn.Sequential(Mean(), torch.nn.Linear(3, LABELS.size))
+    given = {"temperature": HEAT, "thresholds": LEAST}
+    eager = TorchEngine(model, LABELS, bundle.pixels, **given)
+    demand_equal(CompiledEngine(model, LABELS, bundle.pixels, **given), pixels, eager.scores(pixels))
+
+
+class Mean(torch.nn.Module):
+    """The mean colour of each image, in 0..1."""
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return pixels.float().mean((1, 2)) / 255
 
 
 def test_an_export_of_another_temperature_is_refused(bundle: Any, tmp_path: Path) -> None:

@@ -1,13 +1,13 @@
-"""The folder of a run's exports: what was derived from the bundle, for which runtime, and which one is to be used.
+"""The folder of a run's exports: what was derived from the bundle, for which runtime, and which one to use.
 
     exports/
       index.json                      {"onnx": "onnx-fp32-0a1b2c3d", "onnx-fp32": ..., "trt": ..., "trt-int8": ...}
       <target>-<precision>-<key8>/    model.onnx | model.plan | model.pt2 | ..., meta.json, gate.json
 
 A folder appears whole. While it is being made it is called `.<name>.<random>`, and its maker holds a lock on it, so that what a
-killed process left can be told from what another process is making.
+killed process left is distinguished from what another process is making.
 
-The three JSON files hold a digest of themselves (`files.write_sealed`), meta.json also that of the model's file. Exports of
+The three JSON files hold digests of themselves (`files.write_sealed`), meta.json also that of the model's file. Exports of
 versions that did not seal are read as before: their model's file is covered, their JSON is not.
 """
 
@@ -35,7 +35,7 @@ from .trust import NATIVE, demand_own_code, is_own, signed
 INDEX = "index.json"
 META = "meta.json"
 GATE = "gate.json"
-_ABANDONED_S = 86400.0  # since anything was made in a folder, where no lock tells whether its maker lives
+_ABANDONED_S = 86400.0  # since anything was made in a folder, where no lock shows whether its maker lives
 _UNFINISHED = re.compile(rf"\.(old-)?({'|'.join(TARGETS)})-[a-z0-9]+-[^.]+\.[0-9a-f]{{8}}")
 
 
@@ -44,7 +44,7 @@ class Export:
     """One derived model.
 
     Args:
-        folder: where it lies.
+        folder: its place.
         meta: content of meta.json: target, precision, file, sha256, bytes, bundle, temperature (or temperatures and thresholds), classes,
             pixels, versions, and what the target adds.
     """
@@ -329,7 +329,7 @@ def _remove_stale(exports: Path) -> list[str]:
         except OSError:  # its maker lives
             continue
         try:
-            # without locks only its age tells that nobody works in it any more
+            # without locks only its age shows that nobody works in it any more
             if known or time.time() - folder.stat().st_mtime > _ABANDONED_S:
                 shutil.rmtree(folder, ignore_errors=True)
                 removed.append(folder.name)
@@ -365,7 +365,7 @@ def _read_index(exports: Path) -> dict[str, Any]:
 
 
 def _old_index(exports: Path) -> dict[str, Any]:
-    """What the index says before it is written again; a damaged one says nothing."""
+    """The index before it is written again; empty where it is damaged."""
     try:
         return _read_index(exports)
     except (OSError, ValueError):

@@ -374,7 +374,7 @@ def checked_edges(
 
 
 def _profiled(path: Path) -> list[dict[str, Any]]:
-    """Arguments of the nodes that ran, as ONNX Runtime's profile tells them."""
+    """Arguments of the nodes that ran, from ONNX Runtime's profile."""
     events: list[dict[str, Any]] = json.loads(path.read_text("utf-8"))
     return [e["args"] for e in events if e.get("cat") == "Node" and e["name"].endswith("_kernel_time")]
 

@@ -31,7 +31,7 @@ class OpenVinoEngine(GraphEngine):
 
     Args:
         path: as for `OnnxEngine`.
-        compute: "f32" (what the file says), or "bf16" to let OpenVINO round. Without a hint it rounds by itself on CPUs that
+        compute: "f32" (as the file has it), or "bf16" to let OpenVINO round. Without a hint it rounds by itself on CPUs that
             have bfloat16 instructions.
         threads: CPU threads per batch; 0 uses every core.
         thresholds: least score per column, see `base.Engine`.
@@ -70,7 +70,7 @@ class OpenVinoEngine(GraphEngine):
             self._fixed = _openvino_edges(path, model, pixels, labels.size)
             self._compiled: Any = openvino.Core().compile_model(model, "CPU", settings)
         self.max_batch = self._fixed or max_batch
-        self._requests = threading.local()  # one for each thread that asks
+        self._requests = threading.local()  # one per thread that asks
         counts = _openvino_counts(self._compiled.get_runtime_model())
         self.precision = dominant(counts)
         self._facts = {

@@ -123,7 +123,7 @@ class Predictor:
             top_k: classes in `Prediction.top`; None: as the Predictor was made.
 
         Raises:
-            DataError: D012 when a single image cannot be read (in a list, its `error` says so); D015 when the disk
+            DataError: D012 when a single image cannot be read (in a list, its `error` holds the reason); D015 when the disk
                 does not hand it out.
         """
         if not inputs.is_one(image) or (isinstance(image, str | Path) and os.path.isdir(Path(image))):
@@ -270,7 +270,7 @@ class Gathered:
 
 
 def gather(images: Iterable[Image] | str | Path) -> Gathered:
-    """Every image that is meant: of a folder its images, by name, found by their content as `train` finds them.
+    """List the images that are meant. Those of a folder come by name, found by their content as `train` finds them.
 
     Raises:
         DataError: D001 for a path that does not exist, or is a run; D002 when a folder holds no image.

@@ -187,7 +187,7 @@ def measure(
     Args:
         engine: an Engine, which gets random pixels; or a function without arguments that handles `batch` images.
         warmup_s: at least so long, and at least once.
-        duration_s: of each of the two passes, at least.
+        duration_s: least length of each of the two passes.
         min_iterations: calls in each pass, at least.
     """
     reset_peak()
@@ -273,7 +273,7 @@ def interleave(
 
     Args:
         rounds: those that count.
-        seed: of the order; None: another one each time.
+        seed: seed of the order; None: another one each time.
         warmups: rounds before them that do not.
         timer: gives wall and CPU seconds of a call.
         pause_s: before each call, so that threads which still spin for the last one have gone to sleep.
@@ -356,7 +356,7 @@ def random_pixels(engine: Engine, batch: int) -> np.ndarray:
 
 
 def fill(buffer: Any, pixels: np.ndarray) -> None:
-    """Copy pixels into the input of a `Bound`, wherever it lies."""
+    """Copy pixels into the input of a `Bound`, wherever that is."""
     if isinstance(buffer, np.ndarray):
         np.copyto(buffer, pixels)
     else:
@@ -366,7 +366,7 @@ def fill(buffer: Any, pixels: np.ndarray) -> None:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory is out."""
+    """Whether an error means that memory is out."""
     said = str(error).lower()  # torch on a CPU and ONNX Runtime: "can't allocate memory", "Failed to allocate memory"
     says_so = any(words in said for words in ("out of memory", "allocate memory", "bad_alloc"))
     return getattr(error, "code", "") == "H002" or isinstance(error, MemoryError) or says_so

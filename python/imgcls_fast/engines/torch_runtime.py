@@ -299,7 +299,7 @@ def last_line(error: BaseException) -> str:
 def operators_of(model: nn.Module, device: torch.device, autocast: torch.dtype | None = None) -> Counter[str]:
     """Convolutions and linear layers by the precision that they compute in on `device`.
 
-    Float32 layers may compute in TF32 or bfloat16, as `torch.backends` says: on GPUs since Ampere convolutions do so unless
+    Float32 layers may compute in TF32 or bfloat16, as `torch.backends` is set: on GPUs since Ampere convolutions do so unless
     that is switched off.
     """
     counts: Counter[str] = Counter()

@@ -27,7 +27,7 @@ _passed: set[tuple[str, str]] = set()  # (runtime, SHA-256 of the file)
 
 
 def demand_survivable(path: Path, digest: str, runtime: str, pixels: Pixels) -> None:
-    """Go on only with a file that a process like this one survives; once per file.
+    """Raise unless a process like this one survives the file. Tried once per file.
 
     Args:
         path: the file.

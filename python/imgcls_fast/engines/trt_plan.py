@@ -1,6 +1,6 @@
-"""What a TensorRT plan is tied to: one version of TensorRT, one kind of GPU, one model; and what TensorRT says when it fails.
+"""What a TensorRT plan is tied to: one version of TensorRT, one kind of GPU, one model; and what TensorRT reports when it fails.
 
-Deserialising a plan runs native code out of it, so what the sidecar (meta.json) says is compared first, and a plan whose
+Deserialising a plan runs native code out of it, so the facts of the sidecar (meta.json) are compared first, and a plan whose
 digest is not the sidecar's is not touched.
 """
 
@@ -39,7 +39,7 @@ _KEPT_MESSAGES = 64
 class Messages:
     """Errors that TensorRT reported, oldest first, each once.
 
-    The process's logger and an engine's error recorder tell the same error in two forms.
+    The process's logger and an engine's error recorder report the same error in two forms.
     """
 
     def __init__(self) -> None:
@@ -180,7 +180,7 @@ def _missing() -> tuple[str, str]:
 
 
 def require_trt(purpose: str, **explained: str) -> None:
-    """Go on only where TensorRT and a GPU are usable.
+    """Raise unless TensorRT and a GPU are usable.
 
     Args:
         explained: `where` and `why` of the error.
@@ -224,7 +224,7 @@ def start_runtime(heard: Messages) -> trt.Runtime:
 def check_plan(
     plan: Path, meta: Mapping[str, Any], labels: LabelSpace, here: Mapping[str, Any], bundle: str = ""
 ) -> bytes:
-    """The bytes of a plan that belongs to this machine and model, as its sidecar tells; nothing is deserialised.
+    """Read a plan that belongs to this machine and model by its sidecar; nothing is deserialised.
 
     Args:
         meta: content of meta.json; what `exporting.trt_engine.build_plan` returned is in it.
@@ -254,7 +254,7 @@ def check_plan(
 
 
 def foreign(plan: Path, reason: str, *, why: str = "") -> ExportError:
-    """E005 of a plan; the command builds it again for the run that it lies in."""
+    """E005 of a plan; the command builds it again for its run."""
     inside = len(plan.parents) > 2 and plan.parents[1].name == "exports"
     run = plan.parents[2] if inside else None
     return ExportError("E005", f"{plan} cannot be used: {reason}", why=why, try_=command("export", run, "--trt"))

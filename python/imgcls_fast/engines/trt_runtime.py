@@ -1,4 +1,4 @@
-"""TensorRT plans behind the Engine protocol: a CUDA graph for each batch size, several streams, nothing allocated on the way."""
+"""TensorRT plans behind the Engine protocol: a CUDA graph per batch size, several streams, nothing allocated on the way."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def hidden_units(channels: int, reduction: int, least: int = LEAST_HIDDEN) -> in
 
 
 def gated(x: Tensor, gate: Tensor) -> Tensor:
-    """`x` (N, C, H, W) times a factor for each channel (N, C) or any that broadcasts, in the dtype of `x`."""
+    """`x` (N, C, H, W) times a factor per channel (N, C) or any that broadcasts, in the dtype of `x`."""
     return x * (gate[:, :, None, None] if gate.dim() == 2 else gate).to(x.dtype)
 
 

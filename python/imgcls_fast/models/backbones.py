@@ -37,7 +37,7 @@ class ModelSpec:
     Args:
         arch: a resolved name (`resolve_arch`): "small-cnn", "torchvision/resnet50", "timm/convnext_tiny".
         num_outputs: columns K of the logits.
-        channels: of the images, 1 (gray), 3 (RGB) or 4 (RGBA).
+        channels: channels of the images, 1 (gray), 3 (RGB) or 4 (RGBA).
         mean: per channel, of pixels scaled to 0..1.
         std: per channel, of pixels scaled to 0..1.
         drop_rate: dropout probability; None keeps the architecture's own. It is the library's own
@@ -289,7 +289,7 @@ def is_auxiliary(key: str) -> bool:
 
 
 def own_image_size(arch: str) -> int:
-    """The side in pixels for which an architecture was designed; 224 where the library does not say."""
+    """The side in pixels for which an architecture was designed; 224 where the library has no entry."""
     library, _, name = arch.rpartition("/")
     if library == "torchvision":
         return INCEPTION_AUX_SIDE if name == "inception_v3" else 224
@@ -315,7 +315,7 @@ def check_image_size(spec: ModelSpec) -> None:
         with torch.no_grad():
             network(pixels)
     except NotImplementedError:
-        return  # An operator without a shape rule: only the real network can tell.
+        return  # an operator without a shape rule: only the real network shows it
     except (RuntimeError, ValueError, AssertionError) as error:
         size, own = spec.image_size, own_image_size(spec.arch)
         raise ConfigError(

@@ -68,7 +68,7 @@ def build_model(
         head_rows: see `load_weights`.
 
     Returns:
-        The model; `model.report` says which tensors were loaded (None: all are fresh).
+        The model; `model.report` lists which tensors were loaded (None: all are fresh).
 
     Raises:
         ModelError: M001 unknown architecture, M002 and M003 see `load_weights`, M007 pretrained weights are

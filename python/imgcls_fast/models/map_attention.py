@@ -255,7 +255,7 @@ class CAM(nn.Module):
     """Channel attention by affinity: ``x + gamma * softmax(X X^T) X`` with X = x as (C, H * W).
 
     The softmax is of the affinity itself, as equation 3 has it; the authors' code takes maximum minus affinity, which
-    favours unlike channels, and which the paper does not say. Its products are never in half precision.
+    favours unlike channels, and which the paper does not have. Its products are never in half precision.
 
     Source: Fu et al., "Dual Attention Network for Scene Segmentation", CVPR 2019, eq. 3 and 4.
 

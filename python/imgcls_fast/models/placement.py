@@ -68,9 +68,9 @@ class Family:
     """Where a family's stages end and what its blocks are.
 
     Args:
-        name: of the family.
+        name: name of the family.
         library: "torchvision", "timm" or "" for ours.
-        module: of the library, without the package.
+        module: the library's module, without the package.
         branches: class of a block -> the child whose output is the residual branch before the add (the first that
             the block has); none: after the block, which in a family without an add is its repeating unit.
         stages: the modules that end the stages 1 to 4; none: the last block of each of the four smallest map sizes.

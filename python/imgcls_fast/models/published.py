@@ -28,7 +28,7 @@ class Published:
 
     Args:
         arch: a resolved name.
-        url: of the file itself; "" when there is none.
+        url: address of the file itself; "" when there is none.
         repository: on the Hugging Face hub, "owner/name[@revision]"; "" when there is none.
         names: file names to try in the repository.
         licence: as the library states it; "" when it states none.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 STAGES = 4
 
-_PROBE = 3  # images of the traced batch: tells tensors of images from tables such as position biases
+_PROBE = 3  # images of the traced batch: distinguishes tensors of images from tables such as position biases
 
 
 def module_stages(
@@ -24,9 +24,9 @@ def module_stages(
 
     Args:
         network: in eval mode, on any device; it runs on tensors without memory, its weights are not touched.
-        channels: of the images.
+        channels: channels of the images.
         size: side of the images in pixels.
-        aside: which modules, by name, say nothing about the size of the map (attention modules pool it); each
+        aside: which modules, by name, do not show the size of the map (attention modules pool it); each
             belongs to what ran before it.
 
     Raises:

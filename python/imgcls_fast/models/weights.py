@@ -117,18 +117,18 @@ def load_weights(
 ) -> LoadReport:
     """Copy weights into a model, all or none.
 
-    Names may carry "module.", "_orig_mod." and "backbone." in front, and one other common prefix ("model.", "net."); what lies
-    beside that prefix is ignored, with a warning. Averaged weights beside them are named in a warning. Tensors of the head may have another
-    shape (another number of classes) or be absent: they are left as they are. The first convolution is
-    adapted when the file was made for another number of channels (summed for 1, repeated for 4); position
-    embeddings are resampled for another image size. Tensors of auxiliary heads may be absent on either side;
+    Names may carry "module.", "_orig_mod." and "backbone." in front, and one other common prefix ("model.", "net."); what
+    stands beside that prefix is ignored, with a warning. Averaged weights beside them are named in a warning. Tensors of
+    the head may have another shape (another number of classes) or be absent: they are left as they are. The first
+    convolution is adapted when the file was made for another number of channels (summed for 1, repeated for 4);
+    position embeddings are resampled for another image size. Tensors of auxiliary heads may be absent on either side;
     those of attention modules may be absent from the file, and are then left as they are.
 
     Args:
         model: receives the weights.
         source: a file (`read_state`) or tensors by name.
         ignore_extra: ignore tensors that the model does not have, instead of refusing.
-        head_rows: for each output of the model, the output of the file that means the same class, -1 for none (see
+        head_rows: per output of the model, the output of the file that means the same class, -1 for none (see
             `matching_classes`); None: nothing is known of the classes, and a head of equal shape is taken as it is.
 
     Raises:
@@ -243,7 +243,7 @@ def _library_fit(model: Classifier, state: State) -> State:
     try:
         return dict(convert(dict(state), model.backbone))
     except (KeyError, AttributeError, IndexError, RuntimeError, TypeError, ValueError, AssertionError):
-        return state  # A file of another architecture: the comparison that follows says what differs.
+        return state  # A file of another architecture: the comparison that follows lists what differs.
 
 
 def _resample_vit(model: Classifier, state: State) -> State:
