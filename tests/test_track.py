@@ -508,3 +508,43 @@ def test_an_event_with_an_unknown_or_missing_key_is_refused() -> None:
         event_of(Warned, {"event": "warning", "text": "x", "txt": "y"})
     with pytest.raises(TypeError, match=r"Warned: unknown or missing: text$"):
         event_of(Warned, {"event": "warning"})
+
+
+# ---------------------------------------------------------------- labels of other kinds
+
+TASKS = [
+    {"name": "color", "kind": "one_of", "classes": 3, "n": 96, "accuracy": 0.99, "macro_ap": 0.999, "macro_f1": 0.989, "ece": 0.1},
+    {"name": "marks", "kind": "any_of", "classes": 5, "n": 89, "accuracy": 0.948, "macro_ap": 0.905, "macro_f1": 0.838, "ece": 0.1},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("tasks", "words"),
+    [
+        ([{"name": "label", "kind": "any_of", "counts": {"a": 9}, "unknown": {}}], "3 classes, any number per image, smallest"),
+        ([{"name": "label", "kind": "any_of", "counts": {"a": 9}, "unknown": {"a": 7}}], "any number per image, unknown in 7,"),
+        (
+            [
+                {"name": "color", "kind": "one_of", "counts": {"a": 9, "b": 8}, "unknown": {"a": 1200, "b": 1200}},
+                {"name": "marks", "kind": "any_of", "counts": {"c": 1}, "unknown": {}},
+            ],
+            "2 tasks (color: one of 2, unknown in 1,200; marks: any of 1), smallest",
+        ),
+    ],
+)
+def test_the_data_line_tells_what_is_asked_about_an_image(tasks: list[dict[str, Any]], words: str) -> None:
+    assert words in plain_lines({**DATA, "tasks": tasks})[0]
+
+
+def test_the_result_of_several_tasks_has_their_means_and_a_line_for_each() -> None:
+    more = {"exact_match": 0.805, "exact_match_ci": [0.72, 0.87], "macro_ap": 0.952, "macro_ap_ci": [None, None], "tasks": TASKS}
+    event = {**DONE, **more}
+    line, *facts = plain_lines(event)
+    assert ", average precision 0.952, exact match 0.805 on" in line
+    text = "\n".join(facts)
+    assert "exact match: 0.805 (95% interval [0.72, 0.87])" in text and "calibration" not in text
+    assert "marks: accuracy 0.948, average precision 0.905, F1 0.838 (any of 5, 89 images)" in text
+    alone = "\n".join(plain_lines({**event, "tasks": TASKS[1:]}))
+    assert "marks:" not in alone and "average precision: 0.952" in alone
+    assert "0.853 (95% interval [0.81, 0.89]), average precision 0.700 in 4 s" in plain_lines({**BASELINE, "macro_ap": 0.7})[0]
+    assert "f1 .899  mAP" not in epoch_line(EPOCH) and "mAP .812" in epoch_line({**EPOCH, "val_macro_ap": 0.8123})

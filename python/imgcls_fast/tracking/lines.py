@@ -94,8 +94,11 @@ def done_facts(event: Done) -> list[tuple[str, str]]:
     if event.get("imbalanced"):
         facts.append(("largest class", majority_line(event["majority"])))
         facts.append(("balanced", _balanced(event)))
+    if "tasks" in event:
+        facts += _task_facts(event)
     facts.append(("macro F1", _fixed(event.get("macro_f1"))))
-    facts.append(("calibration", f"ECE {_fixed(event.get('ece'))} (0: confidence and accuracy agree)"))
+    if "tasks" not in event:
+        facts.append(("calibration", f"ECE {_fixed(event.get('ece'))} (0: confidence and accuracy agree)"))
     worst = [f"{name} F1 {_fixed(f1)} ({counted(support, 'image')})" for name, f1, support in event.get("worst") or ()]
     if worst:
         facts.append(("worst", "\n".join(worst)))
@@ -105,6 +108,25 @@ def done_facts(event: Done) -> list[tuple[str, str]]:
     around = f"; {clock(event['around_s'])} before and after it{since}" if event.get("around_s") else ""
     facts.append(("time", f"{clock(event.get('seconds'))} training and validation{around}"))
     return facts
+
+
+def _task_facts(event: Done) -> list[tuple[str, str]]:
+    """What is not known of one-label data: exact match, average precision, and each task where there are several."""
+    facts = [
+        ("exact match", f"{_fixed(event.get('exact_match'))}{_interval(event.get('exact_match_ci'))}"),
+        ("average precision", f"{_fixed(event.get('macro_ap'))}{_interval(event.get('macro_ap_ci'))}"),
+    ]
+    tasks = event["tasks"]
+    for task in tasks if len(tasks) > 1 else ():
+        figures = f"accuracy {_fixed(task['accuracy'])}, average precision {_fixed(task['macro_ap'])}, F1 {_fixed(task['macro_f1'])}"
+        facts.append((task["name"], f"{figures} ({kind_of(task)}, {counted(task['n'], 'image')})"))
+    return facts
+
+
+def kind_of(task: Mapping[str, Any]) -> str:
+    """{"kind": "any_of", "classes": 3} -> "any of 3"; instead of their number there may be the "counts" of the classes."""
+    classes = task["classes"] if "classes" in task else len(task["counts"])
+    return f"{task['kind'].replace('_', ' ')} {classes:,}"
 
 
 def _against(event: Done, baseline: float) -> str:
@@ -152,16 +174,13 @@ def done_line(event: Done) -> str:
     found = f"{_fixed(event['accuracy'])}{_interval(event.get('ci'))}"
     if event.get("imbalanced"):
         found += f", balanced {_fixed(event['balanced_accuracy'])},"
+    if "tasks" in event:
+        found += f", average precision {_fixed(event.get('macro_ap'))}, exact match {_fixed(event.get('exact_match'))}"
     return f"{event['split']} accuracy {found} on {counted(event['n'], 'image')} -> {event['run']}"
 
 
 def _data_lines(event: DataRead) -> list[str]:
-    classes = len(event["classes"])
-    parts = [
-        counted(event["images"], "image"),
-        f"{classes:,} class{'es' * (classes != 1)}",
-        f"smallest {event['smallest']:,}",
-    ]
+    parts = [counted(event["images"], "image"), _asked(event), f"smallest {event['smallest']:,}"]
     if event.get("quarantined"):
         parts.append(f"{event['quarantined']:,} quarantined")
     if event.get("duplicates_removed"):
@@ -172,6 +191,22 @@ def _data_lines(event: DataRead) -> list[str]:
         *([f"  {splits}"] if splits else []),
         *(f"  {notice}" for notice in event.get("notices") or ()),
     ]
+
+
+def _asked(event: Mapping[str, Any]) -> str:
+    """How many classes, and where images have other labels than one class, what is asked about them."""
+    tasks, classes = event.get("tasks") or [], len(event["classes"])
+    if len(tasks) > 1:
+        listed = [f"{task['name']}: {kind_of(task)}{_unknown(task)}" for task in tasks]
+        return f"{counted(len(tasks), 'task')} ({'; '.join(listed)})"
+    several = f", any number per image{_unknown(tasks[0])}" if tasks else ""
+    return f"{classes:,} class{'es' * (classes != 1)}{several}"
+
+
+def _unknown(task: Mapping[str, Any]) -> str:
+    """In how many images the answer is missing; of an `any_of` task the class for which most are."""
+    most = max((task.get("unknown") or {"": 0}).values())
+    return f", unknown in {most:,}" if most else ""
 
 
 def _plan_lines(event: PlanMade) -> list[str]:
@@ -195,7 +230,9 @@ def _baseline_lines(event: BaselineFitted) -> list[str]:
         if seconds is not None
         else ""
     )
-    found = f"{_fixed(event['accuracy'])}{_interval(event.get('ci'))}{took}"
+    more: Mapping[str, Any] = event
+    ranked = f", average precision {_fixed(more['macro_ap'])}" if "macro_ap" in more else ""
+    found = f"{_fixed(event['accuracy'])}{_interval(event.get('ci'))}{ranked}{took}"
     if event.get("limit"):
         rows = f"{event['train_rows']:,} of {event['train_of']:,} training images (no more in {event['limit']})"
     else:
