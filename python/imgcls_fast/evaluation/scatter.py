@@ -127,9 +127,10 @@ def engines_picture(rows: Sequence[Mapping[str, Any]]) -> bytes | None:
         if low is not None and high is not None:
             axes.vlines(x, 100 * low, 100 * high, color=color, lw=1.1, alpha=0.45)
         axes.plot(x, y, "o", ms=7.5, color=color, mfc=color if k in best else "white", mew=1.4)
-    style_axes(axes, "Accuracy against latency", [x for x, _ in points])
+    figure_name = known[0]["accuracy"].get("figure", "accuracy")
+    style_axes(axes, f"{figure_name.capitalize()} against latency", [x for x, _ in points])
     axes.set_xlabel("median latency of one image (ms)", fontsize=10.5, color=MUTED)
-    axes.set_ylabel(f"accuracy on {known[0]['accuracy']['split']} (%)", fontsize=10.5, color=MUTED)
+    axes.set_ylabel(f"{figure_name} on {known[0]['accuracy']['split']} (%)", fontsize=10.5, color=MUTED)
     figure.draw_without_rendering()  # the layout decides where a point lies
     names = [row["name"] if row["precision"] in row["name"] else f"{row['name']} ({row['precision']})" for row in known]
     name_points(axes, list(zip(names, points, strict=True)), canvas.get_renderer())

@@ -10,7 +10,7 @@ The result, also in bench/efficiency.json of the run; times in ms, rates in imag
         latency         `engines.timing.Timing` at batch 1: end_to_end, device (p50_ms, p90_ms, p99_ms, ...), cpu_ms, warnings, ...
         sweep           timings (batch, images_per_s, p50_ms, p99_ms), ended (done, rate, memory, time)
         best            batch, images_per_s: the smallest batch within 2 % of the highest rate
-        accuracy        accuracy, low, high, hits, rows, split
+        accuracy        accuracy, low, high, hits, rows, split; figure where it is not the accuracy but the exact match
         agreement       same_top1, rows, share, max_score_diff, images (the split, or noise): with torch
         ratio           ratio, low, high, cpu_ratio, per_process, processes, pairs, confidence: time of it over time of torch
         not_compared    why `ratio` is None
@@ -398,11 +398,11 @@ def _notices(rows: Iterable[_Row], sample: Sample, machine: dict[str, Any]) -> l
         for row in rows
         if row["sweep"]["ended"] in ends
     ]
-    if sample.truth is None:
+    if sample.targets is None:
         found.append("no labelled test or val image can be read: accuracy is unknown, and agreement is that on noise")
-    elif len(sample.truth) < sample.of:
+    elif len(sample.targets) < sample.of:
         found.append(
-            f"accuracy and agreement are those on {len(sample.truth):,} of {sample.of:,} {sample.split} images"
+            f"accuracy and agreement are those on {len(sample.targets):,} of {sample.of:,} {sample.split} images"
         )
     return found
 

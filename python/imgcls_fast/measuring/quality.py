@@ -1,4 +1,4 @@
-"""What the engines of a run are worth: right answers, and answers like torch's, on real images. Part of `imgcls-fast bench`."""
+"""Measures what the engines of a run are worth: right answers, and answers like torch's, on real images. Part of `imgcls-fast bench`."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ import numpy as np
 
 from ..core.bundle import Bundle
 from ..core.errors import DataError
+from ..core.labels import LabelSpace
+from ..core.predictions import Predictions
 from ..core.run import Run
 from ..core.undecoded import Undecoded
-from ..engines.agreement import MAX_SCORE
+from ..engines.agreement import MAX_SCORE, same_answers
+from ..engines.base import least_scores
 from ..evaluation.metrics import accuracy_interval
+from ..evaluation.row_scores import row_scores
 from ..loading.loader import read_rows
 from .contenders import Contender
 
@@ -24,12 +28,14 @@ _NOISE = 16  # images, where there are no others
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """The images that judge: (n, S, S, C) uint8 parts, and (N,) int64 classes; noise without classes where there are none."""
+    """The images that judge: (n, S, S, C) uint8 parts and (N, K) targets; noise without targets where there are none."""
 
     split: str
     pixels: list[np.ndarray]
-    truth: np.ndarray | None
+    targets: np.ndarray | None
     of: int  # rows of the split
+    labels: LabelSpace
+    thresholds: np.ndarray | None = None
     undecoded: Undecoded = field(default_factory=Undecoded)
 
 
@@ -42,34 +48,37 @@ def sample_of(run: Run, bundle: Bundle) -> Sample:
     side, channels = bundle.pixels.size, bundle.pixels.channels
     take = min(len(rows), MOST_ROWS, max(1, _MOST_BYTES // (side * side * channels)))
     picked = manifest.spread(rows, take)
-    pixels, truth, left = [], [], Undecoded()
+    pixels, targets, left = [], [], Undecoded()
+    least = least_scores(bundle.labels, bundle.thresholds)
     try:
         for batch in read_rows(manifest, picked, bundle.pixels, on_bad=left.of(manifest)) if take else ():
             keep = np.asarray(batch.weight) > 0
             pixels.append(np.ascontiguousarray(np.asarray(batch.pixels)[keep]))
-            truth.append(manifest.label[np.asarray(batch.rows)[keep]])
+            targets.append(np.asarray(batch.targets)[keep])
     except DataError as error:
         if error.code != "D015":
             raise
         pixels.clear()  # out of reach: times are worth having without them, and part of the rows would be another sample
     if not sum(map(len, pixels)):
         noise = np.random.default_rng(0).integers(0, 256, (_NOISE, side, side, channels), np.uint8)
-        return Sample("noise", [noise], None, 0, left)
-    return Sample(split, pixels, np.concatenate(truth).astype(np.int64), len(rows), left)
+        return Sample("noise", [noise], None, 0, bundle.labels, least, left)
+    return Sample(split, pixels, np.concatenate(targets), len(rows), bundle.labels, least, left)
 
 
 def accuracy_of(scores: np.ndarray, sample: Sample) -> dict[str, Any] | None:
-    """Share of right answers, with the interval that `eval` gives."""
-    if sample.truth is None:
+    """Share of images with right answers to all that is known of them, with the interval that `eval` gives."""
+    if sample.targets is None:
         return None
-    n = len(sample.truth)
-    hits = int((scores.argmax(1) == sample.truth).sum())
+    n = len(sample.targets)
+    said = Predictions(np.arange(n), scores, sample.targets, sample.labels, ("",) * n, thresholds=sample.thresholds)
+    hits = int((next(iter(row_scores(said).values())) == 1).sum())
     low, high = accuracy_interval(hits, n)
-    return {"accuracy": hits / n, "low": low, "high": high, "hits": hits, "rows": n, "split": sample.split}
+    figure = {} if sample.labels.is_single else {"figure": "exact match"}
+    return {"accuracy": hits / n, "low": low, "high": high, "hits": hits, "rows": n, "split": sample.split, **figure}
 
 
 def agreement_of(scores: np.ndarray, said: np.ndarray, sample: Sample) -> dict[str, Any]:
-    same, n = int(((scores.argmax(1) == said.argmax(1)) & np.isfinite(scores).all(1)).sum()), len(said)
+    same, n = int(same_answers(sample.labels, sample.thresholds, said, scores).sum()), len(said)
     apart = float(np.where(np.isfinite(scores), np.abs(scores - said), np.inf).max())
     return {"same_top1": same, "rows": n, "share": same / n, "max_score_diff": apart, "images": sample.split}
 

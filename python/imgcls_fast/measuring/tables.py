@@ -12,7 +12,8 @@ def efficiency_tables(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """How fast, and worth what: heads and rows of cells."""
     gated = any(row["gate"] for row in rows)
     speed = ["engine", "precision", "p50 ms", "p90 ms", "p99 ms", "batch", "images/s", "time/torch"]
-    judged = f"accuracy on {rows[0]['accuracy']['split']}" if rows[0]["accuracy"] else "accuracy"
+    first = rows[0]["accuracy"] or {}
+    judged = f"{first.get('figure', 'accuracy')} on {first['split']}" if first else "accuracy"
     worth = ["engine", judged, "same as torch", "MB"] + ["gate"] * gated
     return [
         {"heads": speed, "rows": [_speed(row) for row in rows]},

@@ -26,7 +26,7 @@ from ..core.pixels import Pixels
 from ..core.targets import READS
 from ..core.text import command
 from ..core.undecoded import Undecoded
-from ..engines.agreement import MAX_SCORE
+from ..engines.agreement import MAX_SCORE, same_answers
 from ..engines.as_found import as_found
 from ..engines.base import Engine
 from ..engines.predictor import Predictor
@@ -300,7 +300,7 @@ def _compare(
         if good.any():
             said[good] = reference.scores(ours[good])
             for name, engine in engines.items():
-                _compare_scores(scores[name], rows[good], said[good], engine.scores(ours[good]))
+                _compare_scores(scores[name], reference, rows[good], said[good], engine.scores(ours[good]))
         for name, stream in streams.items():
             theirs = next(stream)
             read = _array(theirs.rows)
@@ -312,16 +312,16 @@ def _compare(
                 one.values.add(rows[both], np.abs(other.astype(np.int16) - ours[both]).astype(np.float32), MAX_LEVELS)
                 again = reference.scores(np.ascontiguousarray(other))
                 one.scores.add(rows[both], np.abs(again - said[both]), MAX_SCORE)
-                one.same += int((again.argmax(1) == said[both].argmax(1)).sum())
+                one.same += int(same_answers(reference.labels, reference.thresholds, said[both], again).sum())
     return len(sampler.rows) - decoded
 
 
-def _compare_scores(one: Compared, rows: np.ndarray, said: np.ndarray, other: np.ndarray) -> None:
+def _compare_scores(one: Compared, reference: Engine, rows: np.ndarray, said: np.ndarray, other: np.ndarray) -> None:
     if other.shape != said.shape:  # another model's engine
         one.values.add(rows, np.full(said.shape, np.inf, np.float32), MAX_SCORE)
         return
     one.values.add(rows, np.abs(other - said), MAX_SCORE)
-    one.same += int(((other.argmax(1) == said.argmax(1)) & np.isfinite(other).all(1)).sum())
+    one.same += int(same_answers(reference.labels, reference.thresholds, said, other).sum())
 
 
 def _known(pixels: Pixels) -> str:
@@ -367,8 +367,9 @@ def _judge_scores(one: Compared, manifest: Manifest) -> dict[str, Any]:
     if not np.isfinite(values.largest):
         failure = f"scores of {one.name} are not finite, or not as many as the model has; first in {worst}"
     elif full and values.largest > MAX_SCORE:
+        answer = "class" if manifest.labels.is_single else "answers"
         failure = (
-            f"scores of {one.name} differ from {REFERENCE}'s by up to {values.largest:.2e} (allowed {MAX_SCORE:.0e}), same class on "
+            f"scores of {one.name} differ from {REFERENCE}'s by up to {values.largest:.2e} (allowed {MAX_SCORE:.0e}), same {answer} on "
             f"{one.same:,} of {values.images:,} images; most in {worst}"
         )
     verdict = "differs" if failure else "same" if full else "reduced precision, see the gate"
