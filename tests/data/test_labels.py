@@ -336,3 +336,11 @@ def test_folders_cannot_judge_a_model_of_several_labels(folder: Path, tmp_path: 
         (tmp_path / name / "0.png").write_bytes((folder / "0.png").read_bytes() + name.encode())
     found = inspect(tmp_path, ScanOptions(purpose="judge", labels=LabelSpace((Task("label", ("RBC", "WBC"), "any_of"),))))
     assert found.problems[0].code == "D014" and "gives one class per image" in found.problems[0].message
+
+
+def test_labels_of_several_tasks_cannot_judge_a_model_of_one_label(folder: Path) -> None:
+    table = rows("label (any_of): a,label (any_of): b", "1,0", "1,1")
+    found = look(folder, table, purpose="judge", classes=("a", "b"))
+    assert found.problems[0].code == "D014" and "gives several classes per image" in found.problems[0].message
+    other = look(folder, rows("color: a,color: b,size: s", "1,0,1", "0,1,1"), purpose="judge", classes=("a", "b"))
+    assert other.problems[0].kind == "labels of another model"

@@ -52,8 +52,8 @@ class LabelColumn(Protocol):
         """Find out what the cells mean, once all are there."""
         ...
 
-    def shown(self, code: int) -> str:
-        """A cell as the table has it, for a message."""
+    def shown(self) -> list[str]:
+        """The cells as the table has them, for messages; empty where columns are too many to show."""
         ...
 
     def spellings(self) -> Iterable[tuple[str, str]]:
@@ -95,9 +95,9 @@ class NameColumn:
         cell: Cell = Shares(tuple(value.items())) if isinstance(value, dict) else tuple(map(_text, value))
         return self.cells.setdefault(cell, len(self.cells))
 
-    def shown(self, code: int) -> str:
-        cell = list(self.cells)[code]
-        return repr(cell if isinstance(cell, str) else list(cell) if isinstance(cell, tuple) else dict(cell.pairs))
+    def shown(self) -> list[str]:
+        plain = (list(c) if isinstance(c, tuple) else dict(c.pairs) if isinstance(c, Shares) else c for c in self.cells)
+        return [repr(cell) for cell in plain]
 
     def spellings(self) -> Iterable[tuple[str, str]]:
         names = list(self.cells)
@@ -250,9 +250,8 @@ class MarkColumns:
         cell = tuple(_text(record.get(name)).strip() for name in self.names)
         return self.cells.setdefault(cell, len(self.cells)) if any(cell) else -1
 
-    def shown(self, code: int) -> str:
-        cell = list(self.cells)[code]
-        return ", ".join(f"{name} {value or 'nothing'}" for name, value in zip(self.names[:_SHOWN], cell, strict=False))
+    def shown(self) -> list[str]:
+        return []
 
     def spellings(self) -> Iterable[tuple[str, str]]:
         return ()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core.labels import Task
+from ..core.labels import LabelSpace, Task
 from ..core.manifest import NO_SPLIT, SPLITS
 from ..core.text import command
 from . import advice, fetch
@@ -25,8 +25,10 @@ def choose_classes(draft: Draft) -> None:
         return
     if draft.options.labels is not None:
         match_tasks(draft, draft.options.labels)
-    elif draft.options.classes is not None:
+    elif draft.options.classes is not None and draft.single:
         _choose_single(draft, draft.options.classes)
+    elif draft.options.classes is not None:
+        match_tasks(draft, LabelSpace.single(draft.options.classes))
 
 
 def _choose_single(draft: Draft, wanted: tuple[str, ...]) -> None:

@@ -99,8 +99,10 @@ def _other_kind(draft: Draft, task: Task) -> Problem:
         "D014",
         "labels of another kind",
         f"{draft.source} gives {theirs}, and the model answers {ours}",
-        why="an image's other labels are not known, so the answers could not be judged",
-        try_="name a table that lists all labels of each image, such as path,label with RBC|WBC",
+        why=f"the two cannot be compared for {task.name!r}",
+        try_="name a table that lists all labels of each image, such as path,label with RBC|WBC"
+        if task.kind == "any_of"
+        else "name data with one class per image, or the column that has it with --label-col",
     )
 
 

@@ -197,10 +197,11 @@ class _TableReader:
         """Note the faults of cells in each of their rows, and rows that say something else of the same image."""
         where = f"{column.names[0]} of " if len(self.labels) > 1 else ""
         if found.faults:
+            shown = column.shown()
             for row, code in enumerate(column.codes):
                 if code in found.faults:
                     kind, what = found.faults[code]
-                    said = f" ({shortened(column.shown(code), 60)})" if len(column.names) == 1 else ""
+                    said = f" ({shortened(shown[code], 60)})" if shown else ""
                     self._problem(kind, self.lines[row], f"{where}{self.listing.paths[row]}{said} {what}")
         k = self.labels.index(column)
         for line, row, codes in self.again:
