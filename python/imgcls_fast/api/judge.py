@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ..engines.predictor import Gathered
     from ..engines.predictor import Predictor as _Predictor
     from ..evaluation.metrics import Metrics
+    from ..evaluation.tasks import TaskMetrics
 
 
 def evaluate(
@@ -31,7 +32,7 @@ def evaluate(
     trust: bool = False,
     include_train: bool = False,
     force: bool = False,
-) -> Metrics:
+) -> Metrics | TaskMetrics:
     """Judge a run on one of its own splits, or on other labelled images; each row counts exactly once.
 
     Images that would flatter the model or cannot be judged are left out and counted, in warnings and in the metrics: files
@@ -45,9 +46,11 @@ def evaluate(
         precision: of the export that the runtime opens; None: the chosen one.
         out: folder for metrics.json, per_class.csv, confusion.csv and predictions.csv.
         trust: open native code (aoti, trt) that this user has not exported; here and below.
-
         include_train: with `data`, judge images that the run was trained on as well; they are counted in any case.
         force: replace files in `out` that no evaluation has written; never the table that `data` names.
+
+    Returns:
+        Metrics of one class per image; of other kinds of labels TaskMetrics: figures of each task, and means over them.
 
     Raises:
         UsageError: U002 when files in `out` may not be replaced.
@@ -59,8 +62,9 @@ def evaluate(
     if out is not None:
         claim_folder(Path(out), JUDGED_NAMES, JUDGED, force=force, inputs=[] if images is None else [images])
     from ..engines.scoring import score_rows
-    from ..evaluation.metrics import judge, without
+    from ..evaluation.metrics import without
     from ..evaluation.report import write_evaluation
+    from ..evaluation.tasks import judge_all
     from ..loading.loader import usual_loader
     from ..training.judged_rows import demand_split, rows_to_judge
     from ..training.judging import run_engine
@@ -83,7 +87,7 @@ def evaluate(
     )
     engine.close()
     predictions = asked.kept(predictions)
-    metrics = judge(
+    metrics = judge_all(
         predictions,
         top_k=settings.top_k,
         bootstrap=settings.bootstrap,
