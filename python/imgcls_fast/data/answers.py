@@ -1,4 +1,4 @@
-"""What the cells of label columns mean: one class, several, or probabilities; and what is wrong with a cell."""
+"""Finds out what the cells of label columns mean (one class, several, probabilities) and what is wrong with a cell."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ class Answers:
 
 
 class LabelColumn(Protocol):
-    """One task of a table: collects its cells row by row, then finds out what they mean."""
+    """Collects the cells of one task row by row, then finds out what they mean."""
 
     task: str
-    names: tuple[str, ...]  # of the columns
+    names: tuple[str, ...]  # its columns
     codes: array[int]  # the row's cell as a number, -1 where it is empty
 
     def code(self, record: Mapping[str, Any]) -> int:
@@ -138,7 +138,7 @@ def _of_names(cells: Sequence[Cell]) -> Answers:
 
 
 def _of_several(cells: Sequence[Cell], separator: str) -> Answers:
-    """Any number of classes per cell: the parts between separators, or the items of a list."""
+    """Answers of cells with any number of classes: the parts between separators, or the items of a list."""
     parts = [_parts(cell, separator) for cell in cells]
     others = [sign for sign in SEPARATORS if sign != separator]
     whole = {part for found in parts for part in found if not any(sign in part for sign in others)}
@@ -184,7 +184,7 @@ def _fault_of(cell: Cell, parts: list[str], separator: str, others: Sequence[str
 
 
 def _of_shares(cells: Sequence[Cell], kind: LabelKind) -> Answers:
-    """Objects of JSON: a probability per class; a plain name among them is certain."""
+    """Answers of JSON objects, with a probability per class; a plain name among them is certain."""
     classes: dict[str, int] = {}
     faults: dict[int, Fault] = {}
     values: list[dict[str, float]] = []
@@ -221,7 +221,7 @@ def _wrong_share(name: str, value: Any) -> list[str]:
 
 
 def _wrong_sum(total: float, parts: int) -> list[str]:
-    """Nothing when probabilities sum to 1; what they were rounded to may be missing."""
+    """The fault of probabilities that do not sum to 1; small differences come from rounding and are forgiven."""
     slack = min(_SUM, 0.005 * parts) + 1e-6
     return [] if abs(total - 1) <= slack else [f"has probabilities that sum to {total:.4g}, and not to 1"]
 
@@ -290,7 +290,7 @@ class MarkColumns:
         return Answers("any_of", self.classes, table, faults, "0/1 columns", complete=False)
 
     def _one_hot(self, values: np.ndarray, faults: dict[int, Fault], others: np.ndarray) -> Answers:
-        """Exactly one column holds in each row: an image belongs to one class."""
+        """Answers where exactly one column holds in each row: an image belongs to one class."""
         for k in others.tolist():
             faults[k] = ("several labels", f"has {np.nansum(values[k]):g} columns with 1, and data.label_kind is one_of")
         table = np.where(np.isnan(values).all(1), -1, np.nan_to_num(values).argmax(1)).astype(np.int32)

@@ -1,4 +1,4 @@
-"""How many bits the 16-bit gray images of a data set really use: microscopes and X-ray tools store 12 bits in files of 16."""
+"""Measures how many bits 16-bit gray images really use: microscopes and X-ray tools store 12 bits in files of 16."""
 
 from __future__ import annotations
 

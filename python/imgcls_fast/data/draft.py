@@ -1,4 +1,4 @@
-"""A manifest in the making, as the rules of a scan pass it on."""
+"""Holds a manifest in the making, as the rules of a scan pass it on."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from .quarantine import BadFile
 
 @dataclass
 class Draft:
-    """Each rule reads it, and leaves it with fewer rows, a problem or a notice more."""
+    """State that each rule reads, and leaves with fewer rows, a problem or a notice more."""
 
     listing: Listing
     files: Files
     options: ScanOptions
     source: str
     tasks: list[Task]
-    answers: list[np.ndarray]  # one per task, of all N rows, as in a manifest; unknown: also of a class that is left out
+    answers: list[np.ndarray]  # one per task, all N rows, as in a manifest; unknown also where the class is left out
     split: np.ndarray  # (N,) uint8
     group: np.ndarray  # (N,) int32, -1: a group of its own
     group_names: tuple[str, ...]
@@ -74,7 +74,7 @@ class Draft:
         return np.logical_or.reduce([part if part.ndim == 1 else part.any(1) for part in found])
 
     def counts(self, task: int, rows: np.ndarray) -> np.ndarray:
-        """(K,) int64 images of each class of a task."""
+        """(K,) int64 images per class of a task."""
         found = self.hard(task, rows)
         if found.ndim == 1:
             return np.bincount(found[found >= 0], minlength=len(self.tasks[task].classes))

@@ -1,4 +1,4 @@
-"""From what the user names to a folder on disk: archives are unpacked once, safely, into a cache."""
+"""Turns what the user names into a folder on disk: archives are unpacked once, safely, into a cache."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def open_source(path: Path, cache: Path, limits: Limits = Limits()) -> Path:
     Args:
         path: a folder (returned as it is), or .zip, .tar, .tar.gz, .tgz, .tar.xz, .tar.bz2.
         cache: where archives are unpacked, once per content, into `<first 16 hex digits of the SHA-256>/`.
-        limits: what counts as a bomb.
+        limits: sizes beyond which an archive is taken for a bomb.
 
     Returns:
         The folder; inside an archive, folders that only wrap everything are entered.

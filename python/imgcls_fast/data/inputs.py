@@ -1,4 +1,4 @@
-"""Bring images from whatever form a caller has them in to what the decoder takes: a path, bytes, a Pillow image or an array."""
+"""Brings images from whatever form a caller has them in to what the decoder takes: a path, bytes, a Pillow image or an array."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The labels of other data as a model with several labels per image numbers them."""
+"""Numbers the labels of other data as a model numbers its own, where an image may have several."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From settings to a manifest with splits; and looking at it: statistics, and whether the files are still the same."""
+"""Makes a manifest with splits from the settings, and looks at it: statistics, and whether the files are still the same."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def prepare(config: RunConfig, cache: Path | None = None) -> Prepared:
     """Scan the source (none: the embedded digits) and give every row a split.
 
     Args:
-        config: what the run was asked to do: sections data, pixels and loss.
+        config: settings of the run; sections data, pixels, model and loss are read.
         cache: folder for extracted archives and the digits; None: the user's, which is asked for only where it is needed.
 
     Raises:
@@ -261,7 +261,7 @@ def scan_to_judge(data: DataConfig, source: Path, pixels: Pixels, labels: LabelS
 
     Args:
         data: settings of the model's own data.
-        pixels, labels: of the model.
+        pixels, labels: the model's own.
 
     Returns:
         The manifest, and what was left out of it: who uses it must report `quarantine` and `notices`.

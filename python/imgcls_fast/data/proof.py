@@ -1,4 +1,4 @@
-"""What a decoder may be given that nothing can restart: images proven well-formed, on the very bytes that it gets.
+"""Proves that an image is well-formed, on the very bytes that a decoder gets which nothing could restart.
 
 DALI decodes in this process, and one malformed file can make its whole pipeline invalid or end the process. So it sees
 JPEG and PNG only, and of these what a parser of our own has walked through to the end. Everything else goes to Pillow.

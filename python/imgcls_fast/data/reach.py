@@ -1,4 +1,4 @@
-"""Reading a file that ought to be there: a disk that is out of reach for a moment is not a bad image.
+"""Reads a file that ought to be there: a disk that is out of reach for a moment is not a bad image.
 
 Network drives answer late, are remounted, or lose their server for seconds. So what the scan has seen is asked for
 again, with growing waits. What stays out of reach is an error that stops the work (D015), and never a reason to leave

@@ -1,4 +1,4 @@
-"""Records of a CSV, TSV or JSONL file, read line by line within bounds (`core.bounds.TABLE_...`)."""
+"""Reads the records of a CSV, TSV or JSONL file line by line, within bounds (`core.bounds.TABLE_...`)."""
 
 from __future__ import annotations
 

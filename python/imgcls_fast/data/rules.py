@@ -1,4 +1,4 @@
-"""The rules that turn a listing and its examined files into a manifest: what is left out, what is wrong, and why."""
+"""Turns a listing and its examined files into a manifest, by rules: what is left out, what is wrong, and why."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .findings import ScanOptions, ScanResult
 from .listing import Listing, Problem, is_named_as_image
 from .quarantine import BadFile
 
-_SHOWN = 10  # of a kind in the notices
+_SHOWN = 10  # examples of one kind in the notices
 
 
 def tabulate(listing: Listing, files: Files, options: ScanOptions, source: str) -> ScanResult:
@@ -57,7 +57,7 @@ def quarantine_bad(draft: Draft) -> None:
     for row in sorted(draft.files.reasons):
         split, label = int(draft.split[row]), draft.words(row)
         if not label and chosen and draft.options.purpose != "predict":
-            continue  # of a class that is left out
+            continue  # its class is left out
         out.append(
             BadFile(
                 draft.path(row),

@@ -32,7 +32,7 @@ def first_skipped(root: str, strays: Sequence[str], others: Sequence[str]) -> tu
     """The first LISTED files with their reasons.
 
     Args:
-        root: what the paths are relative to.
+        root: folder that the paths are relative to.
         strays: files beside the class folders, images among them.
         others: files in class folders that are no images.
     """
@@ -46,7 +46,7 @@ def note(paths: Sequence[str], did: str) -> list[str]:
     """One line that counts files that are no images, and names the first; none when there are none.
 
     Args:
-        did: what became of them: "skipped", "passed over".
+        did: "skipped" or "passed over".
     """
     if not paths:
         return []
