@@ -28,10 +28,10 @@ def benchmark(
         run: a run, or the folder (or file) of one of its exports, which is then timed alone beside torch.
         runtimes: torch, compile, aoti, onnx, openvino, trt; empty: all that are here.
         batches: sizes; empty: 1, 2, 4, ... until the rate falls.
-        duration_s: of each timing.
+        duration_s: seconds of each timing.
         device: cpu or cuda; None: a GPU if there is one.
         out: also write the result there, as JSON; bench/efficiency.json of the run is always written.
-        say: told what happens, in sentences.
+        say: called with sentences about what happens.
         force: replace a file at `out` that `bench` has not written.
 
     Returns:

@@ -31,8 +31,8 @@ def export(
         precision: fp32, fp16, bf16 or int8; None: fp16 for trt, else fp32.
         out: also copy the file there, under the ending of its format.
         overrides: dotted setting names to values, for this export.
-        say: told what happens, in sentences; None: as Python warnings.
-        progress: told (phase, fraction) while an engine is built.
+        say: called with sentences about what happens; None: Python warnings.
+        progress: called with (phase, fraction) while an engine is built.
         force: replace a file at `out` that is not an earlier copy of an export.
         settings: flags by their Python names: `max_drop=0.5, gate_data="more/", batch=8`.
 
@@ -113,7 +113,7 @@ def deploy(run: RunLike = None, kind: str = "kserve", **options: Any) -> str:
 
     Args:
         kind: kserve or k8s.
-        options: of `serving.deploy.render`.
+        options: further arguments of `serving.deploy.render`.
 
     Returns:
         YAML.

@@ -43,7 +43,7 @@ def evaluate(
         data: other images, in any form that `train` takes; at least one of their classes must be a class of the model.
         split: train, val or test; with `data`, all of its images are judged but those that the run was trained on.
         runtime: torch, compile, aoti, onnx, openvino, trt or auto.
-        precision: of the export that the runtime opens; None: the chosen one.
+        precision: precision of the export that the runtime opens; None: the chosen one.
         out: folder for metrics.json, per_class.csv, confusion.csv and predictions.csv.
         trust: open native code (aoti, trt) that this user has not exported; here and below.
         include_train: with `data`, judge images that the run was trained on as well; they are counted in any case.
@@ -181,10 +181,10 @@ def Predictor(
     Args:
         run: a run, or the folder of a bundle.
         runtime: torch, compile, aoti, onnx, openvino, trt or auto.
-        precision: of the export that the runtime opens; None: the chosen one.
+        precision: precision of the export that the runtime opens; None: the chosen one.
         batch: images per forward pass.
         top_k: classes in each answer.
-        device: of the torch runtime; None: a GPU if there is one.
+        device: device of the torch runtime; None: a GPU if there is one.
 
     Raises:
         ModelError: M004, M005 without a usable model; ExportError E001 without an export for `runtime`.

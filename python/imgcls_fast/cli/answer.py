@@ -37,7 +37,7 @@ class Answer:
 
     Args:
         value: what `--json` prints.
-        show: prints the same for people, on a rich console; None where everything has been said.
+        show: prints the same for people, on a rich console; None where everything has been shown.
         line: the result in one line, for `--quiet`.
         exit_code: 0, or why not.
         result: prints what `--quiet` is to show on a console, where that is more than a line.

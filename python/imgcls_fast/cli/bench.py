@@ -1,4 +1,4 @@
-"""`bench`, `bench report` and `bench compare`: how fast a model is, and what a suite of measurements says."""
+"""`bench`, `bench report` and `bench compare`: how fast a model is, and what a suite of measurements found."""
 
 from __future__ import annotations
 

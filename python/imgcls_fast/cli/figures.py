@@ -1,4 +1,4 @@
-"""What `eval` shows of the figures of a judged split, whatever kind of labels its images have."""
+"""Shows the figures of a judged split, for `eval`, whatever kind of labels its images have."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def headline(metrics: Mapping[str, Any]) -> str:
     """The first line: accuracy, and what else must not be overlooked.
 
     Args:
-        metrics: of `Metrics.to_dict` or `TaskMetrics.to_dict`.
+        metrics: result of `Metrics.to_dict` or `TaskMetrics.to_dict`.
     """
     accuracy = f"{share(metrics['accuracy'])}{_interval(metrics.get('accuracy_ci'))}"
     if "tasks" not in metrics:
@@ -30,7 +30,7 @@ def headline(metrics: Mapping[str, Any]) -> str:
 
 
 def show_judged(console: Any, line: str, metrics: Mapping[str, Any], told: Sequence[str]) -> None:
-    """Everything below the first line; warnings that were `told` already are not repeated as notes."""
+    """Print everything; warnings that are in `told` are not repeated as notes."""
     from ..tracking.lines import counted
 
     say(console, line, "bold")

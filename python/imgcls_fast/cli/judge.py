@@ -1,4 +1,4 @@
-"""`eval`, `predict` and `report`: what a finished run can say."""
+"""`eval`, `predict` and `report`: ask a finished run."""
 
 from __future__ import annotations
 

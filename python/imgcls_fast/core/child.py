@@ -37,7 +37,7 @@ def start(
 
     Args:
         module, words, options: as for `command`.
-        variables: of the environment, beside this process's own.
+        variables: environment variables, beside this process's own.
         arguments: Popen's, without `env`.
     """
     from .env import child_environment

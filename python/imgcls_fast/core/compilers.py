@@ -54,7 +54,7 @@ def compiler_lack(
     Args:
         device: "cpu" or "cuda[:n]".
         variables: CC and CXX, where they are set.
-        package: for AOTInductor.
+        package: whether AOTInductor builds a package.
         headers: folder of Python.h; None: this interpreter's.
 
     Source: `get_cpp_compiler` in torch/_inductor/cpp_builder.py, `_find_compiler` in triton/runtime/build.py.
@@ -75,7 +75,7 @@ def compiler_lack(
 
 
 def compiler_name(variables: Mapping[str, str]) -> str | None:
-    """Where the C++ compiler lies that Inductor would call; None without one."""
+    """Path of the C++ compiler that Inductor would call; None without one."""
     return _found(variables.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++"))
 
 

@@ -120,7 +120,7 @@ class PixelsConfig(Section):
         description="channels of the input: 1, 3 or 4; auto: those of the starting run, else rgb",
         json_schema_extra=flag("--channels", metavar="1|3|4", values={"1": "gray", "3": "rgb", "4": "rgba"}),
     )
-    exif: Literal["apply", "ignore"] = Field("apply", description="turn images as their EXIF orientation says")
+    exif: Literal["apply", "ignore"] = Field("apply", description="turn images by their EXIF orientation")
     bits: Annotated[int, Field(ge=8, le=16)] | Auto = Field(
         "auto",
         description="bits that 16-bit gray images use (12: 0..4095 become 0..255); auto: measured, or the starting run's",

@@ -65,7 +65,7 @@ def count_cpus(asked: str | None = None, proc: Path = PROC, root: Path = Path("/
 
     Args:
         asked: the value of OMP_NUM_THREADS, "4" or "4,2" (of the outer and the inner loops).
-        proc: where the kernel tells of processes.
+        proc: folder in which the kernel lists processes.
         root: folder that the mount points of `proc` are in.
     """
     machine = os.cpu_count() or 1

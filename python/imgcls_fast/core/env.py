@@ -125,7 +125,7 @@ def _warn_of_home(usual: Path | None, folder: Path) -> None:
 
 
 def config_dir() -> Path | None:
-    """Where the user's own key lies: $IMGCLS_CONFIG, else the user's configuration folder, else one below $TMPDIR; None: nowhere."""
+    """Path of the user's own key: $IMGCLS_CONFIG, else the user's configuration folder, else one below $TMPDIR; None: nowhere."""
     own, base = os.environ.get("IMGCLS_CONFIG"), os.environ.get("XDG_CONFIG_HOME", "")
     if own:
         return Path(own)
@@ -178,7 +178,7 @@ def lacks_compiler(device: str, *, package: bool = False) -> Lack | None:
 
 
 def cxx_compiler() -> str | None:
-    """Where the C++ compiler lies that torch would call; None without one."""
+    """Path of the C++ compiler that torch would call; None without one."""
     return compiler_name(os.environ)
 
 

@@ -108,7 +108,7 @@ def _png(content: bytes, max_megapixels: float) -> str | None:
 
 
 def _webp(content: bytes, max_megapixels: float) -> str | None:
-    """The canvas of an extended file is allocated before Pillow tells its size."""
+    """The canvas of an extended file is allocated before Pillow reports its size."""
     if content[12:16] != b"VP8X" or len(content) < 30:
         return None
     width, height = (1 + int.from_bytes(content[k : k + 3], "little") for k in (24, 27))

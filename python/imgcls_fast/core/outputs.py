@@ -77,7 +77,7 @@ def claim_folder(
 
     Args:
         folder: as the user named it.
-        names: of the files that will be written, relative to it; the user has not typed these.
+        names: names of the files that will be written, relative to it; the user has not typed these.
         kind, force, inputs: as in `claim_file`.
 
     Raises:
@@ -98,7 +98,7 @@ def claim_folder(
 
 
 def demand_outside(folder: Path, inputs: Iterable[Path]) -> None:
-    """Raise where a folder of output is one of the folders of images that are read, or lies in one: pictures would become data.
+    """Raise where a folder of output is one of the folders of images that are read, or is inside one: pictures would become data.
 
     A run that lies there is passed over as a whole, so what is written into it is none.
 
@@ -268,7 +268,7 @@ def _bench_page(folder: Path) -> bool:
 
 
 def exported_model(exports: Path, target: str) -> Kind:
-    """The kind of the copy that `export --out` makes of a target: our ONNX files, and whatever lies in this folder of exports."""
+    """The kind of the copy that `export --out` makes of a target: our ONNX files, and whatever is in this folder of exports."""
 
     def ours(path: Path) -> bool:
         if b"imgcls-fast" in _head(path)[:64]:  # the producer, which ONNX keeps in front

@@ -1,4 +1,4 @@
-"""Tell that something long goes on: what, how far it is, for how long.
+"""Report that something long goes on: what, how far it is, for how long.
 
 Whoever does something that may take longer than a few seconds wraps it in `phase`, wherever it is; whoever shows it listens
 by `heard_by`. Without a listener a phase costs nothing. The listener is that of the calling context and not an argument,
@@ -41,7 +41,7 @@ class Phase:
         self._tell, self._began, self._told = tell, time.monotonic(), 0.0
 
     def to(self, done: int) -> None:
-        """Tell how many are done so far; cheap enough for each image."""
+        """Report how many are done so far; cheap enough for each image."""
         self.done = done
         now = time.monotonic()
         if self._tell is not None and now - self._told >= _EVERY_S:
@@ -66,7 +66,7 @@ class Phase:
 
 @contextmanager
 def heard_by(listener: Listener) -> Iterator[None]:
-    """While entered, phases that begin in this thread are told to `listener`, as events."""
+    """While entered, `listener` receives the events of phases that begin in this thread."""
     token = _listener.set(listener)
     try:
         yield
@@ -80,7 +80,7 @@ def phase(what: str, total: int | None = None, unit: str = "") -> Iterator[Phase
 
     Args:
         what: in the words of a person who waits: "looking at the images".
-        total: number of `unit` to be done, where that is known; tell how many are with `to`.
+        total: number of `unit` to be done, where that is known; report how many are with `to`.
     """
     current = Phase(what, total, unit, _listener.get())
     current.emit("begin")
@@ -91,7 +91,7 @@ def phase(what: str, total: int | None = None, unit: str = "") -> Iterator[Phase
 
 
 def counted_off(things: Iterable[T], current: Phase) -> Iterator[T]:
-    """The same things; a phase is told how many more have gone by."""
+    """Yield the same things, counting them in a phase."""
     for thing in things:
         yield thing
         current.to(current.done + 1)

@@ -1,4 +1,4 @@
-"""Which names a run directory has, and whose files lie there: nothing of the user's is overwritten, whatever leads to it."""
+"""Which names a run directory has, and whose files are there: nothing of the user's is overwritten, whatever leads to it."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def _holds(path: Path, *words: bytes) -> bool:
 
 
 def demand_no_links(directory: Path) -> None:
-    """Go on only where everything that is written lies in this run: a link in a stranger's run leads into your files.
+    """Raise unless everything that is written is inside this run: a link in a stranger's run leads into your files.
 
     Raises:
         HardwareError: H003, naming the link.

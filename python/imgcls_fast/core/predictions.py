@@ -1,4 +1,4 @@
-"""What a model said about each row: the only thing that metrics, reports and comparisons see."""
+"""Scores of a model for each row: the only thing that metrics, reports and comparisons see."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Predictions:
         targets: (n, K) float32: one-hot, 0 and 1, or probabilities; NaN where unknown. None where no labels are known at all.
         labels: what column k means.
         paths: n file names, in the order of `rows`.
-        fingerprint: of the manifest that the rows belong to.
+        fingerprint: fingerprint of the manifest that the rows belong to.
         thresholds: (K,) float32, least scores of the classes of `any_of` tasks; None: 0.5.
 
     Raises:

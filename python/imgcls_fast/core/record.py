@@ -63,7 +63,7 @@ def work_on(
     """Record that work on a run begins here, and how it ends; only for the holder of the lock.
 
     Args:
-        directory: of the run.
+        directory: directory of the run.
         changes: settings that differ from before: name -> (before, now); None where the run begins.
         parent: the run that a new run takes its weights from.
         part_of: folder of the study or run that asked for a new run.

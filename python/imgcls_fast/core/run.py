@@ -1,4 +1,4 @@
-"""A run directory: who may write it, and where everything in it lies."""
+"""A run directory: who may write it, and where everything in it is."""
 
 from __future__ import annotations
 

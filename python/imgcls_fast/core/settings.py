@@ -135,7 +135,7 @@ class _Given:
         self.origin[name] = where
 
     def merge(self, tree: Any, lines: dict[str, str], source: str) -> None:
-        """Put in what a file says."""
+        """Add the settings of a file."""
         if tree is None:
             return
         if not isinstance(tree, dict):

@@ -49,7 +49,7 @@ class Target(NamedTuple):
         maker: "module:function" in exporting/; it takes `materials.Materials` and a `Way`, and returns the Export.
         ways: precision -> how.
         usual: the precision where none is asked for.
-        endings: of a copy of its file, the usual one first; empty: a folder.
+        endings: endings of a copy of its file, the usual one first; empty: a folder.
         native: opening it runs code out of it, so that its maker must be known.
     """
 

@@ -47,7 +47,7 @@ def demand_own_code(path: Path, meta: Mapping[str, Any], *, trust: bool) -> None
     Args:
         path: the file, for the message.
         meta: content of its meta.json.
-        trust: the user has named this export and said that its maker is known.
+        trust: whether the user has named this export and vouched for its maker.
 
     Raises:
         ExportError: E006.

@@ -31,7 +31,7 @@ class ZipBounds:
         entries: number of files.
         directory_bytes: size of the index itself.
         unpacked_bytes: sum of the sizes that it claims.
-        ratio: of that sum to the size of the file, counted from `ratio_from_bytes` on.
+        ratio: ratio of that sum to the size of the file, counted from `ratio_from_bytes` on.
         name_bytes: length of a name.
         methods: compression methods (0 stored, 8 deflate, 12 bzip2; 14, LZMA, may ask for gigabytes of memory).
     """

@@ -99,7 +99,7 @@ class LiveBar:
 
 
 class ConsoleSink:
-    """What a person sees: the data line, the plan, one line an epoch, a live bar on a terminal, the final box.
+    """What a person sees: the data line, the plan, one line per epoch, a live bar on a terminal, the final box.
 
     Args:
         stream: where to write; stdout if not given, stderr with `json`.
