@@ -158,3 +158,60 @@ def test_a_new_export_target_is_one_entry() -> None:
     done = subprocess.run([sys.executable, "-c", _TARGET], capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "('coreml', 'fp16')"
+
+
+# A figure whose entry is a line of the table, which is read when `core.figures` is imported.
+_FIGURE = """
+from pathlib import Path
+from imgcls_fast.core import figures
+line = '    Figure("kappa", "Cohen kappa", "kappa", lambda m: kappa(m.confusion), kinds=("one_of",)),\\n'
+text = Path(figures.__file__).read_text("utf-8")
+exec(compile(text.replace(")\\nMONITORS", line + ")\\nMONITORS", 1), figures.__file__, "exec"), figures.__dict__)
+
+def kappa(c):
+    chance = float(c.sum(0) @ c.sum(1)) / c.sum() ** 2
+    return (c.trace() / c.sum() - chance) / (1 - chance)
+
+figures.kappa = kappa
+"""
+_FIGURE_USED = """
+import tempfile
+import numpy as np
+from sklearn.metrics import cohen_kappa_score
+from imgcls_fast.core.figures import usual_figures
+from imgcls_fast.core.labels import LabelSpace, Task
+from imgcls_fast.core.predictions import Predictions
+from imgcls_fast.evaluation import plots
+from imgcls_fast.evaluation.report import ReportFacts, write_report
+from imgcls_fast.evaluation.tasks import judge_all
+from imgcls_fast.tracking.events import EpochDone, event_of
+from imgcls_fast.tracking.lines import epoch_line
+plots.judgement_plots = lambda predictions, metrics: {}
+draw, pages = np.random.default_rng(0), []
+truth = draw.integers(0, 3, 40)
+scores = draw.dirichlet([1, 1, 1], 40).astype(np.float32)
+targets = np.eye(3, dtype=np.float32)[truth]
+single = LabelSpace.single("abc")
+several = LabelSpace((Task("a", ("x", "y", "z")), Task("b", ("v",), "any_of")))
+for labels in (single, several):
+    more = [np.ones((40, 1), np.float32)] * (labels is several)
+    said = Predictions(np.arange(40), *(np.hstack([part, *more]) for part in (scores, targets)), labels, ("",) * 40)
+    metrics = judge_all(said, bootstrap=0)
+    page = write_report(Path(tempfile.mkdtemp()) / "r.html", ReportFacts("x", {"test": (said, metrics)}, Path("/nowhere"))).read_text()
+    pages.append(["Cohen kappa" in page, metrics.to_dict()["kappa"]])
+epoch = dict.fromkeys(EpochDone.__required_keys__, 1) | {"event": "epoch", "val_kappa": 0.25, "monitor": "val/kappa"}
+found |= {
+    "pages": pages,
+    "true": cohen_kappa_score(truth, scores.argmax(1)),
+    "recorded": [figure.column for figure in usual_figures(single=True)],
+    "line": epoch_line(event_of(EpochDone, epoch)),
+    "error": refused({"train.monitor": "val/nothing"}),
+}
+"""
+
+
+def test_a_new_figure_is_one_entry_and_can_be_monitored_and_read_everywhere() -> None:
+    found = tried(_FIGURE, _FIGURE_USED)
+    assert "val/kappa" in found["help"]["train.monitor"] and "`val/kappa`" in found["docs"] and "'val/kappa'" in found["error"]
+    assert '"val/kappa"' in found["rows"] and "val_kappa" in found["recorded"] and "kappa .250" in found["line"]
+    assert found["pages"] == [[True, pytest.approx(found["true"])]] * 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..core.figures import more_figures
 from .show import facts, say, share, table
 
 MANY_CLASSES = 30  # beyond this only the worst are listed
@@ -40,14 +41,18 @@ def show_judged(console: Any, line: str, metrics: Mapping[str, Any], told: Seque
     else:
         if len(tasks) > 1:
             say(console, f"means over {counted(len(tasks), 'task')}:")
-            facts(console, {name: share(metrics.get(name)) for name in _MEANS}, 2)
+            facts(console, {name: share(metrics.get(name)) for name in (*_MEANS, *_more())}, 2)
         for name, task in tasks.items():
             if len(tasks) > 1:
                 say(console, f"{name}: {counted(task['n'], 'image')}", "bold")
-            facts(console, {figure: share(task.get(figure)) for figure in _OF_A_TASK if figure in task}, 2)
+            facts(console, {figure: share(task.get(figure)) for figure in (*_OF_A_TASK, *_more()) if figure in task}, 2)
             _show_classes(console, task.get("per_class") or [], _ANY_OF if task["kind"] == "any_of" else _ONE_OF)
     for text in (text for text in metrics.get("warnings") or () if text not in told):
         say(console, f"note: {text}", "yellow")
+
+
+def _more() -> list[str]:
+    return [figure.field for figure in more_figures(single=False)]
 
 
 def _show_single(console: Any, metrics: Mapping[str, Any]) -> None:
@@ -55,7 +60,7 @@ def _show_single(console: Any, metrics: Mapping[str, Any]) -> None:
 
     if metrics["imbalanced"]:
         say(console, f"  largest class: {majority_line(metrics['majority'])}")
-    names = ("macro_f1", "balanced_accuracy", "roc_auc", "log_loss", "ece")
+    names = ("macro_f1", "balanced_accuracy", "roc_auc", "log_loss", "ece", *(f.field for f in more_figures(single=True)))
     top = {f"top-{k} accuracy": share(value) for k, value in (metrics.get("top_k") or {}).items() if str(k) != "1"}
     facts(console, {**top, **{name: share(metrics.get(name)) for name in names if name in metrics}}, 2)
     _show_classes(console, metrics.get("per_class") or [], _ONE_OF)

@@ -27,6 +27,7 @@ class Figure:
         percent: whether reports show it as a percentage.
         kinds: the kinds of task that it is defined for. Of several tasks it is the mean over those.
         usual: the label spaces in which each epoch records it without being asked: "one_label", "others".
+        placed: pages and consoles have a place of their own for it, so that it is not listed among the others.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Figure:
     percent: bool = False
     kinds: tuple[Kind, ...] = ("one_of", "any_of")
     usual: tuple[str, ...] = ("one_label", "others")
+    placed: bool = False
 
     @property
     def monitor(self) -> str:
@@ -61,11 +63,11 @@ class Figure:
 
 
 FIGURES: tuple[Figure, ...] = (
-    Figure("loss", "log-loss, nats", "val loss", lambda m: m.log_loss, key="log_loss", more_is_better=False),
-    Figure("accuracy", "accuracy", "val acc", lambda m: m.accuracy, percent=True),
-    Figure("macro_f1", "macro F1", "f1", lambda m: m.macro_f1),
-    Figure("balanced_accuracy", "balanced accuracy", "balanced acc", lambda m: m.balanced_accuracy, percent=True),
-    Figure("macro_ap", "mean average precision", "mAP", lambda m: m.macro_ap, usual=("others",)),
+    Figure("loss", "log-loss, nats", "val loss", lambda m: m.log_loss, key="log_loss", more_is_better=False, placed=True),
+    Figure("accuracy", "accuracy", "val acc", lambda m: m.accuracy, percent=True, placed=True),
+    Figure("macro_f1", "macro F1", "f1", lambda m: m.macro_f1, placed=True),
+    Figure("balanced_accuracy", "balanced accuracy", "balanced acc", lambda m: m.balanced_accuracy, percent=True, placed=True),
+    Figure("macro_ap", "mean average precision", "mAP", lambda m: m.macro_ap, usual=("others",), placed=True),
 )
 MONITORS: dict[str, Figure] = {figure.monitor: figure for figure in sorted(FIGURES, key=lambda one: not one.more_is_better)}
 
@@ -74,6 +76,11 @@ def mean_defined(values: Iterable[float]) -> float:
     """Mean of the values that are not NaN; NaN where none is."""
     known = [value for value in values if not math.isnan(value)]
     return sum(known) / len(known) if known else math.nan
+
+
+def more_figures(*, single: bool) -> list[Figure]:
+    """The usual figures for which nothing has a place of its own: whoever shows figures lists them after the others."""
+    return [figure for figure in usual_figures(single=single) if not figure.placed]
 
 
 def usual_figures(*, single: bool, monitor: str = "") -> list[Figure]:

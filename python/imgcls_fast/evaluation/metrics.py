@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, TypeVar, get_args
 import numpy as np
 
 from ..core.errors import ConfigError, DataError
-from ..core.figures import usual_figures
+from ..core.figures import more_figures
 from ..core.predictions import Predictions
 from ..core.text import some
 from ..core.undecoded import Undecoded
@@ -152,7 +152,7 @@ class Metrics:
         value |= {"majority": self.majority.to_dict(), "imbalanced": self.imbalanced}
         for name in ("reliability", "coverage"):
             value[name] = dict(vars(value[name]))
-        value |= {figure.field: figure.value(self) for figure in usual_figures(single=True) if figure.field not in value}
+        value |= {f.field: f.value(self) for f in more_figures(single=True) if self.kind in f.kinds}
         plain: dict[str, Any] = plain_json(value)
         return plain
 

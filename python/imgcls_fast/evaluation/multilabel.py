@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ..core.errors import DataError
-from ..core.figures import mean_defined
+from ..core.figures import mean_defined, more_figures
 from ..core.labels import THRESHOLD
 from ..core.predictions import Predictions
 from .calibration import Reliability, reliability
@@ -101,6 +101,7 @@ class AnyOfMetrics:
         del value["together"], value["answered"]
         value["per_class"] = [asdict(figures) for figures in self.per_class]
         value["reliability"] = dict(vars(self.reliability))
+        value |= {f.field: f.value(self) for f in more_figures(single=False) if self.kind in f.kinds}
         plain: dict[str, Any] = plain_json({"kind": self.kind, **value})
         return plain
 

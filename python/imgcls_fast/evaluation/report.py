@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
+from ..core.figures import more_figures
 from ..core.files import explained_write, write_json, write_text, write_whole
 from ..core.predictions import Predictions
 from ..core.text import to_csv
@@ -20,7 +21,7 @@ from .metrics import Metrics
 from .multilabel import AnyOfMetrics
 from .paired import Difference
 from .scatter import engines_picture
-from .task_report import alternatives, file_names, task_context, task_plots
+from .task_report import alternatives, figure_card, file_names, task_context, task_plots
 from .tasks import TaskMetrics
 from .text import printable, shorten
 from .thumbnails import thumbnail
@@ -251,6 +252,7 @@ def _judged(facts: ReportFacts, context: dict[str, Any]) -> dict[str, bytes]:
         "wrong": int((predictions.truth != predictions.predicted).sum()),
         "verdict": _verdict(metrics, facts.baseline, facts.against),
         "constant": _against_majority(metrics),
+        "cards": [figure_card(figure, metrics) for figure in more_figures(single=True)],
     }
     return draw.judgement_plots(predictions, metrics)
 

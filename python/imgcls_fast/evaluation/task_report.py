@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..core.figures import usual_figures
+from ..core.figures import Figure, usual_figures
 from ..core.labels import THRESHOLD
 from ..core.predictions import Predictions
 from . import plots as draw
@@ -66,11 +66,7 @@ def task_context(predictions: Predictions, metrics: TaskMetrics, root: Path, bas
     return {
         "head": _head(metrics, ranked, baseline),
         "cards": [
-            {
-                "value": figure.value(metrics),
-                "percent": figure.percent,
-                "words": f"{figure.words}, {shared}" if figure.name == "accuracy" else figure.words,
-            }
+            figure_card(figure, metrics, f", {shared}" if figure.name == "accuracy" else "")
             for figure in usual_figures(single=False)
             if figure.name != ("macro_ap" if ranked else "accuracy")
         ],
@@ -79,6 +75,11 @@ def task_context(predictions: Predictions, metrics: TaskMetrics, root: Path, bas
             for (name, own), begins in zip(_judged(predictions, metrics), names, strict=True)
         ],
     }
+
+
+def figure_card(figure: Figure, metrics: Metrics | TaskMetrics, more: str = "") -> dict[str, Any]:
+    """One figure as the page shows it."""
+    return {"value": figure.value(metrics), "percent": figure.percent, "words": figure.words + more}
 
 
 def _judged(predictions: Predictions, metrics: TaskMetrics) -> list[tuple[str, Predictions]]:
