@@ -54,7 +54,6 @@ LONG_SKIPS: dict[str, int] = {  # room -> statements over three lines that keep 
     # ----
     # ----
     # ----
-    "ops": 6,
     # ----
     # ----
 }

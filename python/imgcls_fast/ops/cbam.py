@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from imgcls_fast.ops.cbam_ops import MAX_KERNEL, NHWC
-from imgcls_fast.ops.library import DTYPES, EXTENSION, autocast_dtype, cuda_missing, describe, require
+from .cbam_ops import MAX_KERNEL, NHWC
+from .library import DTYPES, EXTENSION, autocast_dtype, cuda_missing, describe, require
 
 _CUDA_MISSING = cuda_missing()  # asked here: torch.compile does not trace into the compiled half
 
@@ -285,8 +285,6 @@ class _CbamTraining(torch.autograd.Function):
         dx, dw1, dw2, dconv = torch.ops.imgcls.cbam_maps_grad(
             behind, x, w1, w2, conv_weight, affine, channel, hidden_sums, spatial, dlogits, ties
         )
-        wants_weight, wants_bias, wants_residual = ctx.needs_input_grad[4:7]
-        return (
-            dx, dw1, dw2, dconv, dweight if wants_weight else None, dbias if wants_bias else None,
-            behind if wants_residual else None, None, None,
-        )  # fmt: skip
+        asked = zip(ctx.needs_input_grad[4:7], (dweight, dbias, behind), strict=True)
+        rest = (found if wanted else None for wanted, found in asked)
+        return (dx, dw1, dw2, dconv, *rest, None, None)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imgcls_fast.ops.library import DTYPES, EXTENSION, LIBRARY, describe, on_device_of, require, where_to_run
+from .library import DTYPES, EXTENSION, LIBRARY, describe, on_device_of, require, where_to_run
 
 MAX_KERNEL = 7  # kCbamKernelMax in csrc/cpu/cbam.h; also of the GPU half
 NHWC = torch.channels_last
@@ -177,9 +177,15 @@ def _gradients(
 ) -> dict[str, Tensor | None]:
     dw1, dw2, dconv = weights
     return {
-        "dx": dx, "dw1": dw1, "dw2": dw2, "dconv": dconv, "daffine": daffine, "dlogits": dlogits, "ties": ties,
+        "dx": dx,
+        "dw1": dw1,
+        "dw2": dw2,
+        "dconv": dconv,
+        "daffine": daffine,
+        "dlogits": dlogits,
+        "ties": ties,
         "masked": masked,
-    }  # fmt: skip
+    }
 
 
 def _exact(name: str, tensor: Tensor, shape: tuple[int, ...], x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 EXTENSION: Any  # the compiled half, or None where the package was not built
 try:
-    from imgcls_fast import _C as EXTENSION
+    from .. import _C as EXTENSION
 except ImportError:
     EXTENSION = None
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from imgcls_fast.ops.library import (
+from .library import (
     DTYPES,
     EXTENSION,
     LIBRARY,
@@ -374,17 +374,18 @@ def _gradients(qkv: Tensor, bias: Tensor | None, head_scale: Tensor | None) -> t
     )
 
 
+# what the functions of the library take after their tensors is what `_common` takes, in the same order
+
+
 def _forward_fake(
-    qkv: Tensor, bias: Tensor | None, head_scale: Tensor | None, heads: int, window: Any, shift: Any, grid: bool,
-    scale: float, mask_value: float, keep_lse: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return _outputs(qkv, heads, window, keep_lse)
+    qkv: Tensor, bias: Tensor | None, head_scale: Tensor | None, heads: int, window: Any, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    return _outputs(qkv, heads, window, keep_lse=rest[-1])
 
 
 def _backward_fake(
-    grad: Tensor, qkv: Tensor, bias: Tensor | None, head_scale: Tensor | None, lse: Tensor, heads: int, window: Any,
-    shift: Any, grid: bool, scale: float, mask_value: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    grad: Tensor, qkv: Tensor, bias: Tensor | None, head_scale: Tensor | None, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     return _gradients(qkv, bias, head_scale)
 
 
@@ -415,9 +416,9 @@ def _common(
 
 
 def _forward_impl(
-    qkv: Tensor, bias: Tensor | None, head_scale: Tensor | None, heads: int, window: Any, shift: Any, grid: bool,
-    scale: float, mask_value: float, keep_lse: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    qkv: Tensor, bias: Tensor | None, head_scale: Tensor | None, heads: int, window: Any, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    *how, keep_lse = rest
     qkv, bias, head_scale = (_ready(t) for t in (qkv, bias, head_scale))  # type: ignore[assignment]
     out, lse = _outputs(qkv, heads, window, keep_lse)
     if out.numel():
@@ -428,26 +429,24 @@ def _forward_impl(
                 head_scale=_address(head_scale),
                 out=_address(out),
                 lse=_address(lse),
-                **_common(qkv, heads, window, shift, grid, scale, mask_value),
+                **_common(qkv, heads, window, *how),
             )
     return out, lse
 
 
 def _backward_impl(
-    grad: Tensor, qkv: Tensor, bias: Tensor | None, head_scale: Tensor | None, lse: Tensor, heads: int, window: Any,
-    shift: Any, grid: bool, scale: float, mask_value: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    grad: Tensor, qkv: Tensor, bias: Tensor | None, head_scale: Tensor | None, lse: Tensor, *how: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     grad, qkv, bias, head_scale = (_ready(t) for t in (grad.to(qkv.dtype), qkv, bias, head_scale))  # type: ignore[assignment]
     dqkv, dbias, dscale = _gradients(qkv, bias, head_scale)
     if qkv.numel() == 0:
         return dqkv, dbias.zero_(), dscale.zero_()
-    common = _common(qkv, heads, window, shift, grid, scale, mask_value)
+    common = _common(qkv, *how)
     with on_device_of(qkv):
         scratch = None
         if common["on_cuda"]:
-            floats = EXTENSION.window_attention_scratch(
-                sizes=common["sizes"], has_bias=bias is not None, cosine=head_scale is not None, grid=grid, dtype=common["dtype"]
-            )  # fmt: skip
+            asked = {name: common[name] for name in ("sizes", "grid", "dtype")}
+            floats = EXTENSION.window_attention_scratch(has_bias=bias is not None, cosine=head_scale is not None, **asked)
             scratch = qkv.new_empty(max(floats, 1), dtype=torch.float32)
         EXTENSION.window_attention_grad(
             qkv=_address(qkv),
