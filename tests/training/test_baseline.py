@@ -96,16 +96,16 @@ def test_the_first_fit_is_bounded_by_its_work_where_features_and_classes_are_man
 def test_the_probe_of_a_run_sees_evaluation_pixels_never_augmented_ones(
     configure: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    samplers = []
-    real = baseline.open_loader
+    read: list[list[int]] = []
+    real = baseline.read_rows
 
-    def watch(sampler: Any, *arguments: Any, **named: Any) -> Any:
-        samplers.append(sampler)
-        return real(sampler, *arguments, **named)
+    def watch(manifest: Any, rows: Any, *arguments: Any, **named: Any) -> Any:
+        read.append(sorted(rows.tolist()))
+        return real(manifest, rows, *arguments, **named)
 
-    monkeypatch.setattr(baseline, "open_loader", watch)
+    monkeypatch.setattr(baseline, "read_rows", watch)  # which knows no augmentation
     run = session.start(configure({"train.baseline": True, "train.epochs": 1}))
-    assert [sampler.training for sampler in samplers] == [False, False]
+    assert read == [run.manifest.rows(split).tolist() for split in ("train", "test")]
     assert run.read_json("baseline.json")["n"] == len(run.manifest.rows("test"))
 
 

@@ -15,8 +15,7 @@ from ..core.manifest import LabelSpace, Manifest
 from ..core.predictions import Predictions
 from ..core.run import Run
 from ..evaluation.metrics import judge
-from ..loading.loader import open_loader
-from ..loading.sampler import Sampler
+from ..loading.loader import read_rows
 from .plan import Plan, starting_model
 
 if TYPE_CHECKING:
@@ -75,14 +74,9 @@ def fit_baseline(plan: Plan, manifest: Manifest, run: Run) -> dict[str, Any]:
 
 
 def _batches(plan: Plan, manifest: Manifest, rows: np.ndarray) -> Generator[Batch, None, None]:
-    """Evaluation batches of some rows, in their order."""
-    sampler = Sampler(manifest, rows, plan.pixels, min(64, int(plan.config.evaluate.batch_size)))
-    backend = plan.config.train.loader if plan.config.train.loader != "dali-gpu" else "dali-cpu"
-    loader = open_loader(sampler, backend, workers=int(plan.config.train.workers), once=True)
-    try:
-        yield from loader.epoch(0)
-    finally:
-        loader.close()
+    """Read some rows, in their order, in batches as evaluation sees them."""
+    train, size = plan.config.train, min(64, int(plan.config.evaluate.batch_size))
+    return read_rows(manifest, rows, plan.pixels, batch_size=size, backend=str(train.loader), workers=int(train.workers))
 
 
 def _probe_features(plan: Plan, labels: LabelSpace) -> tuple[Callable[[Any], np.ndarray], str]:
