@@ -162,7 +162,10 @@ def _asked(arguments: dict[str, Any]) -> set[str]:
 def _show_comparison(console: Any, made: dict[str, Any]) -> None:
     found = made.get("comparison")
     if found:
-        line = f"same class as torch on {found['same_top1']:,} of {found['images']:,} images, "
+        tasks = (made.get("labels") or {}).get("tasks", ())
+        one_label = len(tasks) < 2 and all(task["kind"] == "one_of" for task in tasks)
+        same = "class" if one_label else "answers"
+        line = f"same {same} as torch on {found['same_top1']:,} of {found['images']:,} images, "
         say(console, f"  {line}largest score difference {found['max_score_diff']:.1e}")
     elif made.get("verified"):
         say(console, f"  verified: {made['verified']}")
@@ -173,6 +176,9 @@ def _show_gate(console: Any, gate: dict[str, Any] | None) -> None:
         return
     say(console, f"gate: {gate['statement']}", "bold")
     facts(console, {name: gate[name] for name in _POINTS if gate.get(name) is not None}, 2)
+    if mean := gate.get("per_label"):
+        say(console, "  accuracy is that of whole images (exact match); per label:")
+        facts(console, {name: mean[name] for name in _POINTS if mean.get(name) is not None}, 4)
 
 
 def _show_latency(console: Any, latency: dict[str, Any] | None) -> None:

@@ -5,7 +5,10 @@ other part, once. Verdicts, with the one-sided 95 % score bounds of the drop of 
 
     pass            the upper bound is within the budget
     fail            the lower bound is above the budget: the rows show that the engine loses more
-    underpowered    the rows cannot tell; named is how many could
+    underpowered    too few rows to decide; the report says how many would be enough
+
+Where images have several labels there are two drops, of exact match and of per-label accuracy, and both must be within the
+budget.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -33,6 +36,7 @@ from ..evaluation.paired import Judgement, judge
 Batches = Callable[[np.ndarray], Iterable[Batch]]  # row numbers of the gate's manifest -> batches of them
 
 METHOD = "one-sided score bound on paired counts (Tango 1998)"
+MEAN_METHOD = "one-sided bound of a mean by betting (Waudby-Smith, Ramdas 2024)"  # of per-label accuracy
 SCHEMA = 1
 
 
@@ -109,12 +113,12 @@ def gate_data(
     return GateData(whole.take(np.flatnonzero(keep & ~repeated)), {k: n for k, n in counts.items() if n})
 
 
-def split_rows(targets: np.ndarray | int, seed: int, fraction: float = 0.5) -> GateRows:
-    """Divide gate rows into search rows and verdict rows, every class alike (to within one row).
+def split_rows(strata: np.ndarray | int, seed: int, fraction: float = 0.5) -> GateRows:
+    """Divide gate rows into search rows and verdict rows, every stratum alike (to within one row).
 
     Args:
-        targets: (n,) class numbers, (n, K) targets, or n where no classes are known.
-        seed: the same seed and targets give the same parts.
+        strata: (n,) numbers of rows that are alike (`Manifest.stratum`), or n where nothing is known of them.
+        seed: the same seed and strata give the same parts.
         fraction: part of the rows that a search may look at; 0 leaves all of them for the verdict.
 
     Raises:
@@ -122,12 +126,9 @@ def split_rows(targets: np.ndarray | int, seed: int, fraction: float = 0.5) -> G
     """
     if not 0 <= fraction < 1:
         raise ValueError(f"the search fraction must be in [0, 1), got {fraction}")
-    if isinstance(targets, int):
-        label = np.zeros(targets, np.int64)
-    else:
-        label = targets.argmax(1) if targets.ndim == 2 else np.asarray(targets)
+    label = np.zeros(strata, np.int64) if isinstance(strata, int) else np.asarray(strata)
     mixed = np.random.Generator(np.random.Philox(seed)).permutation(len(label))
-    order = mixed[np.argsort(label[mixed], kind="stable")]  # class after class, each in random order
+    order = mixed[np.argsort(label[mixed], kind="stable")]  # stratum after stratum, each in random order
     place = np.arange(len(order))
     search = np.floor((place + 1) * fraction) > np.floor(place * fraction)
     return GateRows(np.sort(order[search]).astype(np.int64), np.sort(order[~search]).astype(np.int64))
@@ -175,33 +176,65 @@ def demand(judgement: Judgement, way: Way, *, run: str = "RUN", verdict_share: f
     name, again = f"{way.target}-{way.precision}", command("export", run, f"--{way.target}")
     milder = f"{again} --precision {way.milder}" if way.milder else command("verify", run)
     more = f"{again} --precision {way.precision} --gate-data DATA"
-    drop, bound, lower, allowed, sure = (
-        f"{100 * value:.4g}"
-        for value in (judgement.drop, judgement.bound, judgement.lower_bound, judgement.max_drop, judgement.confidence)
-    )
-    counts = f"{judgement.lost:,} lost and {judgement.gained:,} gained of {judgement.rows:,} rows"
+    allowed, sure = f"{100 * judgement.max_drop:.4g}", f"{100 * judgement.confidence:.4g}"
     where = "judged in another runtime than the one that is exported" if judgement.simulated else ""
     if judgement.verdict == "fail":
-        share = f"{judgement.reference_accuracy:.2%} -> {judgement.accuracy:.2%}"
+        figure = next(figure for figure in figures_of(judgement) if figure.verdict == "fail")
+        share = f"{figure.reference:.2%} -> {figure.value:.2%}"
         raise GateFailed(
             "E902",
-            f"{name} lost {drop} points of accuracy ({share}; {counts}), at least {lower} with {sure} % confidence; "
-            f"allowed: {allowed}",
+            f"{name} lost {_points(figure.drop)} points of {figure.name} ({share}; {figure.counts}), "
+            f"at least {_points(figure.lower_bound)} with {sure} % confidence; allowed: {allowed}",
             where=where,
             why=_worst_class(judgement),
             try_=milder,
         )
+    first, *rest = [figure for figure in figures_of(judgement) if figure.verdict == "underpowered"]
     said = (
-        f"{judgement.rows:,} rows cannot show that {name} loses at most {allowed} points of accuracy: {counts}, a drop of {drop} "
-        f"that may be {bound} with {sure} % confidence"
+        f"{judgement.rows:,} rows cannot show that {name} loses at most {allowed} points of {first.name}: {first.counts}, "
+        f"a drop of {_points(first.drop)} that may be {_points(first.bound)} with {sure} % confidence"
     )
+    said += "".join(f"; of {f.name} a drop of {_points(f.drop)} that may be {_points(f.bound)}" for f in rest)
     if judgement.rows_needed is None:
-        why = f"a drop of {drop} is not below {allowed}, so more rows like these would not let it pass"
+        drop = max(figure.drop for figure in (first, *rest))
+        why = f"a drop of {_points(drop)} is not below {allowed}, so more rows like these would not let it pass"
+        if drop < judgement.max_drop:
+            why = "no number of rows like these is known that would show it"
         raise GateFailed("E903", said, where=where, why=why, try_=milder)
     images = math.ceil(max(1, judgement.rows_needed - judgement.rows) / verdict_share)
     why = f"add about {images:,} labelled images that are neither training nor calibration images"
     said += f"; {judgement.rows_needed:,} rows like these would show it"
     raise GateFailed("E903", said, where=where, why=why, try_=more)
+
+
+class Figure(NamedTuple):
+    """One figure that an engine has to hold: fractions, as in `Judgement`."""
+
+    name: str
+    counts: str
+    value: float
+    reference: float
+    drop: float
+    bound: float
+    lower_bound: float
+    verdict: str
+
+
+def figures_of(judgement: Judgement) -> list[Figure]:
+    """Accuracy, for one-label data; else exact match and per-label accuracy, each with its own verdict."""
+    j, mean = judgement, judgement.per_label
+    counts = f"{j.lost:,} lost and {j.gained:,} gained of {j.rows:,} rows"
+    own = "pass" if j.bound <= j.max_drop else "fail" if j.lower_bound > j.max_drop else "underpowered"
+    name = "accuracy" if mean is None else "exact match"
+    first = Figure(name, counts, j.accuracy, j.reference_accuracy, j.drop, j.bound, j.lower_bound, own)
+    if mean is None:
+        return [first]
+    values = (mean.accuracy, mean.reference_accuracy, mean.drop, mean.bound, mean.lower_bound)
+    return [first, Figure("per-label accuracy", f"the mean of {j.rows:,} rows", *values, mean.verdict)]
+
+
+def _points(fraction: float) -> str:
+    return f"{100 * fraction:.4g}"
 
 
 def _worst_class(judgement: Judgement) -> str:
@@ -213,8 +246,12 @@ def _worst_class(judgement: Judgement) -> str:
 
 def plain_int8_loses(judgement: Judgement) -> str:
     """A sentence that comes before the search for layers that INT8 harms."""
+    figures = figures_of(judgement)
+    drops = f"{100 * judgement.drop:.2f} points"
+    if len(figures) > 1:
+        drops = " and ".join(f"{100 * figure.drop:.2f} points of {figure.name}" for figure in figures)
     return (
-        f"plain INT8 loses {100 * judgement.drop:.2f} points on {judgement.rows:,} search rows "
+        f"plain INT8 loses {drops} on {judgement.rows:,} search rows "
         f"({100 * judgement.max_drop:g} are allowed): looking for the layers that it harms"
     )
 
@@ -325,7 +362,7 @@ def gate_report(
         "simulated": judgement.simulated,
         "statement": _statement(judgement, judge_runtime, judge_precision, exported_runtime),
         "judge": {"runtime": judge_runtime, "precision": judge_precision, "exported_for": exported_runtime},
-        "method": METHOD,
+        "method": METHOD if judgement.per_label is None else f"{METHOD}; per label: {MEAN_METHOD}",
         **{name: value for name, value in judgement.to_dict().items() if name not in ("verdict", "simulated")},
         "split": {
             "seed": gate.seed,

@@ -16,7 +16,7 @@ from ..graphs.lint import demand_clean, lint
 from ..graphs.onnx_graph import graph_facts
 from ..graphs.quantize import calibration_facts, quantize
 from ..graphs.sensitivity import layer_sqnr, rescue
-from .gate import Gate, plain_int8_loses, rows_digest
+from .gate import Gate, figures_of, plain_int8_loses, rows_digest
 from .materials import Materials
 from .pareto import search_plot
 
@@ -54,7 +54,7 @@ def judged_int8(materials: Materials, way: Way, exported_for: str) -> Export:
 
 def int8_key(materials: Materials, base: Export, exported_for: str) -> str:
     """The key of an INT8 file: what it is made from, how, and who judges it."""
-    settings = materials.settings
+    settings, least = materials.settings, materials.bundle.thresholds or ()  # they shape the answers that are judged
     return export_key(
         materials.bundle,
         base=base.meta["sha256"],
@@ -62,7 +62,7 @@ def int8_key(materials: Materials, base: Export, exported_for: str) -> str:
         method=settings.calibration_method,
         quantizer=settings.quantizer,
         versions=env.versions(("nvidia-modelopt", "onnx", "onnxruntime")),
-        gate=[materials.gate_data.digest(), settings.max_drop, settings.search_fraction, materials.seed, exported_for],
+        gate=[materials.gate_data.digest(), settings.max_drop, settings.search_fraction, materials.seed, exported_for, *least],
     )
 
 
@@ -178,7 +178,7 @@ class _Candidates:
 def promising(judgement: Judgement) -> bool:
     """Whether a candidate with this result on the search rows is worth the verdict rows.
 
-    It is if the search rows alone would let it pass, or if it lost no more than half of the budget: with few rows no bound can
-    be within the budget, and then the verdict, not a search, has to report it.
+    It is if the search rows alone would let it pass, or if no figure lost more than half of the budget: with few rows no bound
+    can be within the budget, and then the verdict, not a search, has to report it.
     """
-    return judgement.passed or judgement.drop <= judgement.max_drop / 2
+    return judgement.passed or all(figure.drop <= judgement.max_drop / 2 for figure in figures_of(judgement))

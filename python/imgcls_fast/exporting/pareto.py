@@ -88,7 +88,8 @@ def search_plot(
                 chosen=seen["excluded"] == list(excluded),
             )
         )
-    pareto_plot(points, path, exported_for=exported_for, batch=batch)
+    figure = "exact match" if "per_label" in history[0] else "accuracy"
+    pareto_plot(points, path, exported_for=exported_for, batch=batch, figure=figure)
 
 
 def frontier(candidates: Iterable[Candidate], exported_for: str) -> list[Candidate]:
@@ -102,7 +103,13 @@ def frontier(candidates: Iterable[Candidate], exported_for: str) -> list[Candida
 
 
 def pareto_plot(
-    candidates: Sequence[Candidate], path: Path, *, exported_for: str, batch: int = 1, rows: str = "the search rows"
+    candidates: Sequence[Candidate],
+    path: Path,
+    *,
+    exported_for: str,
+    batch: int = 1,
+    rows: str = "the search rows",
+    figure: str = "accuracy",
 ) -> None:
     """Write the picture of all candidates as a PNG.
 
@@ -112,24 +119,27 @@ def pareto_plot(
     Args:
         exported_for: the runtime that the export is for.
         batch: images in the batch that was timed.
-        rows: what the accuracies were measured on.
+        rows: the rows that the accuracies were measured on.
+        figure: name of the accuracies.
 
     Raises:
         HardwareError: H003 when the disk refuses.
     """
-    figure = draw(candidates, exported_for=exported_for, batch=batch, rows=rows)
-    write_whole(path, lambda file: figure.savefig(file, format="png", metadata={"Software": None}))
+    drawn = draw(candidates, exported_for=exported_for, batch=batch, rows=rows, figure=figure)
+    write_whole(path, lambda file: drawn.savefig(file, format="png", metadata={"Software": None}))
 
 
-def draw(candidates: Sequence[Candidate], *, exported_for: str, batch: int, rows: str) -> Figure:
+def draw(
+    candidates: Sequence[Candidate], *, exported_for: str, batch: int, rows: str, figure: str = "accuracy"
+) -> Figure:
     """The figure of `pareto_plot`."""
     load_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8.6, 5.2), dpi=DPI, layout="constrained", facecolor="white")
-    canvas = FigureCanvasAgg(figure)
-    axes = figure.subplots()
+    drawn = Figure(figsize=(8.6, 5.2), dpi=DPI, layout="constrained", facecolor="white")
+    canvas = FigureCanvasAgg(drawn)
+    axes = drawn.subplots()
     timed = [c for c in candidates if c.latency_ms is not None]
     own = [c for c in timed if c.timed_in == exported_for]
     draw_frontier(axes, [c.point for c in frontier(candidates, exported_for)])
@@ -142,10 +152,10 @@ def draw(candidates: Sequence[Candidate], *, exported_for: str, batch: int, rows
     latencies = [c.latency_ms for c in candidates if c.latency_ms]
     style_axes(axes, f"Candidates for {_runtime(exported_for)}", latencies)
     axes.set_xlabel(f"latency of a batch of {batch} (ms)\n{_where(timed, exported_for)}", fontsize=10, color=MUTED)
-    axes.set_ylabel(f"accuracy on {rows} (%)", fontsize=10, color=MUTED)
+    axes.set_ylabel(f"{figure} on {rows} (%)", fontsize=10, color=MUTED)
     if missing := [c for c in candidates if c.latency_ms is None]:
         listed = ", ".join(f"{shown(c.name)} ({100 * c.accuracy:.2f} %, {_LOOKS[c.verdict][2]})" for c in missing)
-        figure.supxlabel(f"not timed: {listed}", fontsize=9, color=MUTED, x=0.01, ha="left", wrap=True)
+        drawn.supxlabel(f"not timed: {listed}", fontsize=9, color=MUTED, x=0.01, ha="left", wrap=True)
     if any(c.least_accuracy is not None for c in timed):
         axes.plot([], [], marker="|", ms=13, mew=1.1, color=MUTED, ls="", label="down to the 95 % bound")
     if timed:
@@ -153,9 +163,9 @@ def draw(candidates: Sequence[Candidate], *, exported_for: str, batch: int, rows
     else:
         axes.text(0.5, 0.5, "no candidate was timed", transform=axes.transAxes, ha="center", color=MUTED)
         axes.set(xticks=[], yticks=[])
-    figure.draw_without_rendering()  # the layout decides where a point lies
+    drawn.draw_without_rendering()  # the layout decides where a point lies
     name_points(axes, [(c.name, c.point) for c in timed], canvas.get_renderer())
-    return figure
+    return drawn
 
 
 def _where(timed: Sequence[Candidate], exported_for: str) -> str:

@@ -32,7 +32,7 @@ from ..core.text import command
 from ..loading.loader import dali_missing
 from . import onnx_export, trt_export
 from .materials import Materials
-from .triton_config import CONFIG, PIXELS, SCORES, Word, check_repository, label_lines, to_pbtxt
+from .triton_config import CONFIG, PIXELS, SCORES, Word, check_repository, label_lines, score_facts, to_pbtxt
 from .trt_engine import trt_missing
 
 LABELS = "labels.txt"
@@ -345,8 +345,11 @@ def _model_config(bundle: Bundle, export: Export, plan: _Plan, file: str, capabi
         config["cc_model_filenames"] = [{"key": capability, "value": file}]
     if optimization := _optimization(export, options):
         config["optimization"] = optimization
+    facts = score_facts(bundle)
     if plan.platform == "onnxruntime" and not options.gpu and options.threads:
-        config["parameters"] = [{"key": "intra_op_thread_count", "value": {"string_value": str(options.threads)}}]
+        facts["intra_op_thread_count"] = str(options.threads)
+    if facts:
+        config["parameters"] = _parameters(facts)
     if options.warmup:
         sizes = sorted({1, *plan.preferred}) if plan.max_batch else [1]
         config["model_warmup"] = [
@@ -391,7 +394,7 @@ def _write_decode(bundle: Bundle, folder: Path, plan: _Plan) -> dict[str, float]
         "output": [_tensor(PIXELS, "TYPE_UINT8", [side, side, bundle.pixels.channels])],
         "instance_group": [_instances(options.decode_instances or (1 if options.gpu else 4), options.gpu)],
         "dynamic_batching": {},
-        "parameters": [{"key": "num_threads", "value": {"string_value": str(min(4, options.decode_batch))}}],
+        "parameters": _parameters({"num_threads": str(min(4, options.decode_batch))}),
     }
     if options.warmup:
         sample = {"data_type": Word("TYPE_UINT8"), "dims": [len(picture)], "input_data_file": _WARMUP}
@@ -421,12 +424,18 @@ def _write_ensemble(bundle: Bundle, folder: Path, plan: _Plan) -> None:
         "output": [scores],
         "ensemble_scheduling": {"step": list(steps)},
     }
+    if facts := score_facts(bundle):
+        config["parameters"] = _parameters(facts)
     with explained_write(folder):
         (folder / "1").mkdir(parents=True)
         # an empty folder is lost in buckets and in git, and without a version the ensemble is not served
         write_text(folder / "1" / ".keep", "")
         write_text(folder / LABELS, "".join(f"{label}\n" for label in label_lines(bundle.labels)))
         write_text(folder / CONFIG, to_pbtxt(config))
+
+
+def _parameters(facts: Mapping[str, str]) -> list[dict[str, Any]]:
+    return [{"key": key, "value": {"string_value": value}} for key, value in facts.items()]
 
 
 def _tensor(name: str, kind: str, dims: list[int]) -> dict[str, Any]:

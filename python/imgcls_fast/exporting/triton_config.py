@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from ..core import env
 from ..core.bundle import Bundle
-from ..core.manifest import LabelSpace
+from ..core.labels import THRESHOLD, LabelSpace
 from ..core.text import printable, to_json
 
 CONFIG = "config.pbtxt"
@@ -66,6 +66,23 @@ _BREAKS = re.compile("[\\0\n\r\ud800-\udfff]")
 def label_lines(labels: LabelSpace) -> list[str]:
     """The lines of a label file, one a class in UTF-8: a name that would break this is written with escapes, others as they are."""
     return [printable(name) if _BREAKS.search(name) else name for name in labels.classes]
+
+
+def score_facts(bundle: Bundle) -> dict[str, str]:
+    """Parameters from which a client learns how scores become answers, as JSON; none for one-label data, where the highest wins.
+
+    They are served at /v2/models/NAME/config; no backend looks at them.
+
+    Returns:
+        "tasks" (name, classes and kind, in the order of the columns), and "thresholds" (one per column, used by those of any_of
+        tasks) where a task is any_of.
+    """
+    if bundle.labels.is_single:
+        return {}
+    facts = {"tasks": json.dumps(bundle.labels.to_dict()["tasks"])}
+    if bundle.labels.any_of.any():
+        facts["thresholds"] = json.dumps(list(bundle.thresholds or [THRESHOLD] * bundle.labels.size))
+    return facts
 
 
 _TOKEN = re.compile(r'\s+|#[^\n]*|("(?:[^"\\\n]|\\.)*")|([A-Za-z_][\w.]*)|(-?\d+(?:\.\d+)?)|([{}\[\]:,;<>])')
@@ -226,6 +243,7 @@ def _check_model(model: _Model, models: Mapping[str, _Model], bundle: Bundle | N
             + _check_ensemble(model, models)
             + _check_contract(model, bundle, raw=True)
             + _check_labels(model, bundle)
+            + _check_score_facts(model, bundle)
         )
     if model.kind not in _FILES:
         return [*wrong, f"unknown backend {model.kind!r}"]
@@ -234,7 +252,8 @@ def _check_model(model: _Model, models: Mapping[str, _Model], bundle: Bundle | N
         return wrong + _check_decode(model)
     if model.kind == "onnxruntime":
         wrong += _check_graph(model)
-    return wrong + _check_contract(model, bundle, raw=False) + _check_labels(model, bundle)
+    wrong += _check_contract(model, bundle, raw=False) + _check_labels(model, bundle)
+    return wrong + _check_score_facts(model, bundle)
 
 
 def _check_common(model: _Model) -> list[str]:
@@ -358,6 +377,17 @@ def _check_labels(model: _Model, bundle: Bundle | None) -> list[str]:
         elif bundle is not None and labels[:-1] != label_lines(bundle.labels):
             wrong.append(f"label file {name} names other classes than the model")
     return wrong
+
+
+def _check_score_facts(model: _Model, bundle: Bundle | None) -> list[str]:
+    if bundle is None:
+        return []
+    told = {str(one(entry, "key")): one(one(entry, "value"), "string_value") for entry in model.config.get("parameters", [])}
+    return [
+        f"parameter {name} is not that of the model"
+        for name, value in score_facts(bundle).items()
+        if told.get(name) != value
+    ]
 
 
 def _check_decode(model: _Model) -> list[str]:

@@ -30,7 +30,7 @@ HEADROOM = 2.0  # unseen images may give values this much larger than the ones t
 LARGEST_HALF = float(np.finfo(np.float16).max)  # 65504
 _STEP = 16  # images in one forward pass
 _NORMALISES = ("Transpose", "Mul", "Add", "Sub", "Div")
-_SCORES = ("Softmax", "Sigmoid", "Concat", "Mul", "Div", "Identity")
+_SCORES = ("Softmax", "Sigmoid", "Concat", "Split", "Mul", "Div", "Identity")
 _STAYS_FLOAT = ("Range",)
 _KEEPS_INPUTS = {"Resize": 1}  # from this input on the operator takes float32 and nothing else
 
@@ -138,8 +138,8 @@ def beyond_half(onnx_fp32: Path, images: np.ndarray) -> str:
 def to_half(model: Any, overflowing: Collection[str] = ()) -> list[str]:
     """Convert a float32 graph, with or without Q/DQ, to FP16 in place.
 
-    Float32 remain: normalisation of the pixels, the last softmax, and nodes that touch an overflowing tensor (with the Q/DQ
-    around them). Their names are written into the model's metadata, where the lint looks.
+    Float32 remain: normalisation of the pixels, the last softmax (of several tasks all of them, and the sigmoids), and nodes that
+    touch an overflowing tensor (with the Q/DQ around them). Their names are written into the model's metadata for the lint.
 
     Returns:
         names of the layers (Conv, Gemm, MatMul) that remain.

@@ -167,13 +167,12 @@ def calibration_rows(manifest: Manifest, n: int, seed: int) -> np.ndarray:
 
 
 def calibration_facts(manifest: Manifest, rows: np.ndarray, seed: int) -> dict[str, Any]:
-    """What meta.json says about calibration rows: split, count, seed, rows of each class, and a hash of their files' digests."""
-    label = manifest.stratum[rows]
+    """Facts about calibration rows for meta.json: split, count, seed, rows of each class, and a hash of their files' digests."""
     return {
         "split": "train",
         "rows": len(rows),
         "seed": seed,
-        "per_class": np.bincount(label[label >= 0], minlength=manifest.labels.size).tolist(),
+        "per_class": manifest.take(rows).counts().tolist(),
         "sha256": sha256_json([manifest.digest[row].tobytes().hex() for row in np.sort(rows)]),
     }
 
