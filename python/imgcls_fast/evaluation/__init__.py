@@ -1,1 +1,1 @@
-"""Judging a model from its Predictions alone: metrics, plots and the report."""
+"""Judges a model from its Predictions alone: metrics, plots and the report."""

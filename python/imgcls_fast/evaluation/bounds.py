@@ -1,4 +1,4 @@
-"""Bounds of the drop from one model to another on the same rows: of a rate (Tango) and of a mean of bounded differences (betting).
+"""Bounds the drop from one model to another on the same rows: that of a rate (Tango) and of a mean of bounded differences (betting).
 
 A bootstrap cannot judge a quantised model: where no row changes sides it always gives a loss of exactly 0, however few rows
 there are. Neither bound degenerates there. Counts may be fractions (rates times rows), which is how figures for other numbers of
@@ -25,7 +25,7 @@ def tango_upper_bound(lost: float, gained: float, n: float, confidence: float = 
     Args:
         lost: rows that the reference gets right and the candidate wrong.
         gained: rows that the candidate gets right and the reference wrong.
-        n: all rows; 0 gives 1, because nothing is known.
+        n: number of all rows; 0 gives 1, because nothing is known.
         confidence: one-sided, in [0.5, 1).
 
     Raises:
@@ -86,7 +86,7 @@ def mcnemar_mid(lost: int, gained: int) -> float:
 
 
 def rows_needed(max_drop: float, lost: float, gained: float, n: float, confidence: float = 0.95) -> int | None:
-    """How many rows, changing sides as often as these do, bring the upper bound down to `max_drop` (a fraction).
+    """Return how many rows, changing sides as often as these do, bring the upper bound down to `max_drop` (a fraction).
 
     At given rates the statistic grows with the square root of the rows, so the number has a closed form.
 
@@ -181,7 +181,7 @@ def mean_lower_bound(change: np.ndarray, confidence: float = 0.95) -> float:
 
 
 def mean_rows_needed(max_drop: float, change: np.ndarray, confidence: float = 0.95) -> int | None:
-    """About how many rows like these bring `mean_upper_bound` down to `max_drop`; None where no number would.
+    """Estimate how many rows like these bring `mean_upper_bound` down to `max_drop`; None where no number would.
 
     Each row multiplies the capital of the best constant bet by the same factor on average.
     """

@@ -1,4 +1,4 @@
-"""Can the confidence of a model be believed? Reliability, expected calibration error, coverage, temperature."""
+"""Measures whether the confidence of a model can be believed, and scales it: reliability, coverage, temperatures."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Reliability:
 
 @dataclass(frozen=True, eq=False)
 class Coverage:
-    """What is gained by answering only where the model is sure.
+    """Accuracy gained by answering only where the model is sure.
 
     Args:
         fraction: (P,) float64, share of the rows that are answered, the most confident first.
@@ -64,7 +64,7 @@ def reliability(confidence: np.ndarray, correct: np.ndarray, bins: int = BINS) -
     """Sort rows into bins of confidence.
 
     Args:
-        confidence: (n,) in [0, 1], the highest score of each row.
+        confidence: (n,) in [0, 1], highest score of each row.
         correct: (n,) bool.
 
     Source: Guo, Pleiss, Sun, Weinberger, "On Calibration of Modern Neural Networks", ICML 2017, section 2.
@@ -166,7 +166,7 @@ def log_scores_of(scores: np.ndarray) -> np.ndarray:
 
 
 def fit_temperature(log_scores: np.ndarray, truth: np.ndarray) -> float:
-    """The temperature T in [0.05, 20] that these rows and a prior make most likely; exactly 1 where they cannot tell.
+    """Return the temperature T in [0.05, 20] that these rows and a prior make most likely; exactly 1 where they show no better one.
 
     The likelihood alone runs to the bound when all rows are right, and puts a confidence of 1 on unseen mistakes. So
     log T has a prior around 0: normal below (sharper scores risk the most), Student's t with 3 degrees of freedom above

@@ -1,4 +1,4 @@
-"""How good are these predictions? Every figure that the project quotes about accuracy comes from `judge`."""
+"""Judges predictions of one-label data: every figure that the project quotes about accuracy comes from `judge`."""
 
 from __future__ import annotations
 
@@ -66,12 +66,12 @@ class ClassMetrics:
 
 @dataclass(frozen=True)
 class Majority:
-    """What always answering the most frequent class of the judged rows would reach.
+    """Result of always answering the most frequent class of the judged rows.
 
     Args:
         name: the class.
         accuracy: its share of the rows.
-        against: how the model compares with this answer, row by row.
+        against: comparison of the model with this answer, row by row.
     """
 
     name: str
@@ -84,7 +84,7 @@ class Majority:
 
 @dataclass(frozen=True, eq=False)
 class Metrics:
-    """What `judge` found. Shares are in [0, 1], losses in nats per row; undefined figures are NaN (null in JSON).
+    """Figures that `judge` computes. Shares are in [0, 1], losses in nats per row; undefined figures are NaN (null in JSON).
 
     confusion is (K, K) int64, row = truth, column = prediction. `warnings` names every figure that does not mean
     quite what it usually does.
@@ -206,9 +206,9 @@ def judge(
 
     Args:
         predictions: n > 0 labelled rows; scores are probabilities.
-        top_k: which top-k accuracies; values k >= K are left out (they are always 1). Equal scores rank by column.
-        bootstrap: resamples for the interval of macro-F1; 0 makes it NaN and costs nothing.
-        seed: of the resamples. Equal input and seed give equal intervals.
+        top_k: values of k for top-k accuracies; values k >= K are left out (they are always 1). Equal scores rank by column.
+        bootstrap: number of resamples for the interval of macro-F1; 0 makes it NaN and costs nothing.
+        seed: seed for the resamples. Equal input and seed give equal intervals.
         group: (N,) int group of each row of the manifest, for the comparison with the majority class; see `paired.compare`.
         confidence: mass of the intervals, in (0, 1). That of accuracy is Wilson's, see `accuracy_interval`.
 
@@ -383,7 +383,7 @@ def _top_k(scores: np.ndarray, truth: np.ndarray, top_k: Sequence[int]) -> dict[
 
 
 def accuracy_interval(hits: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Of the accuracy of n > 0 rows that are independent: the score interval, which keeps its promise with few errors too.
+    """Return the score interval of the accuracy of n > 0 independent rows, which keeps its promise with few errors too.
 
     At a true accuracy of 0.99 and 50 rows it covers 0.91, where resampling the rows covers 0.39 (computed exactly).
 

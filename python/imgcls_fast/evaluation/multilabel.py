@@ -1,4 +1,4 @@
-"""How good are answers to a task of which any number of classes may hold? Unknown entries count nowhere."""
+"""Judges a task of which any number of classes may hold; unknown entries count nowhere."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class LabelMetrics:
 
 @dataclass(frozen=True, eq=False)
 class AnyOfMetrics:
-    """What `judge_any_of` found. Shares are in [0, 1], log-loss in nats per known entry; undefined figures are NaN.
+    """Figures that `judge_any_of` computes. Shares are in [0, 1], log-loss in nats per known entry; undefined figures are NaN.
 
     accuracy is the mean over rows of the share of known classes that are answered right; hamming_loss is the share of wrong
     answers among all known entries (1 - accuracy where nothing is unknown). exact_match is the share of rows without a wrong
@@ -123,8 +123,8 @@ def judge_any_of(
     Args:
         predictions: rows of which something is known; scores are probabilities.
         thresholds: (K,) least score with which a class holds; None: those of the predictions, 0.5 where they have none.
-        bootstrap: resamples for the intervals of accuracy, macro F1 and average precision; 0 makes them NaN and costs nothing.
-        seed: for the resamples.
+        bootstrap: number of resamples for the intervals of accuracy, macro F1 and average precision; 0 makes them NaN and costs nothing.
+        seed: seed for the resamples.
         confidence: mass of the intervals, in (0, 1). That of exact_match is Wilson's.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Two models on the same rows: how large the loss of accuracy may be, and which of them is better.
+"""Compares two models on the same rows: bounds the loss of accuracy, and finds which of them is better.
 
 One-label data have one figure, accuracy. Others have two, and an engine must hold both: the share of rows in which every known
 answer is right, and the mean share of right answers per row. What is not known of a row counts in neither.
@@ -70,7 +70,7 @@ class MeanDrop:
 
 @dataclass(frozen=True)
 class Judgement:
-    """What an engine loses on labelled rows. Drops, bounds and accuracies are fractions, not points.
+    """Loss of an engine on labelled rows. Drops, bounds and accuracies are fractions, not points.
 
     Where images have several labels, a row is right when all that is known of it is: `accuracy` is the exact match, and `per_label`
     holds the other figure.
@@ -80,7 +80,7 @@ class Judgement:
         lost: rows that FP32 gets right and the engine wrong.
         gained: rows that the engine gets right and FP32 wrong.
         agreement: share of rows with the same answer.
-        accuracy, reference_accuracy: of the engine and of FP32.
+        accuracy, reference_accuracy: accuracy of the engine and of FP32.
         drop: (lost - gained) / rows.
         bound, lower_bound: one-sided bounds of the true drop, each at `confidence`.
         max_drop: the budget.
@@ -88,7 +88,7 @@ class Judgement:
         per_class: (name, rows, lost, gained) of each class with rows: those of the class, or for a class of an `any_of` task those
             in which it is known, lost and gained by the answer to it alone.
         verdict: pass, fail or underpowered: pass if both figures pass, fail if one fails.
-        simulated: judged in another runtime than the one that is exported.
+        simulated: whether it was judged in another runtime than the one that is exported.
         rows_needed: rows with which the bound would be within the budget if they went on like these; None: never.
     """
 
@@ -161,7 +161,7 @@ def judge(
 
     Args:
         max_drop_pp: the budget, percentage points.
-        simulated: the engine is not in the runtime that will be used.
+        simulated: whether the engine runs in another runtime than the one that will be used.
 
     Raises:
         ValueError: the rows, labels or targets of the two differ, or the budget is not in (0, 100].
@@ -244,18 +244,18 @@ def _per_class(reference: Predictions, candidate: Predictions) -> tuple[tuple[st
 
 @dataclass(frozen=True)
 class Difference:
-    """Which of two models is better on the rows that both have answered.
+    """Comparison of two models on the rows that both have answered.
 
     Args:
-        rows: how many those are.
+        rows: number of those rows.
         lost, gained: rows that only the reference, or only the candidate, gets right.
         gain: accuracy of the candidate minus that of the reference on these rows, a fraction.
         low, high: two-sided interval of the gain; None where rows of one group belong together.
-        p_value: of "no difference".
-        verdict: better, worse, or even where the rows cannot tell.
+        p_value: probability of such a difference between equal models.
+        verdict: better, worse, or even where the rows cannot decide.
         balanced_gain: the same difference of balanced accuracies (each class counts the same).
-        balanced_p: of "no difference" there, by random signs.
-        balanced_verdict: as `verdict`, of the balanced accuracies.
+        balanced_p: the same for that difference, by random signs.
+        balanced_verdict: like `verdict`, for the balanced accuracies.
     """
 
     rows: int
@@ -312,7 +312,7 @@ def against_majority(predictions: Predictions, group: np.ndarray | None = None) 
     The class is that of the judged rows themselves, so no constant answer does better.
 
     Args:
-        group: as in `compare`.
+        group: see `compare`.
 
     Raises:
         DataError: D004 when there are no labels.

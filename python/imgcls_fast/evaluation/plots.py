@@ -1,4 +1,4 @@
-"""Pictures of a run and of its predictions, each a function from plain arrays to the bytes of a PNG.
+"""Draws the pictures of a run and of its predictions: functions from plain arrays to the bytes of a PNG.
 
 matplotlib is imported inside the functions, and only its object API is used: no pyplot, so no global figure, no display
 and no state shared between threads.

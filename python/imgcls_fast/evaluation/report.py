@@ -1,4 +1,4 @@
-"""The report of a run: one HTML file that needs nothing else, and the evaluation folder of a split."""
+"""Writes the report of a run, one HTML file that needs nothing else, and the evaluation folder of a split."""
 
 from __future__ import annotations
 
@@ -50,25 +50,25 @@ class ReportFacts:
     """Plain facts about one run; what is empty leaves its section out.
 
     Args:
-        name: of the run.
-        splits: split name -> (its predictions, what `judge` said). The headline comes from "test", else "val", else the
+        name: name of the run.
+        splits: split name -> (its predictions, its metrics). The headline comes from "test", else "val", else the
             first.
         root: folder that relative file names belong to, for thumbnails.
         summary: short facts for the head: model, date, duration, ...
         counts: split name -> (K,) images of each class.
-        images, bad, duplicates: how many files were found, put aside, and repeated.
+        images, bad, duplicates: numbers of files that were found, put aside, and repeated.
         epochs: one mapping per epoch (see `plots.training_curves`).
         config: (setting, value, reason) of every resolved setting.
         quarantine: (file name, reason) of every file put aside.
         baseline: {"name": str, "accuracy": share on the headline split, optionally "seconds", "train_rows", "train_of" and
             "limit"}, or None.
-        against: how the headline's predictions compare with the baseline's on the same rows; None: not known.
-        temperature: by which the scores were calibrated, or None.
+        against: comparison of the headline's predictions with the baseline's on the same rows; None: not known.
+        temperature: temperature by which the scores were calibrated, or None.
         calibration: how it was found, in words.
         env: versions, device, commit, ...
         reproduce: the command that makes this run again.
-        commands: what to do next, one command line each.
-        warnings: of the run, beside those of the metrics.
+        commands: command lines for what to do next.
+        warnings: warnings about the run, beside those of the metrics.
         efficiency: what `bench` found (tables, data, absent, machine, notices), or None.
     """
 
@@ -293,7 +293,7 @@ def _verdict(metrics: Metrics, baseline: Mapping[str, Any] | None, against: Diff
 
 
 def _in_words(against: Difference, other: str) -> tuple[str, str]:
-    """A colour, and what a comparison says: a lower accuracy is never called the same, only not surely worse."""
+    """A colour and a comparison in words: a lower accuracy is never called the same, only not surely worse."""
     found = f"on the same {against.rows:,} images"
     if against.low is not None and against.high is not None:
         found = f"95% interval {100 * against.low:+.1f} to {100 * against.high:+.1f}, {found}"

@@ -1,4 +1,4 @@
-"""Intervals by resampling rows, for figures of any kind of task: all tasks of a row are drawn together."""
+"""Resamples rows for intervals of figures of any kind of task: all tasks of a row are drawn together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How right each row is, whatever kinds of labels it has."""
+"""Scores how right each row is, whatever kinds of labels it has."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..core.predictions import Predictions
 
 
 def row_scores(predictions: Predictions, thresholds: np.ndarray | None = None) -> dict[str, np.ndarray]:
-    """How right each row is, as (n,) float64; NaN where nothing of it is known.
+    """Return how right each row is, as (n,) float64; NaN where nothing of it is known.
 
     A row with a score that is not finite is wrong in all that is known of it.
 

@@ -1,4 +1,4 @@
-"""Accuracy against latency: what the pictures of an export and of the benchmarks share."""
+"""Draws accuracy against latency, for the pictures of an export and of the benchmarks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the report shows of tasks: a section for each, and means over them at the head."""
+"""Prepares what the report shows of tasks: a section for each, and means over them at the head."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How good are answers to several questions about each image? Each task is judged by itself; the headline is the mean over tasks."""
+"""Judges answers to several questions about each image: each task by itself, and the means over the tasks."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _VALUE = {figure.name: figure.value for figure in FIGURES}
 
 @dataclass(frozen=True, eq=False)
 class TaskMetrics:
-    """What `judge_tasks` found: `tasks` holds what was found about each task, the other figures are means over the tasks.
+    """Figures that `judge_tasks` computes: `tasks` holds those of each task, the other figures are means over the tasks.
 
     accuracy is the mean over tasks of the accuracy (`one_of`) or of the mean share of right labels (`any_of`); exact_match is the
     share of rows in which every known answer is right.
 
     Args:
-        n: rows of which something is known.
-        classes: the name of every column.
+        n: number of rows of which something is known.
+        classes: name of every column.
     """
 
     n: int
@@ -87,7 +87,7 @@ class TaskMetrics:
         return plain
 
     def headline(self) -> dict[str, Any]:
-        """What the final event of a run says about the judged split, JSON-safe.
+        """Return the figures of the judged split for the final event of a run, JSON-safe.
 
         Returns:
             n, accuracy, ci, exact_match, exact_match_ci, macro_f1, macro_ap, macro_ap_ci; worst: (class, F1, images) of three
@@ -139,9 +139,9 @@ def judge_tasks(
     Args:
         predictions: rows with targets, NaN where unknown; rows of which nothing is known are left out, and a warning counts them.
         thresholds: (K,) least scores of the classes of `any_of` tasks; None: those of the predictions, 0.5 where they have none.
-        top_k, group: as in `metrics.judge`, for `one_of` tasks.
-        bootstrap: resamples of whole rows, for the intervals of the means over tasks; 0 makes them NaN.
-        seed: for the resamples.
+        top_k, group: see `metrics.judge`; they concern `one_of` tasks.
+        bootstrap: number of resamples of whole rows, for the intervals of the means over tasks; 0 makes them NaN.
+        seed: seed for the resamples.
         confidence: mass of the intervals, in (0, 1).
 
     Raises:

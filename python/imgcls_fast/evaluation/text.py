@@ -1,4 +1,4 @@
-"""File and class names as they can be shown: names come from strangers' disks and may hold anything."""
+"""Makes file and class names fit to be shown: they come from strangers' disks and may hold anything."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def printable(text: str) -> str:
 
 
 def shorten(text: str, length: int = 28) -> str:
-    """At most `length` characters, the middle left out: ends of file names say more than their middles."""
+    """Shorten to `length` characters by leaving out the middle: the ends of file names differ most."""
     if len(text) <= length:
         return text
     head = (length - 1) // 2

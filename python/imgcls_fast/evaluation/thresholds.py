@@ -1,4 +1,4 @@
-"""The least score with which a class of an `any_of` task holds, fitted on validation rows."""
+"""Fits the least score with which a class of an `any_of` task holds, on validation rows."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def fit_thresholds(predictions: Predictions) -> np.ndarray:
     Fit on validation rows with the scores that the bundle will give, never on test rows.
 
     Args:
-        predictions: of one `any_of` task; probabilities of a soft label count as 1 from 0.5.
+        predictions: scores and labels of one `any_of` task; probabilities of a soft label count as 1 from 0.5.
 
     Returns:
         (K,) float32 in (0, 1); 0.5 for a class without positive or without negative rows.

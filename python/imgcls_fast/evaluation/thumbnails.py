@@ -1,4 +1,4 @@
-"""Small pictures for the report, from files that may be broken, huge or not images at all."""
+"""Makes small pictures for the report, from files that may be broken, huge or not images at all."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What this machine does with a run: whether engines agree, and how fast they are."""
+"""Measures what this machine does with a run: whether engines agree, and how fast they are."""

@@ -1,4 +1,4 @@
-"""Pictures of benchmark results, and one page with all of them.
+"""Draws benchmark results, and writes one page with all of them.
 
 Every row of a result is in its picture, losses in a colour and a marker of their own, and what did not run is listed beneath
 with its reason. Each picture says in its foot which file its figures come from. matplotlib is imported inside the functions.
@@ -317,7 +317,7 @@ def _point(c: Contender) -> tuple[float, float]:
 
 
 def named(c: Contender) -> str:
-    """Its name, and what it really computes in where the name does not say so."""
+    """Its name, with the precision that it computes in where the name has another."""
     return c.name if not c.precision or c.precision.lower() in c.name.lower() else f"{c.name} ({c.precision})"
 
 

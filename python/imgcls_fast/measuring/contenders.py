@@ -1,4 +1,4 @@
-"""What of a run can be timed on this machine, and why the rest cannot: for `imgcls-fast bench`."""
+"""Lists the engines of a run that this machine can time, and why the others cannot be: for `imgcls-fast bench`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Contender:
         name: "torch", "compile", or runtime and precision of the file, with the export's key where two have the same.
         runtime: one of `KINDS`.
         export: what it reads; None for torch and compile, which read the bundle.
-        trust: native code in it may be somebody else's.
+        trust: whether native code in it may be somebody else's.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Contender:
 
         Args:
             device: "cpu" or "cuda[:n]"; some runtimes answer on the CPU whatever it says.
-            threads: of one batch on the CPU.
+            threads: CPU threads per batch.
 
         Raises:
             ExportError: E004, E005; HardwareError: H001, H002, H004.
@@ -108,7 +108,7 @@ def contenders_of(
 
     Args:
         exports: folder of the run's exports.
-        run: how the run is named in commands.
+        run: name of the run in commands.
         runtimes: only these; empty: all but compile.
         only: folder of the export that is timed alone.
         trust: native code that this user has not made is opened where `runtimes` or `only` names it.

@@ -1,4 +1,4 @@
-"""What this machine has and what that means: the answer of `imgcls-fast doctor`."""
+"""Finds out what this machine has and what that means: the answer of `imgcls-fast doctor`."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _machine() -> list[Row]:
 
 
 def _cores() -> list[Row]:
-    """How many threads are started, what that is counted from, and whether other processes leave the cores for them."""
+    """Number of threads that are started, what it is counted from, and whether other processes leave the cores for them."""
     counted, free = env.cpus(), cpus.free_cores()
     quota = "none" if counted.quota is None else f"{counted.quota:.3g} cores' worth of time"
     rows: list[Row] = [
@@ -204,7 +204,7 @@ def _size(count: float) -> str:
 
 
 def _weights() -> list[Row]:
-    """The caches that are looked in, and which published weights lie there, whole or damaged."""
+    """The caches that are looked in, and the published weights in them, whole or damaged."""
     from huggingface_hub import constants
     from torch.hub import get_dir
 

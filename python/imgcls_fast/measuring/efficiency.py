@@ -1,4 +1,4 @@
-"""How fast a run's engines are on this machine, and what they are worth: what `imgcls-fast bench` does.
+"""Measures how fast the engines of a run are on this machine, and what they are worth: `imgcls-fast bench`.
 
 The result, also in bench/efficiency.json of the run; times in ms, rates in images per second, None where a figure is unknown:
 
@@ -95,10 +95,10 @@ def examine(
         export: folder of the one export that is timed beside torch; None: all.
         runtimes: only these; empty: all that are here, but compile.
         batches: sizes; empty: powers of two until the rate falls.
-        duration_s: of each timing at batch 1 and at the given sizes, half end to end and half on the device alone.
+        duration_s: seconds per timing at batch 1 and at the given sizes, half end to end and half on the device alone.
         device: "cpu" or "cuda[:n]".
         out: also write the result there.
-        say: told what happens, in sentences.
+        say: called with sentences about what happens.
         trust: also open native code of others, where `export` or `runtimes` names it.
 
     Returns:
@@ -347,7 +347,7 @@ class _Others:
         self._before = self._now()
 
     def cores(self) -> float | None:
-        """Cores, on average; None where the system does not say."""
+        """Cores, on average; None where the system does not report it."""
         wall, others = (after - before for after, before in zip(self._now(), self._before, strict=True))
         return round(max(others / wall, 0.0), 2) if math.isfinite(others) else None
 

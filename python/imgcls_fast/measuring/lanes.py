@@ -1,4 +1,4 @@
-"""A sheet of lanes: one line per row of a benchmark, its name on the left, its figures on the right, notes beneath.
+"""Lays out a sheet of lanes: one line per row of a benchmark, its name on the left, its figures on the right, notes beneath.
 
 Everything is placed in inches, so that the sheet grows with its rows and no text is cut off, however long it is. matplotlib
 is imported inside the functions.
@@ -34,7 +34,7 @@ class Lane:
     Args:
         name: at the left.
         said: its figures, at the right.
-        color: of the figures; None: of any text.
+        color: color of the figures; None: that of any text.
     """
 
     name: str

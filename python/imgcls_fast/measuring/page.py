@@ -1,4 +1,4 @@
-"""Benchmark results in words and tables: what the pictures say at their edges, and the page that holds all of it."""
+"""Puts benchmark results into words and tables: the texts at the edges of pictures, and the page that holds all of it."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def _picture(pictures: Mapping[tuple[int, str], bytes], machine: int, name: str)
 
 
 def _facts(areas: Iterable[Area]) -> dict[str, str]:
-    """What is known of a machine; where its areas differ, all that they say."""
+    """What is known of a machine; where its areas differ, all of their facts."""
     said: dict[str, list[str]] = {}
     for area in areas:
         method, versions = area.method, area.machine.versions

@@ -1,4 +1,4 @@
-"""Engines against torch, in turns, in fresh processes; one process is too sure of itself (`engines/timing.py`).
+"""Races engines against torch, in turns, in fresh processes; one process is too sure of itself (`engines/timing.py`).
 
 race TASK        one process (`core/child.py` starts it); TASK is JSON
 """
@@ -36,7 +36,7 @@ def ratios(
 
     Args:
         contenders: torch among them.
-        threads: of one batch on the CPU.
+        threads: CPU threads per batch.
 
     Returns:
         name -> ratio, low, high, confidence, processes, pairs, per_process, cpu_ratio; and why they are missing, if they are.

@@ -1,4 +1,4 @@
-"""Results of benchmarks: their schema, their table, and whether something became slower.
+"""Reads, writes and compares results of benchmarks: their schema, their table, and whether something became slower.
 
 One file per area (loader, ops, train, engines, startup) lies in `results/<machine>/<area>.json`. A row is a contender and its
 rival in one case, told as a ratio of times that belong together: in one process, in pairs, over several processes. Times of
@@ -60,7 +60,7 @@ class Method(_Part):
 
 
 class Contender(_Part):
-    """One of those that ran in a case."""
+    """One contender in one case."""
 
     case: str
     name: str
@@ -165,7 +165,7 @@ class Change:
     Args:
         change: ratio in the second run / ratio in the first; above 1 it became slower.
         low: one-sided 95 % bound of it, without correction.
-        p: of the hypothesis that it grew by at most 5 %.
+        p: p value of the hypothesis that it grew by at most 5 %.
         adjusted: p after Holm's correction over all rows.
     """
 

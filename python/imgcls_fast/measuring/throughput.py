@@ -1,4 +1,4 @@
-"""Images per second from files: whether the loader or the model limits. Part of `imgcls-fast bench`."""
+"""Measures images per second from files, and whether the loader or the model limits them. Part of `imgcls-fast bench`."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _FIGHT = 0.5  # of the rate of one after the other; less is lost to waiting for 
 def data_rates(
     run: Run, bundle: Bundle, engines: Mapping[str, tuple[Contender, dict[str, Any]]], device: str, threads: int
 ) -> dict[str, Any] | None:
-    """Decoding alone, and decoding with scoring, over the test (else val) rows of a run, whose files lie in memory by then.
+    """Decoding alone, and decoding with scoring, over the test (else val) rows of a run, whose files are in memory by then.
 
     Args:
         engines: name -> (what to open, its row of `efficiency.examine`).
         device: where the pixels are wanted.
-        threads: of an engine on the CPU.
+        threads: threads of an engine on the CPU.
 
     Returns:
         `data` of `efficiency`; None where no image can be read.

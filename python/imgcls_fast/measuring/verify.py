@@ -1,4 +1,4 @@
-"""`verify`: do all loaders give the same pixels, and all runtimes the same scores, on real images of a run?
+"""Checks whether all loaders give the same pixels and all runtimes the same scores, on real images of a run: `verify`.
 
 Pixels are compared with those of the torch loader (Pillow decodes and resizes), scores with those of torch in FP32 from the
 same pixels, so that a difference belongs to the loader or to the runtime and not to both.
@@ -48,7 +48,7 @@ _BATCH = 32
 
 @dataclass
 class Distance:
-    """How far values lie apart, over all images."""
+    """Distances between values, over all images."""
 
     images: int = 0
     largest: float = -1.0
@@ -167,7 +167,7 @@ def compare_run(
 
 
 def demand_same(result: Mapping[str, Any], *, run: str = "RUN") -> None:
-    """Raise the first failure of `compare_run`, and say how many more there are.
+    """Raise the first failure of `compare_run`, with the names of the others.
 
     Raises:
         GateFailed: E904.
@@ -325,7 +325,7 @@ def _compare_scores(one: Compared, reference: Engine, rows: np.ndarray, said: np
 
 
 def _known(pixels: Pixels) -> str:
-    """Where DALI is known to leave the limits, of which the pixel policy and the loader's page tell more."""
+    """Name where DALI is known to leave the limits; the pixel policy and the page of the loader explain it."""
     if pixels.interpolation == "bicubic":
         return "DALI clips bicubic overshoot at hard edges after both passes, Pillow between them"
     if pixels.size >= pixels.resize_to:

@@ -1,1 +1,1 @@
-"""What happens while something runs: events, and the sinks that show or store them."""
+"""Events of what happens while something runs, and the sinks that show or store them."""

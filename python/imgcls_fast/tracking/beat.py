@@ -1,4 +1,4 @@
-"""A sign of life while nothing else is shown: a bar after half a second, a line every ten seconds in a pipe."""
+"""Shows a sign of life while nothing else is shown: a bar after half a second, a line every ten seconds in a pipe."""
 
 from __future__ import annotations
 

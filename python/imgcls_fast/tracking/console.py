@@ -1,4 +1,4 @@
-"""What a person at a terminal, or a pipe, sees of training."""
+"""Shows training to a person at a terminal, or to a pipe."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class LiveBar:
     """Shows the pace of what goes on in the last line of a terminal; other text may be printed above it.
 
     Args:
-        console: where; asked for when something is shown.
+        console: returns the console to draw on; called when something is shown.
         lock: held while the bar changes.
     """
 

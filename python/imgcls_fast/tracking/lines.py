@@ -1,4 +1,4 @@
-"""What events say, in words: lines without colour, for the console, the log and the final box."""
+"""Puts events into words: lines without colour, for the console, the log and the final box."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .events import (
 
 
 def plain_lines(event: Event) -> list[str]:
-    """What an event says, as lines without colour; none for events that are only live."""
+    """Describe an event in lines without colour; none for events that are only live."""
     return _PLAIN.get(event["event"], lambda event: [])(event)
 
 
@@ -111,7 +111,7 @@ def done_facts(event: Done) -> list[tuple[str, str]]:
 
 
 def _task_facts(event: Done) -> list[tuple[str, str]]:
-    """What is not known of one-label data: exact match, average precision, and each task where there are several."""
+    """List what one-label data do not have: exact match, average precision, and each task where there are several."""
     facts = [
         ("exact match", f"{_fixed(event.get('exact_match'))}{_interval(event.get('exact_match_ci'))}"),
         ("average precision", f"{_fixed(event.get('macro_ap'))}{_interval(event.get('macro_ap_ci'))}"),
@@ -149,7 +149,7 @@ def _compared(against: Mapping[str, Any]) -> str:
 
 
 def majority_line(majority: Mapping[str, Any]) -> str:
-    """What always answering the most frequent class reaches, and how the model compares with that."""
+    """Compare the model with always answering the most frequent class."""
     against = majority["against"]
     constant = f"{_fixed(majority['accuracy'])} by always answering {majority['class']}"
     if not against["lost"] and not against["gained"]:
@@ -194,7 +194,7 @@ def _data_lines(event: DataRead) -> list[str]:
 
 
 def _asked(event: Mapping[str, Any]) -> str:
-    """How many classes, and where images have other labels than one class, what is asked about them."""
+    """Count the classes, or name the tasks where images have other labels than one class."""
     tasks, classes = event.get("tasks") or [], len(event["classes"])
     if len(tasks) > 1:
         listed = [f"{task['name']}: {kind_of(task)}{_unknown(task)}" for task in tasks]
@@ -204,7 +204,7 @@ def _asked(event: Mapping[str, Any]) -> str:
 
 
 def _unknown(task: Mapping[str, Any]) -> str:
-    """In how many images the answer is missing; of an `any_of` task the class for which most are."""
+    """Count the images in which the answer is missing; of an `any_of` task those of the class for which most are."""
     most = max((task.get("unknown") or {"": 0}).values())
     return f", unknown in {most:,}" if most else ""
 
@@ -284,10 +284,10 @@ def _stopped_lines(event: StoppedEarly) -> list[str]:
 
 
 def ended_line(event: Ended) -> str:
-    """Which epoch was the best by which figure, and why training ended before its last epoch, if it did.
+    """Name the best epoch and its figure, and why training ended before its last epoch, if it did.
 
     Args:
-        event: of `training.progress.how_it_ended`.
+        event: result of `training.progress.how_it_ended`.
     """
     when, why, best = _ended(event)
     if not event["early"]:

@@ -1,4 +1,4 @@
-"""Where the events of training go. A sink shows or stores what happened; it decides nothing."""
+"""Sends the events of training to sinks. A sink shows or stores what happened; it decides nothing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Sinks:
-    """Several sinks as one. A sink that fails never stops training: that is said once, and the others go on."""
+    """Several sinks as one. A sink that fails never stops training: it is reported once, and the others go on."""
 
     def __init__(self, sinks: Iterable[Callable[[Any], Any]]) -> None:
         self.sinks = list(sinks)
