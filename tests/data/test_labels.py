@@ -330,6 +330,11 @@ def test_tasks_are_found_by_name_and_numbered_as_the_model_does(folder: Path) ->
     assert [problem.kind for problem in other.problems][:1] == ["labels of another model"]
 
 
+def test_probabilities_stay_probabilities_for_a_model_of_one_label(folder: Path) -> None:
+    found = look(folder, rows("b,a,x", ".25,.75,0", "1,0,0", ".5,.4,.1"), label_cols="b,a,x", purpose="judge", classes=("b", "a"))
+    assert targets(found.manifest) == [[0.25, 0.75], [1, 0]] and "x 1" in found.notices[0]
+
+
 def test_folders_cannot_judge_a_model_of_several_labels(folder: Path, tmp_path: Path) -> None:
     for name in ("RBC", "WBC"):
         (tmp_path / name).mkdir()

@@ -25,7 +25,7 @@ def choose_classes(draft: Draft) -> None:
         return
     if draft.options.labels is not None:
         match_tasks(draft, draft.options.labels)
-    elif draft.options.classes is not None and draft.single:
+    elif draft.options.classes is not None and draft.single and draft.answers[0].ndim == 1:
         _choose_single(draft, draft.options.classes)
     elif draft.options.classes is not None:
         match_tasks(draft, LabelSpace.single(draft.options.classes))
