@@ -330,6 +330,14 @@ def test_tasks_are_found_by_name_and_numbered_as_the_model_does(folder: Path) ->
     assert [problem.kind for problem in other.problems][:1] == ["labels of another model"]
 
 
+def test_other_data_of_a_model_may_name_the_same_labels_in_another_form(folder: Path) -> None:
+    model = LabelSpace((Task("label", ("a", "b"), "any_of"),))
+    found = judged(folder, rows("label", "a|b", "b"), model, label_cols="a,b")
+    assert targets(found.manifest) == [[1, 1], [0, 1]]
+    with pytest.raises(DataProblems):
+        judged(folder, rows("a,label", "1,a"), model, label_cols="a,b")
+
+
 def test_probabilities_stay_probabilities_for_a_model_of_one_label(folder: Path) -> None:
     found = look(folder, rows("b,a,x", ".25,.75,0", "1,0,0", ".5,.4,.1"), label_cols="b,a,x", purpose="judge", classes=("b", "a"))
     assert targets(found.manifest) == [[0.25, 0.75], [1, 0]] and "x 1" in found.notices[0]

@@ -120,25 +120,31 @@ def _choose_labels(header: _Header, columns: Columns) -> None:
     if columns.label and columns.labels:
         what = "is asked for labels in two ways: --label-col names columns that hold classes, --label-cols columns that are classes"
         header.problem("two ways to the labels", what, try_="give one of --label-col and --label-cols")
+    asked = _listed(header, columns.labels or columns.label or "")
+    if columns.kinds and (columns.labels or len(asked) > 1) and not any(map(header.exact, asked)):
+        labels += _usual_labels(header, columns)  # other data of a model may name the same labels in another form
+    if labels:
+        return
     if columns.labels:
-        labels += _marks(header.all_of("label-cols", _listed(header, columns.labels)))
+        labels += _marks(header.all_of("label-cols", asked))
     elif columns.label:
-        found = header.all_of("label-col", _listed(header, columns.label))
-        one = len(found) == 1 and len(_listed(header, columns.label)) == 1
-        labels += [NameColumn(ONE_TASK if one else name, name) for name in found]
+        labels += [NameColumn(ONE_TASK if len(asked) == 1 else name, name) for name in header.all_of("label-col", asked)]
     elif columns.label is None:
-        of_model = [name for name in map(header.exact, columns.kinds) if name] if len(columns.kinds) > 1 else []
-        if of_model:
-            labels += [NameColumn(class_name(as_windows(name)), name) for name in of_model]
-            return
-        known = header.known("label")
-        joint = [name for name in header.names if _JOINT.fullmatch(name)]
-        labels += [NameColumn(ONE_TASK, known)] if known else _marks(joint)
+        labels += _usual_labels(header, columns)
+
+
+def _usual_labels(header: _Header, columns: Columns) -> list[LabelColumn]:
+    """The label columns of a table by their names: those of a model's tasks, the usual ones, or a split's."""
+    of_model = [name for name in map(header.exact, columns.kinds) if name] if len(columns.kinds) > 1 else []
+    if of_model:
+        return [NameColumn(class_name(as_windows(name)), name) for name in of_model]
+    known = header.known("label")
+    return [NameColumn(ONE_TASK, known)] if known else _marks([name for name in header.names if _JOINT.fullmatch(name)])
 
 
 def _listed(header: _Header, text: str) -> list[str]:
     """Names with commas between them; a column whose name holds a comma is one name."""
-    return [text] if header.exact(text) else [name.strip() for name in text.split(",") if name.strip()] or [text]
+    return [text] if header.exact(text) else [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _marks(columns: Sequence[str]) -> list[LabelColumn]:
