@@ -18,7 +18,7 @@ from imgcls_fast.data import reach
 from imgcls_fast.data.decode import Undecodable, read_file
 from imgcls_fast.data.prepare import changed_files, channel_statistics
 from imgcls_fast.data.quarantine import examine_isolated
-from imgcls_fast.data.store import Folder, Store, Zip, open_store
+from imgcls_fast.data.store import Folder, Store, Zip, open_store, reader
 from imgcls_fast.loading.loader import dali_missing, read_rows
 
 METHODS = {"stored": zipfile.ZIP_STORED, "deflated": zipfile.ZIP_DEFLATED, "bzip2": zipfile.ZIP_BZIP2}
@@ -70,6 +70,15 @@ def test_loaders_statistics_and_the_check_for_changes_read_a_zip_as_they_read_th
     assert not changed_files(zipped, 2).all
     assert channel_statistics(zipped, "rgb") == channel_statistics(loose, "rgb")
     assert examine_isolated(names[:3], root=zipped.root) == examine_isolated(names[:3], root=photos)
+
+
+def test_a_report_looks_at_images_of_either_without_waiting(photos: Path, tmp_path: Path) -> None:
+    name = packed(photos, tmp_path / "photos.zip")[0]
+    for root in (photos, tmp_path / "photos.zip"):
+        assert reader(root, 1 << 20)(name) == (photos / name).read_bytes()
+        assert reader(root, 10)(name) == reader(root, 1 << 20)("none.jpg") == b""
+    (tmp_path / "cut.zip").write_bytes(b"PK")
+    assert reader(tmp_path / "cut.zip", 10)(name) == b""
 
 
 def stores(photos: Path, tmp_path: Path) -> list[Store]:

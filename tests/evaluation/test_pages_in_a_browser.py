@@ -15,10 +15,12 @@ import pytest
 
 from imgcls_fast.core.labels import LabelSpace, Task
 from imgcls_fast.core.predictions import Predictions
+from imgcls_fast.data.store import reader
 from imgcls_fast.evaluation import plots
 from imgcls_fast.evaluation.metrics import judge
 from imgcls_fast.evaluation.report import ReportFacts, write_report
 from imgcls_fast.evaluation.tasks import judge_tasks
+from imgcls_fast.evaluation.thumbnails import MAX_BYTES
 from imgcls_fast.measuring import page as benchpage
 
 WIDTHS = (390, 1280)
@@ -97,7 +99,8 @@ def report(tmp_path_factory, drawn, predictions_of) -> str:
         "method": {"ratio": "5 x 15 pairs"},
     }
     facts = ReportFacts(
-        name=LONG, splits={"test": (test, metrics), "val": (test, metrics)}, root=root, summary={"data": LONG, "model": "x"},
+        name=LONG, splits={"test": (test, metrics), "val": (test, metrics)}, read=reader(root, MAX_BYTES),
+        summary={"data": LONG, "model": "x"},
         counts=dict.fromkeys(("train", "val", "test"), np.full(45, 1_234_567)), images=123_456_789, bad=700, duplicates=31,
         epochs=[{"epoch": k, "train_loss": 1 / k, "val_accuracy": 0.5, "lr": 0.1} for k in (1, 2)],
         config=[(f"augment.setting_{k}", [0.123456789] * 3, f"because {LONG}") for k in range(60)],
@@ -124,7 +127,8 @@ def tasks(tmp_path_factory) -> str:
     test = Predictions(np.arange(60), draw.random((60, 47), np.float32), targets, labels, (f"{LONG}.jpg",) * 60)
     metrics = judge_tasks(test, bootstrap=20)
     facts = ReportFacts(
-        name=LONG, splits={"test": (test, metrics), "val": (test, metrics)}, root=root, counts={"train": np.full(47, 1_234_567)},
+        name=LONG, splits={"test": (test, metrics), "val": (test, metrics)}, read=reader(root, MAX_BYTES),
+        counts={"train": np.full(47, 1_234_567)},
         baseline={"name": LONG, **metrics.headline()}, calibration=LONG, images=123_456_789,
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:

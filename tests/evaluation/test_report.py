@@ -15,10 +15,12 @@ from PIL import Image
 
 from imgcls_fast.core.errors import HardwareError
 from imgcls_fast.core.predictions import Predictions
+from imgcls_fast.data.store import reader
 from imgcls_fast.evaluation.metrics import judge
 from imgcls_fast.evaluation.paired import compare
 from imgcls_fast.evaluation.report import ReportFacts, write_evaluation, write_report
 from imgcls_fast.evaluation.text import printable, shorten
+from imgcls_fast.evaluation.thumbnails import MAX_BYTES
 
 EVIL = (
     "<script>alert(1)</script>.png",
@@ -107,7 +109,7 @@ def evil(tmp_path_factory, drawn, predictions_of) -> tuple[Page, ReportFacts]:
     facts = ReportFacts(
         name="<h1>run & co</h1>",
         splits={"val": (val, judge(val)), "test": (test, judge(test))},
-        root=root,
+        read=reader(root, MAX_BYTES),
         summary={"<u>key</u>": "<u>value</u>", "path": Path(os.fsdecode(b"/data/caf\xe9<u>"))},
         counts={"train": np.array([5, 6, 7, 1234]), "test": [1, 2, 3, 4]},
         images=1251,
@@ -170,7 +172,7 @@ def test_two_classes_with_nothing_but_val_are_enough(tmp_path, drawn, prediction
     scores, truth = drawn(30, 2)
     ours = predictions_of(scores, truth, paths=["missing.jpg"] * 30)
     (tmp_path / "missing.jpg").write_bytes(b"not an image")
-    page = Page(write_report(tmp_path / "r.html", ReportFacts("plain", {"val": (ours, judge(ours))}, tmp_path)))
+    page = Page(write_report(tmp_path / "r.html", ReportFacts("plain", {"val": (ours, judge(ours))}, reader(tmp_path, MAX_BYTES))))
     assert_stands_alone(page)
     assert "Accuracy on val, 30 images" in page.text and "No baseline was computed" in page.text
     assert "Scores were not temperature-scaled" in page.text and "no picture" in page.text
@@ -188,7 +190,7 @@ def test_sixty_classes_and_as_many_pictures_as_there_can_be_stay_below_three_meg
     for k in range(24):
         save_noise(tmp_path / bad[k][0], k, 320)
     ours = predictions_of(scores, truth, paths=names)
-    facts = ReportFacts("big", {"test": (ours, judge(ours))}, tmp_path, quarantine=bad, bad=700)
+    facts = ReportFacts("big", {"test": (ours, judge(ours))}, reader(tmp_path, MAX_BYTES), quarantine=bad, bad=700)
     page = Page(write_report(tmp_path / "r.html", facts))
     assert_stands_alone(page)
     assert len(page.raw) < 3_000_000 and len(page.values("src")) == 24 + 24 + 5
@@ -198,7 +200,7 @@ def test_sixty_classes_and_as_many_pictures_as_there_can_be_stay_below_three_meg
 
 def test_a_run_that_was_not_judged_still_has_a_report(tmp_path):
     page = Page(
-        write_report(tmp_path / "r.html", ReportFacts("new", {}, tmp_path, quarantine=[("x.jpg", "empty file")]))
+        write_report(tmp_path / "r.html", ReportFacts("new", {}, reader(tmp_path, MAX_BYTES), quarantine=[("x.jpg", "empty file")]))
     )
     assert_stands_alone(page)
     assert "empty file" in page.text and "Accuracy" not in page.text
@@ -222,7 +224,7 @@ def test_the_verdict_compares_model_and_baseline_on_the_same_rows(wrong, words, 
     theirs = predictions_of(scores, truth)
     assert (theirs.predicted != theirs.truth).sum() == wrong
     facts = ReportFacts(
-        "r", {"test": (ours, judge(ours))}, tmp_path,
+        "r", {"test": (ours, judge(ours))}, reader(tmp_path, MAX_BYTES),
         baseline={"name": "probe", "accuracy": 1 - wrong / 200, "train_rows": 1500, "train_of": 9000, "limit": "20 s of reading"},
         against=compare(theirs, ours),
     )  # fmt: skip
@@ -240,14 +242,14 @@ def test_on_imbalanced_data_the_report_holds_the_model_against_the_largest_class
     ours, theirs = predictions_of(eye[np.zeros(76, int)], truth, names), predictions_of(probe, truth, names)
     told = judge(theirs, bootstrap=0)
     baseline = {"name": "probe", "accuracy": told.accuracy, "balanced_accuracy": told.balanced_accuracy}
-    facts = ReportFacts("r", {"test": (ours, judge(ours))}, tmp_path, baseline=baseline, against=compare(theirs, ours))
+    facts = ReportFacts("r", {"test": (ours, judge(ours))}, reader(tmp_path, MAX_BYTES), baseline=baseline, against=compare(theirs, ours))
     page = Page(write_report(tmp_path / "r.html", facts)).text
     assert "always functional 58%" in page and "chance" not in page
     assert "this model is no better than the 57.9% of always answering functional: it is right about the same images" in page
     assert "is worse than the baseline by" in page
     assert f"balanced accuracy 25.0% against {100 * told.balanced_accuracy:.1f}%" in page and "points worse" in page
     equal = predictions_of(eye[np.arange(76) % 4], np.arange(76) % 4, names)
-    page = Page(write_report(tmp_path / "e.html", ReportFacts("r", {"test": (equal, judge(equal))}, tmp_path))).text
+    page = Page(write_report(tmp_path / "e.html", ReportFacts("r", {"test": (equal, judge(equal))}, reader(tmp_path, MAX_BYTES)))).text
     assert "chance 25%" in page and "imbalanced" not in page
 
 
@@ -257,7 +259,8 @@ def test_a_lower_accuracy_is_never_called_the_same(tmp_path, monkeypatch, predic
     eye = np.eye(2, dtype=np.float32)
     ours, theirs = (predictions_of(eye[np.where(np.arange(60) < wrong, 1 - truth, truth)], truth) for wrong in (3, 1))
     facts = ReportFacts(
-        "r", {"test": (ours, judge(ours))}, tmp_path, baseline={"name": "p", "accuracy": 59 / 60}, against=compare(theirs, ours)
+        "r", {"test": (ours, judge(ours))}, reader(tmp_path, MAX_BYTES), baseline={"name": "p", "accuracy": 59 / 60},
+        against=compare(theirs, ours),
     )  # fmt: skip
     assert "is not better than the baseline (-3.3 points" in Page(write_report(tmp_path / "r.html", facts)).text
 
@@ -315,7 +318,7 @@ def test_a_place_that_cannot_be_written_is_h003(tmp_path, drawn, predictions_of)
     (tmp_path / "file").write_bytes(b"")
     ours = predictions_of(*drawn(5, 2))
     for write in (
-        lambda: write_report(tmp_path / "absent" / "r.html", ReportFacts("r", {}, tmp_path)),
+        lambda: write_report(tmp_path / "absent" / "r.html", ReportFacts("r", {}, reader(tmp_path, MAX_BYTES))),
         lambda: write_evaluation(tmp_path / "file" / "val", ours, judge(ours, bootstrap=0)),
     ):
         with pytest.raises(HardwareError) as caught:

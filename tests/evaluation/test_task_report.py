@@ -12,11 +12,13 @@ import pytest
 
 from imgcls_fast.core.labels import LabelSpace, Task
 from imgcls_fast.core.predictions import Predictions
+from imgcls_fast.data.store import reader
 from imgcls_fast.evaluation import plots
 from imgcls_fast.evaluation.paired import compare
 from imgcls_fast.evaluation.report import ReportFacts, write_evaluation, write_report
 from imgcls_fast.evaluation.task_report import alternatives, file_names, task_context
 from imgcls_fast.evaluation.tasks import judge_all
+from imgcls_fast.evaluation.thumbnails import MAX_BYTES
 
 EVIL = "<u>ev & il</u>"
 TWO = LabelSpace((Task("stain", ("H&E", "none")), Task(EVIL, ("a", "b", "<u>", "empty"), "any_of")))
@@ -49,7 +51,7 @@ def page(tmp_path_factory) -> str:
     facts = ReportFacts(
         name="run",
         splits={"test": (test, metrics), "val": (val, judge_all(val, bootstrap=0))},
-        root=root,
+        read=reader(root, MAX_BYTES),
         counts={"train": np.arange(6)},
         epochs=[{"epoch": k, "val_macro_ap": 0.5 + k / 10} for k in (1, 2)],
         baseline={"name": "linear probe", **judge_all(base, bootstrap=0).headline()},  # type: ignore[union-attr]
@@ -91,7 +93,7 @@ def test_hostile_names_stay_text_and_the_page_needs_nothing_else(page: str) -> N
 
 def test_mistakes_are_those_of_each_class_the_surest_first() -> None:
     predictions = answered(LabelSpace(TWO.tasks[1:]))
-    (section,) = task_context(predictions, judge_all(predictions, bootstrap=0), Path("/nowhere"), None)["sections"]  # type: ignore[arg-type]
+    (section,) = task_context(predictions, judge_all(predictions, bootstrap=0), lambda name: b"", None)["sections"]  # type: ignore[arg-type]
     true, answers = np.nan_to_num(predictions.targets) == 1, predictions.answers
     wrong = (answers != true) & ~np.isnan(predictions.targets)
     assert section["wrong"] == wrong.sum()

@@ -13,10 +13,17 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from imgcls_fast.evaluation.thumbnails import FORMATS, SIDE, thumbnail
+from imgcls_fast.data.store import reader
+from imgcls_fast.evaluation import thumbnails
+from imgcls_fast.evaluation.thumbnails import FORMATS, MAX_BYTES, SIDE
 
 MODES = {"JPEG": ("L", "RGB", "CMYK"), "PNG": ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"), "WEBP": ("RGB", "RGBA")}
 MODES |= {"BMP": ("1", "L", "P", "RGB"), "TIFF": ("1", "L", "RGB", "RGBA", "CMYK", "I;16", "F"), "GIF": ("L", "P")}
+
+
+def thumbnail(path: Path, *, partial: bool = False) -> str | None:
+    """The picture of a file that a report looks at as it looks at all of them."""
+    return thumbnails.thumbnail(reader(path.parent, MAX_BYTES)(path.name), partial=partial)
 
 
 def gradient(width: int, height: int) -> Image.Image:

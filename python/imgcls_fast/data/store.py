@@ -13,6 +13,7 @@ import hashlib
 import os
 import struct
 import zlib
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -171,6 +172,20 @@ def open_store(root: Path) -> Store:
                 inside = root.relative_to(place).as_posix()
                 return _zip(place, "" if inside == "." else inside, (facts.st_size, facts.st_mtime_ns))
     return Folder(root)
+
+
+def reader(root: Path, most: int) -> Callable[[str], bytes]:
+    """Return a function that looks at an image by its name, without waiting; no bytes where it cannot, or has more than `most`."""
+    hurried = reach.Patience()
+    hurried.call_off()
+
+    def read(name: str) -> bytes:
+        try:
+            return open_store(root).read(name, seen=False, most=most, patience=hurried)
+        except (OSError, reach.NotAFile, DataError):
+            return b""
+
+    return read
 
 
 @lru_cache(maxsize=4)

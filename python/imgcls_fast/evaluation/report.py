@@ -24,7 +24,7 @@ from .scatter import engines_picture
 from .task_report import alternatives, figure_card, file_names, task_context, task_plots
 from .tasks import TaskMetrics
 from .text import printable, shorten
-from .thumbnails import thumbnail
+from .thumbnails import ReadImage, thumbnail
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -53,7 +53,7 @@ class ReportFacts:
         name: name of the run.
         splits: split name -> (its predictions, its metrics). The headline comes from "test", else "val", else the
             first.
-        root: folder that relative file names belong to, for thumbnails.
+        read: returns the bytes of an image by its name in the manifest, for thumbnails; none where they cannot be read.
         summary: short facts for the head: model, date, duration, ...
         counts: split name -> (K,) images of each class.
         images, bad, duplicates: numbers of files that were found, put aside, and repeated.
@@ -74,7 +74,7 @@ class ReportFacts:
 
     name: str
     splits: Mapping[str, tuple[Predictions, Metrics | TaskMetrics]]
-    root: Path
+    read: ReadImage
     summary: Mapping[str, Any] = field(default_factory=dict)
     counts: Mapping[str, Sequence[int] | np.ndarray] = field(default_factory=dict)
     images: int = 0
@@ -241,14 +241,14 @@ def _judged(facts: ReportFacts, context: dict[str, Any]) -> dict[str, bytes]:
     predictions, metrics = facts.splits[facts.headline]
     if isinstance(metrics, TaskMetrics):
         pictures = task_plots(predictions, metrics)
-        context |= task_context(predictions, metrics, facts.root, facts.baseline)
+        context |= task_context(predictions, metrics, facts.read, facts.baseline)
         context |= {"alt": {**PLOTS, **alternatives(list(pictures), metrics)}, "verdict": _task_verdict(facts)}
         return pictures
     context |= {
         "metrics": metrics,
         "rows": sorted(metrics.per_class, key=lambda c: (c.support == 0, c.f1)),
         "pairs": _confused_pairs(metrics),
-        "mistakes": _mistakes(predictions, facts.root),
+        "mistakes": _mistakes(predictions, facts.read),
         "wrong": int((predictions.truth != predictions.predicted).sum()),
         "verdict": _verdict(metrics, facts.baseline, facts.against),
         "constant": _against_majority(metrics),
@@ -330,7 +330,7 @@ def _confused_pairs(metrics: Metrics) -> list[dict[str, Any]]:
     ]
 
 
-def _mistakes(predictions: Predictions, root: Path) -> list[dict[str, Any]]:
+def _mistakes(predictions: Predictions, read: ReadImage) -> list[dict[str, Any]]:
     """The most confident wrong predictions, the most confident first."""
     wrong = np.flatnonzero(predictions.truth != predictions.predicted)
     order = wrong[np.argsort(-predictions.confidence[wrong], kind="stable")][:MAX_TILES]
@@ -342,7 +342,7 @@ def _mistakes(predictions: Predictions, root: Path) -> list[dict[str, Any]]:
             "predicted": classes[predictions.predicted[i]],
             "confidence": float(predictions.confidence[i]),
             "own": float(predictions.scores[i, predictions.truth[i]]),
-            "picture": thumbnail(root / predictions.paths[i]),
+            "picture": thumbnail(read(predictions.paths[i])),
         }
         for i in order
     ]
@@ -350,6 +350,6 @@ def _mistakes(predictions: Predictions, root: Path) -> list[dict[str, Any]]:
 
 def _quarantine(facts: ReportFacts) -> list[dict[str, Any]]:
     return [
-        {"path": name, "reason": reason, "picture": thumbnail(facts.root / name, partial=True)}
+        {"path": name, "reason": reason, "picture": thumbnail(facts.read(name), partial=True)}
         for name, reason in facts.quarantine[:MAX_TILES]
     ]

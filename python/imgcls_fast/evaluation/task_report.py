@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from . import plots as draw
 from .metrics import Metrics
 from .multilabel import AnyOfMetrics, LabelMetrics, thresholds_of
 from .tasks import TaskMetrics
-from .thumbnails import thumbnail
+from .thumbnails import ReadImage, thumbnail
 
 MAX_TILES = 24
 _OF_A_CLASS = 4  # mistakes
@@ -58,7 +57,7 @@ def alternatives(pictures: Sequence[str], metrics: TaskMetrics) -> dict[str, str
     return found
 
 
-def task_context(predictions: Predictions, metrics: TaskMetrics, root: Path, baseline: Mapping[str, Any] | None) -> dict[str, Any]:
+def task_context(predictions: Predictions, metrics: TaskMetrics, read: ReadImage, baseline: Mapping[str, Any] | None) -> dict[str, Any]:
     """What the template needs of a judged split: head, cards and a section per task."""
     ranked = any(isinstance(one, AnyOfMetrics) for one in metrics.tasks.values())
     names = file_names(list(metrics.tasks))
@@ -71,7 +70,7 @@ def task_context(predictions: Predictions, metrics: TaskMetrics, root: Path, bas
             if figure.name != ("macro_ap" if ranked else "accuracy")
         ],
         "sections": [
-            _section(name, begins, own, metrics.tasks[name], root)
+            _section(name, begins, own, metrics.tasks[name], read)
             for (name, own), begins in zip(_judged(predictions, metrics), names, strict=True)
         ],
     }
@@ -107,15 +106,17 @@ def _chance(one: Metrics | AnyOfMetrics) -> float:
     return float(np.mean(shares)) if shares else float("nan")
 
 
-def _section(name: str, begins: str, own: Predictions, metrics: Metrics | AnyOfMetrics, root: Path) -> dict[str, Any]:
+def _section(
+    name: str, begins: str, own: Predictions, metrics: Metrics | AnyOfMetrics, read: ReadImage
+) -> dict[str, Any]:
     plot = f"{begins}_" if begins else ""
     shared = {"name": name, "plot": plot, "metrics": metrics, "kind": metrics.kind}
     if isinstance(metrics, AnyOfMetrics):
         rows = sorted(metrics.per_class, key=_weakness)
         wrong = int((own.labels.decide(own.scores, thresholds_of(own, None)) != _true(own))[~np.isnan(own.targets)].sum())  # type: ignore[arg-type]
-        return shared | {"rows": rows, "mistakes": _label_mistakes(own, metrics, root), "wrong": wrong}
+        return shared | {"rows": rows, "mistakes": _label_mistakes(own, metrics, read), "wrong": wrong}
     by_f1 = sorted(metrics.per_class, key=lambda c: (c.support == 0, c.f1))
-    return shared | {"rows": by_f1, "mistakes": _class_mistakes(own, root), "wrong": int((own.truth != own.predicted).sum())}
+    return shared | {"rows": by_f1, "mistakes": _class_mistakes(own, read), "wrong": int((own.truth != own.predicted).sum())}
 
 
 def _weakness(one: LabelMetrics) -> tuple[bool, float]:
@@ -127,7 +128,7 @@ def _true(own: Predictions) -> np.ndarray:
     return np.asarray(own.targets) >= THRESHOLD
 
 
-def _label_mistakes(own: Predictions, metrics: AnyOfMetrics, root: Path) -> list[dict[str, Any]]:
+def _label_mistakes(own: Predictions, metrics: AnyOfMetrics, read: ReadImage) -> list[dict[str, Any]]:
     """For each class, the weakest first: images in which it was missed or invented, the surest mistakes first."""
     found: list[dict[str, Any]] = []
     answers, true = own.labels.decide(own.scores, thresholds_of(own, None)), _true(own)
@@ -141,11 +142,11 @@ def _label_mistakes(own: Predictions, metrics: AnyOfMetrics, root: Path) -> list
                 return found
             said = f"missed, {own.scores[i, k]:.0%}" if true[i, k] else f"claimed, {own.scores[i, k]:.0%}"
             truth = ", ".join(name for name, holds in zip(metrics.classes, true[i], strict=True) if holds) or "none"
-            found.append(_tile(own, i, root, metrics.classes[k], said, truth))
+            found.append(_tile(own, i, read, metrics.classes[k], said, truth))
     return found
 
 
-def _class_mistakes(own: Predictions, root: Path) -> list[dict[str, Any]]:
+def _class_mistakes(own: Predictions, read: ReadImage) -> list[dict[str, Any]]:
     wrong = np.flatnonzero(own.truth != own.predicted)
     order = wrong[np.argsort(-own.confidence[wrong], kind="stable")][: MAX_TILES // 2]
     names = own.labels.classes
@@ -153,7 +154,7 @@ def _class_mistakes(own: Predictions, root: Path) -> list[dict[str, Any]]:
         _tile(
             own,
             i,
-            root,
+            read,
             names[own.predicted[i]],
             f"{own.confidence[i]:.0%}",
             f"{names[own.truth[i]]}, {own.scores[i, own.truth[i]]:.0%}",
@@ -162,5 +163,5 @@ def _class_mistakes(own: Predictions, root: Path) -> list[dict[str, Any]]:
     ]
 
 
-def _tile(own: Predictions, i: int, root: Path, name: str, said: str, truth: str) -> dict[str, Any]:
-    return {"path": own.paths[i], "name": name, "said": said, "truth": truth, "picture": thumbnail(root / own.paths[i])}
+def _tile(own: Predictions, i: int, read: ReadImage, name: str, said: str, truth: str) -> dict[str, Any]:
+    return {"path": own.paths[i], "name": name, "said": said, "truth": truth, "picture": thumbnail(read(own.paths[i]))}

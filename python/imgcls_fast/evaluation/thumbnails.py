@@ -7,16 +7,17 @@ import io
 import struct
 import warnings
 import zlib
-from pathlib import Path
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from ..core.image_bounds import excess, is_odd, kind_of
 
+ReadImage = Callable[[str], bytes]  # the bytes of an image by its name in the manifest; none where it cannot be read
 SIDE = 160  # pixels, the longer side
 MAX_PIXELS = 64_000_000  # a larger image is not opened for a picture of 160 pixels
-MAX_BYTES = 64_000_000
+MAX_BYTES = 64_000_000  # a larger file is not read
 MOSTLY_FILLED = 0.98  # share of gray filling above which a broken JPEG has nothing to show
 JPEG_START, JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # not PostScript, which is a program
@@ -28,21 +29,17 @@ _BROKEN = (
 )
 
 
-def thumbnail(path: Path, *, partial: bool = False) -> str | None:
+def thumbnail(content: bytes, *, partial: bool = False) -> str | None:
     """A JPEG of at most 160 x 160 pixels as a `data:` address, turned upright; None where nothing can be decoded.
 
     Args:
-        path: any file.
+        content: bytes of any file, at most MAX_BYTES.
         partial: the file was refused: of a truncated JPEG show the part that can be decoded, and open nothing on which
             decoders crash.
     """
-    content = b""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the scan has reported what is odd about this file
         try:
-            if not path.is_file() or path.stat().st_size > MAX_BYTES:
-                return None
-            content = path.read_bytes()
             kind = kind_of(content)
             # what makes endless work or crashes decoders is not opened here; what was judged has been decoded before
             if not kind or (partial and is_odd(kind, content)) or excess(kind, content, MAX_PIXELS / 1e6):

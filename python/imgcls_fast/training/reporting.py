@@ -15,9 +15,11 @@ from ..core.run import Run
 from ..core.text import command, quoted
 from ..core.undecoded import Undecoded
 from ..data.quarantine import read_quarantine
+from ..data.store import reader
 from ..evaluation.metrics import Metrics, judge, without
 from ..evaluation.paired import Difference, compare
 from ..evaluation.report import ReportFacts, write_report
+from ..evaluation.thumbnails import MAX_BYTES
 from ..tracking.events import Ended
 from ..tracking.lines import ended_line
 from .learnt import about_parents
@@ -90,7 +92,7 @@ def report_run(run: Run) -> Path:
     facts = ReportFacts(
         name=run.name,
         splits=splits,
-        root=manifest.root,
+        read=reader(manifest.root, MAX_BYTES),
         summary=_summary(run, planned, data, record),
         counts={split: manifest.counts(split) for split in ("train", "val", "test")},
         images=data.get("images", len(manifest)),
