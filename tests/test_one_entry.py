@@ -215,3 +215,36 @@ def test_a_new_figure_is_one_entry_and_can_be_monitored_and_read_everywhere() ->
     assert "val/kappa" in found["help"]["train.monitor"] and "`val/kappa`" in found["docs"] and "'val/kappa'" in found["error"]
     assert '"val/kappa"' in found["rows"] and "val_kappa" in found["recorded"] and "kappa .250" in found["line"]
     assert found["pages"] == [[True, pytest.approx(found["true"])]] * 2
+
+
+def test_one_more_source_format_is_in_help_docs_and_errors_and_is_read(tmp_path: Path) -> None:
+    (tmp_path / "x.odd").write_text("odd")
+    found = tried(
+        """
+import types
+choices.FORMATS["INI"] = "mine:INI"
+""",
+        f"""
+import contextlib, io, os
+from pathlib import Path
+from imgcls_fast.cli.app import main
+from imgcls_fast.core.errors import DataError
+from imgcls_fast.data.findings import ScanOptions
+from imgcls_fast.data.sources import Format, list_source
+ini = Format("an INI file", lambda source: source.suffix == ".ini", lambda source, options: f"the rows of {{source.name}}")
+sys.modules["mine"] = types.SimpleNamespace(INI=ini)
+with contextlib.redirect_stdout(io.StringIO()) as shown:
+    main(["train", "--help"])
+try:
+    list_source(Path({str(tmp_path)!r}, "x.odd"), ScanOptions())
+except DataError as error:
+    said = str(error)
+found |= {{"shown": shown.getvalue(), "said": said, "rows": list_source(Path("a.ini"), ScanOptions()), "cli": make_docs.cli_page()}}
+""",
+    )
+    words = "folder, CSV, JSONL, zip, tar or INI"
+    assert words in found["shown"]
+    assert words in found["docs"]
+    assert words in found["cli"]
+    assert "nor an INI file" in found["said"]
+    assert found["rows"] == "the rows of a.ini"

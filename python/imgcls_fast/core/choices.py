@@ -88,3 +88,17 @@ SCHEDULES: dict[str, str] = {  # choices of `optim.sched` -> a `training.schedul
 TRACKERS: dict[str, str] = {  # choices of `train.track` -> a `tracking.events.Sink`, made of the run
     "tensorboard": "imgcls_fast.tracking.trackers:TensorBoard",
 }
+
+FORMATS: dict[str, str] = {  # what a source may be, in the order in which it is tried -> a `data.sources.Format`
+    "folder": "imgcls_fast.data.sources:FOLDER",
+    "CSV": "imgcls_fast.data.sources:TABLE",
+    "JSONL": "imgcls_fast.data.sources:TABLE",
+    "zip": "imgcls_fast.data.sources:ARCHIVE",
+    "tar": "imgcls_fast.data.sources:ARCHIVE",
+}
+
+
+def formats_in_words() -> str:
+    """What a source may be: "folder, CSV or zip"."""
+    *names, last = FORMATS
+    return f"{', '.join(names)} or {last}"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import AfterValidator, BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 
-from .choices import LOSSES, OPTIMIZERS, POLICIES, SCHEDULES, TRACKERS
+from .choices import LOSSES, OPTIMIZERS, POLICIES, SCHEDULES, TRACKERS, formats_in_words
 from .config_verbs import ExportConfig
 from .figures import MONITORS
 from .schema import BITS, FREE, Auto, Fraction, Seconds, Section, Text, extras, flag, flag_row, listed, several
@@ -44,7 +44,7 @@ class DataConfig(Section):
     flag_group: ClassVar[Group] = "data"
     flag_verbs: ClassVar[tuple[str, ...]] = ("train", "data check", "data split", "data stats")
 
-    source: Text | None = Field(None, description="folder, CSV, JSONL, zip or tar; none: the embedded digits")
+    source: Text | None = Field(None, description=f"{formats_in_words()}; none: the embedded digits")
     split: Annotated[tuple[Fraction, Fraction, Fraction], BeforeValidator(listed), AfterValidator(_sums_to_one)] = (
         Field(
             (0.8, 0.1, 0.1),

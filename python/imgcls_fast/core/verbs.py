@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple
 
+from .choices import formats_in_words
+
 # The headings of `--help`, in their order.
 Group = Literal[
     "model", "optimisation", "data", "machine", "target", "INT8 and gate", "configuration", "output", "options"
@@ -73,7 +75,7 @@ class Verb(NamedTuple):
 VERBS: tuple[Verb, ...] = (
     Verb(
         "train",
-        "train on a folder, CSV, JSONL, zip or tar; without DATA on embedded digits",
+        f"train on a {formats_in_words()}; without DATA on embedded digits",
         "[DATA]",
         1,
         "train:train",

@@ -7,7 +7,9 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from pkgutil import resolve_name
 
+from ..core.choices import FORMATS
 from ..core.errors import DataError
 from ..core.labels import LabelSpace
 from . import fetch
@@ -28,16 +30,17 @@ class Format:
 
 
 def list_source(source: Path, options: ScanOptions) -> Listing:
-    """List what a source names, by the first of FORMATS that matches it.
+    """List what a source names, by the first format of `core.choices.FORMATS` that matches it.
 
     Raises:
         DataError: D001 when there is no such source, D004 for a table or D007 for an archive that cannot be read.
     """
-    found = next((one for one in FORMATS if one.matches(source)), None)
+    formats: list[Format] = [resolve_name(place) for place in dict.fromkeys(FORMATS.values())]
+    found = next((one for one in formats if one.matches(source)), None)
     if found is None:
         source = Path(os.path.abspath(source))
         fetch.demand_there(source)
-        raise DataError("D001", f"{source} is neither {', nor '.join(one.name for one in FORMATS)}")
+        raise DataError("D001", f"{source} is neither {', nor '.join(one.name for one in formats)}")
     return found.list_rows(source, options)
 
 
@@ -74,11 +77,12 @@ def _opened(source: Path, options: ScanOptions) -> Path:
     return fetch.open_source(source, options.cache or Path(os.path.abspath(source)).parent / ".imgcls-cache")
 
 
-# in the order in which they are tried
-FORMATS: tuple[Format, ...] = (
-    Format("a folder", os.path.isdir, _list_tree),
-    Format("a table (.csv, .tsv, .jsonl)", lambda source: is_table(source) and os.path.isfile(source), _list_table),
-    Format(f"an archive ({', '.join(fetch.ARCHIVES)})", lambda source: fetch.is_archive(source) and os.path.isfile(source), _list_archive),
+FOLDER = Format("a folder", os.path.isdir, _list_tree)
+TABLE = Format("a table (.csv, .tsv, .jsonl)", lambda source: is_table(source) and os.path.isfile(source), _list_table)
+ARCHIVE = Format(
+    f"an archive ({', '.join(fetch.ARCHIVES)})",
+    lambda source: fetch.is_archive(source) and os.path.isfile(source),
+    _list_archive,
 )
 
 
