@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 import imgcls_fast as ic
 from imgcls_fast.core.errors import DataError
-from imgcls_fast.core.labels import LabelSpace, Task
+from imgcls_fast.core.labels import LabelSpace, Task, demand_answers
 from imgcls_fast.core.manifest import NO_SPLIT, Manifest
 from imgcls_fast.data import sources
+from imgcls_fast.data.columns import Columns
 from imgcls_fast.data.findings import DataProblems, ScanOptions, ScanResult
 from imgcls_fast.data.listing import Listing
 from imgcls_fast.data.scan import inspect, scan
 from imgcls_fast.data.split import make_splits, write_split_csv
+from imgcls_fast.data.tables import list_table
 
 BLOOD_CELLS = "blood_cells/MANIFEST.csv"
 
@@ -280,6 +285,27 @@ def test_a_bad_table_gives_all_its_problems_at_once(name: str, folder: Path) -> 
     assert len(found) == len(expected), found
     for problem, words in zip(found, expected, strict=True):
         assert all(part in problem for part in words.split(" ... ")), f"{words!r} is not in {problem!r}"
+
+
+CELL = st.text("ab|;, 01.-", max_size=5)
+VALUE = st.one_of(CELL, st.lists(CELL | st.none(), max_size=3), st.dictionaries(CELL, st.floats(-1, 2) | CELL | st.booleans(), max_size=3))
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.lists(st.tuples(st.integers(0, 3), VALUE, VALUE), min_size=1, max_size=6),
+    st.sampled_from([Columns(label="x"), Columns(label="x,y"), Columns(labels="x,y"), Columns(labels="x")]),
+    st.sampled_from(["auto", "one_of", "any_of"]),
+)
+def test_whatever_a_table_holds_is_read_or_a_problem(folder: Path, lines: list[Any], columns: Columns, kind: Any) -> None:
+    text = "".join(json.dumps({"path": f"{k}.png", "x": x, "y": y}) + "\n" for k, x, y in lines)
+    (folder / "any.jsonl").write_text(text)
+    listing = list_table(folder / "any.jsonl", replace(columns, kind=kind))
+    for task in listing.tasks:
+        demand_answers(Task(task.name, tuple(task.classes), task.kind), task.answers)
+        assert listing.problems or len(task.answers) == len(listing.paths)
+    assert listing.tasks or max(listing.labels, default=-1) < max(1, len(listing.classes))
+    assert all(problem.where.startswith("any.jsonl, line ") for problem in listing.problems)
 
 
 def test_a_column_that_is_spelled_almost_right_is_named(folder: Path) -> None:
