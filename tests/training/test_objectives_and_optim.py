@@ -19,6 +19,7 @@ from imgcls_fast.models.backbones import ModelSpec, weightless
 from imgcls_fast.models.build import build_model
 from imgcls_fast.training.objectives import class_weights
 from imgcls_fast.training.optim import build_optimizer, parameter_groups
+from imgcls_fast.training.progress import Progress, is_better
 from imgcls_fast.training.schedule import Schedule, set_rates
 
 COUNTS = np.array([90, 9, 1])
@@ -202,6 +203,18 @@ def test_plateau_falls_after_the_patience_and_its_state_can_be_restored() -> Non
         twin.state.update(rates.state)
         rates = twin
     assert rates.lr(5) < 0.5
+
+
+def test_a_figure_that_is_not_defined_neither_drops_the_rate_nor_hides_the_loss() -> None:
+    """Average precision is NaN where no validation image has any of the labels."""
+    rates = schedule(sched="plateau", gamma=0.5, plateau_patience=1)
+    for _ in range(4):
+        rates.after_epoch(math.nan)
+    assert rates.lr(5) == 0.5
+    before = Progress(best=math.nan, best_loss=1.0)
+    assert [is_better(math.nan, loss, before) for loss in (0.9, 1.0, 1.1)] == [True, False, False]
+    assert is_better(0.1, 2.0, before)
+    assert not is_better(math.nan, 0.1, Progress(best=0.1, best_loss=2.0))
 
 
 def test_biases_and_norms_do_not_decay_and_frozen_parameters_are_left_out() -> None:

@@ -90,7 +90,7 @@ def end_epoch(
 
     Returns:
         The row of metrics.csv, the monitored value (higher is better), and the monitored figure minus that of the best
-        epoch before (None in the first epoch).
+        epoch before (None in the first epoch, and where one of the two is not defined).
     """
     monitored = MONITORS[monitor]
     sign = 1 if monitored.more_is_better else -1
@@ -109,14 +109,19 @@ def end_epoch(
         progress.best, progress.best_loss, progress.best_epoch, progress.wait = value, metrics.log_loss, progress.epoch, 0
     else:
         progress.wait += 1
-    return record, value, None if former is None else (value - former) * sign
+    delta = None if former is None or math.isnan(value - former) else (value - former) * sign
+    return record, value, delta
 
 
 def is_better(value: float, loss: float, progress: Progress) -> bool:
-    """Return whether the value is higher; between equal values (common with few validation rows) the lower loss wins."""
-    if progress.best is None or math.isnan(progress.best) or value > progress.best:
+    """Return whether the value is higher; between equal values (common with few validation rows) the lower loss wins.
+
+    A value that is not defined (NaN: no validation image has any of the labels) is below every other.
+    """
+    if progress.best is None:
         return True
-    return value == progress.best and progress.best_loss is not None and loss < progress.best_loss
+    now, before = (-math.inf if math.isnan(one) else one for one in (value, progress.best))
+    return now > before or (now == before and progress.best_loss is not None and loss < progress.best_loss)
 
 
 def started(train: TrainConfig, progress: Progress, steps: int) -> Started:

@@ -52,7 +52,7 @@ class Schedule:
 
     def after_epoch(self, value: float) -> None:
         """Take the monitored value of an epoch (higher is better); only a schedule that watches it is changed."""
-        if not self.shape.watches:
+        if not self.shape.watches or math.isnan(value):
             return
         state = self.state
         if state["best"] is None or value > state["best"]:
