@@ -39,7 +39,7 @@ def test_features_are_finite_equal_each_time_and_do_not_depend_on_the_rest_of_th
 
 def probe_of(draw: np.random.Generator, train: int, judged: int) -> tuple[np.ndarray, int]:
     x, y, _, _ = read_features(image_features, from_list(batches(draw, train)), 60)
-    probe, used = fit_probe(x, y, 60, 0)
+    probe, used = fit_probe(x, y.argmax(1), 60, 0)
     x, y, rows, _ = read_features(image_features, from_list(batches(draw, judged)), 60)
     assert rows.tolist() == list(range(judged))
     return probe.predict_proba(x), used

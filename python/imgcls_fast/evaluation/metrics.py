@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from statistics import NormalDist
 from typing import Any, ClassVar, Literal, TypeVar, get_args
 
@@ -145,7 +145,7 @@ class Metrics:
 
     def to_dict(self) -> dict[str, Any]:
         """The same facts as JSON-safe values: NaN becomes None, arrays become lists."""
-        value = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        value = {one.name: getattr(self, one.name) for one in fields(self)}
         value["averages"] = {name: asdict(figures) for name, figures in self.averages.items()}
         value["per_class"] = [asdict(figures) for figures in self.per_class]
         value["macro_f1"] = self.macro_f1

@@ -63,10 +63,13 @@ class BaselineFitted(TypedDict):
     split: str
     accuracy: float
     ci: Pair
-    balanced_accuracy: float
+    balanced_accuracy: NotRequired[float]
     macro_f1: float
-    imbalanced: bool
-    majority: Mapping[str, Any]
+    exact_match: NotRequired[float]
+    exact_match_ci: NotRequired[Pair]
+    macro_ap: NotRequired[float]
+    imbalanced: NotRequired[bool]
+    majority: NotRequired[Mapping[str, Any]]
     n: int
     of: int
     train_rows: int

@@ -84,6 +84,9 @@ def require_same_files(run: Run, manifest: Manifest) -> None:
         )
 
 
+LABELS = "labels"  # in a trajectory; one-label data have no such entry
+
+
 def trajectory(plan: Plan, manifest: Manifest) -> dict[str, Any]:
     """Return everything that shapes the weights, by name: settings, the plan, the data, and how random numbers are laid out."""
     settings = {
@@ -99,7 +102,10 @@ def trajectory(plan: Plan, manifest: Manifest) -> dict[str, Any]:
         "layout of the augmentation": AUGMENT_LAYOUT,
     }
     everything = {**settings, **{f"plan {name}": value for name, value in planned.items()}, **layouts}
-    plain: dict[str, Any] = json.loads(json.dumps(everything | {"data": manifest.fingerprint}, default=str))
+    data = {"data": manifest.fingerprint}
+    if not manifest.labels.is_single:
+        data[LABELS] = "; ".join(f"{task.name} ({task.kind}): {', '.join(task.classes)}" for task in manifest.labels.tasks)
+    plain: dict[str, Any] = json.loads(json.dumps(everything | data, default=str))
     return plain
 
 
@@ -167,16 +173,18 @@ def require_same_trajectory(before: dict[str, Any], now: dict[str, Any], run: Ru
     Raises:
         ModelError: M006, naming each difference.
     """
+    if LABELS in before or LABELS in now:
+        before, now = ({LABELS: "one class per image"} | shape for shape in (before, now))
     every = flatten(RunConfig.model_validate({})).items()
     # what is still "auto" now was no setting when the run was planned
     defaults = {name: value for name, value in every if value != "auto" or now.get(name) == "auto"}
     defaults[_DRAWS] = 1  # recorded since the columns have names; their layout was the first one until then
     unknown = [name for name in now if name not in before and name not in defaults]
     before = {name: defaults[name] for name in now if name in defaults} | before
-    differing = [name for name in {**before, **now} if name not in unknown and before.get(name) != now.get(name)]
-    if not differing:
+    changed = [name for name in {**before, **now} if name not in unknown and before.get(name) != now.get(name)]
+    if not changed:
         return [f"{name} was not recorded, is {now[name]}" for name in unknown]
-    texts = [f"{name} was {before.get(name)} and is now {now.get(name)}" for name in differing]
+    texts = [f"{name} was {before.get(name)} and is now {now.get(name)}" for name in changed]
     raise ModelError(
         "M006",
         f"{run.name} would not be the same run: {texts[0]}" + (f" (also: {'; '.join(texts[1:])})" if texts[1:] else ""),

@@ -1,4 +1,4 @@
-"""Which images an evaluation judges: those that the run has not learnt from, and whose files are still what they were."""
+"""Chooses the images that an evaluation judges: not learnt from, and in files that are still what they were."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from .quarantined import Quarantined
 
 @dataclass
 class JudgedRows:
-    """Rows of a manifest that are to be judged, and what has to be reported about the others.
+    """Holds the rows of a manifest that are to be judged, and what has to be reported about the others.
 
     Args:
-        manifest: of the run, or of other images.
+        manifest: images of the run, or other ones.
         rows: to be judged.
         undecoded: images that the scan or the run has left out; the loader adds those that it cannot decode.
         warnings: sentences that must not be overlooked.
@@ -45,7 +45,7 @@ class JudgedRows:
     changed: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
     def kept(self, predictions: Predictions) -> Predictions:
-        """The predictions without those of changed files, which are then named in `warnings` and `facts`.
+        """Return the predictions without those of changed files, which are then named in `warnings` and `facts`.
 
         A changed file that is no image any more has been reported as undecodable already.
         """
@@ -77,7 +77,7 @@ def rows_to_judge(run: Run, data: Path | None, split: str, engine: Engine, *, in
 
     Args:
         data: the other images; None: those of the run.
-        split: of the run; with `data` it is not looked at.
+        split: one of the run's; with `data` it is not looked at.
         engine: knows pixels and classes.
         include_train: judge images that the run was trained on as well; they are counted in any case.
 
@@ -173,7 +173,9 @@ def _others(run: Run, data: Path, engine: Engine, include_train: bool) -> Judged
     warnings.append(about_missing(run))
     judged = train if include_train else 0
     counts = {"train_left_out": train - judged, "train_judged": judged, "val_judged": int(chose.sum())}
-    unknown = about_unknown(found.unknown_classes, engine.labels.classes)
+    labels = engine.labels
+    known = [name for task in labels.tasks for name in task.classes]  # without their task, as the scan names them
+    unknown = about_unknown(found.unknown_classes, known, ignored=not labels.is_single)
     return JudgedRows(
         manifest,
         rows,

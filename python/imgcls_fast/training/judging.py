@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,6 +16,7 @@ from ..core.bundle import Bundle, read_bundle, write_bundle
 from ..core.config import RunConfig
 from ..core.errors import ConfigError, ModelError
 from ..core.files import sha256_json
+from ..core.labels import THRESHOLD, LabelSpace
 from ..core.manifest import Manifest
 from ..core.phases import phase
 from ..core.predictions import Predictions
@@ -28,21 +30,22 @@ from ..engines.base import Engine
 from ..engines.runtimes import open_engine
 from ..engines.scoring import score_rows
 from ..engines.torch_runtime import TorchEngine
-from ..evaluation.metrics import Metrics, apply_temperature, fit_temperature, without
+from ..evaluation.calibration import fit_temperatures, with_temperatures
+from ..evaluation.metrics import Metrics, without
 from ..evaluation.paired import Difference
 from ..evaluation.plots import training_curves
 from ..evaluation.report import write_evaluation, write_plots
+from ..evaluation.tasks import TaskMetrics
+from ..evaluation.thresholds import fit_thresholds
 from ..models.build import Classifier, ModelSpec, build_model, load_weights
 from ..models.kernels import use_kernels
-from ..tracking.events import Done, Emit, ImageLeftOut, Warned
+from ..tracking.events import Done, Emit, ImageLeftOut, Warned, event_of
 from .checkpoint import final_state
 from .learnt import about_parents
 from .plan import Plan
 from .progress import Progress, how_it_ended
 from .quarantined import Quarantined, require_same_validation
 from .reporting import against_baseline, ended, judge_split, next_commands, report_run
-
-_TINY = np.finfo(np.float32).tiny  # below it a float32 score has lost its logarithm
 
 
 def finish(
@@ -100,11 +103,11 @@ def finish(
     )
     if note := mark_last(run):
         emit(Warned(event="warning", text=note))
-    judged: dict[str, Metrics] = {}
+    judged: dict[str, Metrics | TaskMetrics] = {}
     against = None
     for split in ("val", "test"):
         if len(manifest.rows(split)):
-            predictions = with_temperature(validation if split == "val" else score(split), bundle.temperature)
+            predictions = as_answered(validation if split == "val" else score(split), bundle)
             with phase(f"computing intervals of the {split} figures"):
                 judged[split] = judge_split(config, manifest, predictions)
             rows = set(manifest.rows(split).tolist())
@@ -122,7 +125,7 @@ def finish(
 def _done_event(
     run: Run,
     config: RunConfig,
-    judged: dict[str, Metrics],
+    judged: dict[str, Metrics | TaskMetrics],
     baseline: dict[str, Any] | None,
     report: Path,
     bundle: Bundle,
@@ -132,7 +135,7 @@ def _done_event(
     split = "test" if "test" in judged else "val"
     metrics = judged[split]
     notes = list(metrics.warnings)
-    if bundle.temperature == 1:
+    if all(temperature == 1 for temperature in bundle.temperatures):
         notes.append(str(bundle.provenance.get("calibration", "")))
     if split == "val":
         notes.append(
@@ -140,31 +143,41 @@ def _done_event(
         )
     if unequal := unequal_line(record_of(run.directory)):
         notes.append(unequal)
+    facts = {
+        "event": "done",
+        "split": split,
+        **_headline(metrics),
+        "baseline": baseline["accuracy"] if baseline else None,
+        "baseline_balanced": baseline.get("balanced_accuracy") if baseline else None,
+        "seconds": round(sum(e.get("seconds") or 0 for e in run.epochs), 1),
+        "ended": ended(run, config),
+        "report": str(report),
+        "run": str(run.directory),
+        "commands": [list(pair) for pair in next_commands(run)],
+        "notes": notes,
+        "against": against.to_dict() if against else None,
+        "around_s": round(around_s(), 1),
+        "resumed": len(record_of(run.directory)["work"]) > 1,
+    }
+    return event_of(Done, facts)
+
+
+def _headline(metrics: Metrics | TaskMetrics) -> dict[str, Any]:
+    """Return the figures of the event `done`."""
+    if isinstance(metrics, TaskMetrics):
+        return metrics.headline()
     worst = sorted((c for c in metrics.per_class if c.support), key=lambda c: c.f1)[:3]
-    return Done(
-        event="done",
-        split=split,
-        accuracy=metrics.accuracy,
-        ci=list(metrics.accuracy_ci),
-        macro_f1=metrics.macro_f1,
-        balanced_accuracy=metrics.balanced_accuracy,
-        imbalanced=metrics.imbalanced,
-        majority=metrics.majority.to_dict(),
-        ece=metrics.ece,
-        n=metrics.n,
-        baseline=baseline["accuracy"] if baseline else None,
-        baseline_balanced=baseline.get("balanced_accuracy") if baseline else None,
-        worst=[[c.name, c.f1, c.support] for c in worst],
-        seconds=round(sum(e.get("seconds") or 0 for e in run.epochs), 1),
-        ended=ended(run, config),
-        report=str(report),
-        run=str(run.directory),
-        commands=[list(pair) for pair in next_commands(run)],
-        notes=notes,
-        against=against.to_dict() if against else None,
-        around_s=round(around_s(), 1),
-        resumed=len(record_of(run.directory)["work"]) > 1,
-    )
+    return {
+        "accuracy": metrics.accuracy,
+        "ci": list(metrics.accuracy_ci),
+        "macro_f1": metrics.macro_f1,
+        "balanced_accuracy": metrics.balanced_accuracy,
+        "imbalanced": metrics.imbalanced,
+        "majority": metrics.majority.to_dict(),
+        "ece": metrics.ece,
+        "n": metrics.n,
+        "worst": [[c.name, c.f1, c.support] for c in worst],
+    }
 
 
 def best_model(run: Run) -> tuple[Classifier, Plan, Progress]:
@@ -187,14 +200,14 @@ def best_model(run: Run) -> tuple[Classifier, Plan, Progress]:
 def make_bundle(
     run: Run, manifest: Manifest, model: Classifier, plan: Plan, progress: Progress, validation: Predictions
 ) -> Bundle:
-    """Fit the temperature on the validation rows, and write the bundle: weights, labels, pixels, provenance."""
-    config = plan.config
-    temperature, told = 1.0, "temperature 1: no calibration was asked for"
+    """Fit temperatures and thresholds on the validation rows, and write the bundle: weights, labels, pixels, provenance."""
+    config, labels = plan.config, manifest.labels
+    temperatures, found = (1.0,) * len(labels.tasks), "no calibration was asked for"
     if config.evaluate.calibrate and len(validation):
-        temperature = fit_temperature(np.log(np.maximum(validation.scores, _TINY)), validation.truth)
-        told = f"temperature {temperature:.3g}, fitted on {len(validation):,} validation images"
-        if temperature == 1:
-            told = f"temperature 1: {len(validation):,} validation images show no better one, so confidences are the network's own"
+        temperatures, found = fit_temperatures(validation), f"fitted on {len(validation):,} validation images"
+    thresholds = None
+    if labels.any_of.any():
+        thresholds = _thresholds(replace(validation, scores=with_temperatures(validation.scores, labels, temperatures)))
 
     def weights(file: BinaryIO) -> None:
         file.write(save({name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}))
@@ -208,26 +221,51 @@ def make_bundle(
         "monitor": config.train.monitor,
         "monitored": how_it_ended(config.train, progress.history)["best"],
         "start": str(plan.start),
-        "calibration": told,
+        "calibration": _calibration(labels, temperatures, found, len(validation)),
         "machine": env.machine_facts(),
     }
     return write_bundle(
         run.bundle_path,
         weights,
         arch=plan.spec,
-        labels=manifest.labels,
+        labels=labels,
         pixels=plan.pixels,
-        temperature=temperature,
+        temperature=temperatures,
         provenance=provenance,
+        thresholds=thresholds,
     )
 
 
-def with_temperature(predictions: Predictions, temperature: float) -> Predictions:
-    """Return the predictions as a model with this temperature gives them."""
-    scores = apply_temperature(np.log(np.maximum(predictions.scores, _TINY)), temperature)
-    return Predictions(
-        predictions.rows, scores, predictions.targets, predictions.labels, predictions.paths, predictions.fingerprint
-    )
+def _thresholds(validation: Predictions) -> list[float]:
+    """(K,) thresholds of the classes of `any_of` tasks, from scores with the bundle's temperatures; 0.5 elsewhere."""
+    found = np.full(validation.labels.size, THRESHOLD)
+    for k, (task, part) in enumerate(validation.labels.parts):
+        if task.kind == "any_of":
+            found[part] = fit_thresholds(validation.of_task(k))
+    return [float(value) for value in found]
+
+
+def _calibration(labels: LabelSpace, temperatures: Sequence[float], found: str, n: int) -> str:
+    """Report in a sentence how the scores were calibrated."""
+    if not labels.is_single:
+        names = [f"{task.name} {value:.3g}" for task, value in zip(labels.tasks, temperatures, strict=True)]
+        fitted = f"; thresholds fitted on {n:,} validation images" if labels.any_of.any() else ""
+        if set(temperatures) == {1}:
+            why = f"{n:,} validation images show no better one" if found.startswith("fitted") else found
+            return f"temperature 1: {why}{fitted}"
+        return f"temperature {', '.join(names) if len(names) > 1 else f'{temperatures[0]:.3g}'}, {found}{fitted}"
+    if temperatures[0] != 1:
+        return f"temperature {temperatures[0]:.3g}, {found}"
+    if found.startswith("fitted"):
+        return f"temperature 1: {n:,} validation images show no better one, so confidences are the network's own"
+    return f"temperature 1: {found}"
+
+
+def as_answered(predictions: Predictions, bundle: Bundle) -> Predictions:
+    """Return predictions of the network itself as its bundle gives them: with its temperatures and thresholds."""
+    scores = with_temperatures(predictions.scores, predictions.labels, bundle.temperatures)
+    thresholds = None if bundle.thresholds is None else np.array(bundle.thresholds, np.float32)
+    return replace(predictions, scores=scores, thresholds=thresholds)
 
 
 @as_found()  # building a network draws random numbers

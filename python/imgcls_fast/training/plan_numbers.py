@@ -1,4 +1,4 @@
-"""Numbers of a run: pixels, augmentation, lengths, rates and speed, each with its reason."""
+"""Chooses the numbers of a run: pixels, augmentation, lengths, rates and speed, each with its reason."""
 
 from __future__ import annotations
 
@@ -193,15 +193,20 @@ def choose_lengths(notes: Notes, manifest: Manifest, recipe: Recipe, device: str
         why = f"raised from {micro}: batch norm needs {needed} images in every forward pass"
         notes.rows[-1] = ("train.micro_batch", str(largest), why)
     notes.changes["train.accum"] = None
-    judged = len(manifest.rows("val"))
-    few = judged < _FEW_TO_JUDGE
-    notes.decide(
-        "train.monitor",
-        "val/loss" if few else "val/accuracy",
-        f"{judged:,} validation images: "
-        + ("their accuracy changes by chance from epoch to epoch" if few else "enough for accuracy"),
-    )
+    notes.decide("train.monitor", *_monitor(manifest))
     notes.decide("evaluate.batch_size", min(256, max(batch, 32)), "memory")
+
+
+def _monitor(manifest: Manifest) -> tuple[str, str]:
+    """Choose the figure that picks the best epoch, and give the reason."""
+    judged = len(manifest.rows("val"))
+    if manifest.labels.any_of.any():
+        return "val/macro_ap", "any number of classes per image: how well each is ranked, whatever its threshold"
+    if not manifest.labels.is_single:
+        return "val/accuracy", f"mean over {len(manifest.labels.tasks)} tasks"
+    if judged < _FEW_TO_JUDGE:
+        return "val/loss", f"{judged:,} validation images: their accuracy changes by chance from epoch to epoch"
+    return "val/accuracy", f"{judged:,} validation images: enough for accuracy"
 
 
 def _refuse_lone_image(notes: Notes, images: int, batch: int) -> NoReturn:

@@ -16,9 +16,10 @@ from ..core.text import command, quoted
 from ..core.undecoded import Undecoded
 from ..data.quarantine import read_quarantine
 from ..data.store import reader
-from ..evaluation.metrics import Metrics, judge, without
+from ..evaluation.metrics import Metrics, without
 from ..evaluation.paired import Difference, compare
 from ..evaluation.report import ReportFacts, write_report
+from ..evaluation.tasks import TaskMetrics, judge_all
 from ..evaluation.thumbnails import MAX_BYTES
 from ..tracking.events import Ended
 from ..tracking.lines import ended_line
@@ -28,9 +29,9 @@ from .progress import told_end
 _JUDGED = ("test", "val")
 
 
-def judge_split(config: RunConfig, manifest: Manifest, predictions: Predictions) -> Metrics:
+def judge_split(config: RunConfig, manifest: Manifest, predictions: Predictions) -> Metrics | TaskMetrics:
     """Judge predictions of one split with the settings of their run."""
-    return judge(
+    return judge_all(
         predictions,
         top_k=config.evaluate.top_k,
         bootstrap=config.evaluate.bootstrap,
@@ -39,7 +40,7 @@ def judge_split(config: RunConfig, manifest: Manifest, predictions: Predictions)
     )
 
 
-def judged(run: Run) -> dict[str, tuple[Predictions, Metrics]]:
+def judged(run: Run) -> dict[str, tuple[Predictions, Metrics | TaskMetrics]]:
     """Return the stored predictions of each judged split, and what they are worth."""
     config, manifest = run.config, run.manifest
     out = {}
