@@ -260,9 +260,10 @@ def _label_cells(manifest: Manifest) -> tuple[list[str], Callable[[int], list[st
         label, classes = manifest.label, manifest.labels.classes
         return ["label"], lambda row: [classes[label[row]] if label[row] >= 0 else ""]
     head = [joint_name(task, name) for task in labels.tasks for name in task.classes]
+    targets = manifest.targets(np.arange(len(manifest)))
 
     def cells(row: int) -> list[str]:
-        return ["" if np.isnan(v) else f"{v:.7g}" for v in manifest.targets(np.array([row]))[0].tolist()]
+        return ["" if v != v else f"{v:.7g}" for v in targets[row].tolist()]  # NaN is not equal to itself
 
     return head, cells
 
