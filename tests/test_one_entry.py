@@ -197,7 +197,7 @@ for labels in (single, several):
     more = [np.ones((40, 1), np.float32)] * (labels is several)
     said = Predictions(np.arange(40), *(np.hstack([part, *more]) for part in (scores, targets)), labels, ("",) * 40)
     metrics = judge_all(said, bootstrap=0)
-    page = write_report(Path(tempfile.mkdtemp()) / "r.html", ReportFacts("x", {"test": (said, metrics)}, Path("/nowhere"))).read_text()
+    page = write_report(Path(tempfile.mkdtemp()) / "r.html", ReportFacts("x", {"test": (said, metrics)}, lambda name: b"")).read_text()
     pages.append(["Cohen kappa" in page, metrics.to_dict()["kappa"]])
 epoch = dict.fromkeys(EpochDone.__required_keys__, 1) | {"event": "epoch", "val_kappa": 0.25, "monitor": "val/kappa"}
 found |= {
