@@ -79,7 +79,7 @@ def gate_data(
     """The rows of a run that may judge its engines, and those of `--gate-data`.
 
     Args:
-        manifest: of the run.
+        manifest: the images of the run.
         which: "val", "test" or "val+test".
         calibration: (m, 16) uint8 digests of the files that set INT8 ranges. They never serve, wherever they come from.
         extra: more labelled images, scanned with the classes of the model; all of their rows, whatever their split.
@@ -169,7 +169,7 @@ def demand(judgement: Judgement, way: Way, *, run: str = "RUN", verdict_share: f
         verdict_share: part of added rows that will judge; the rest goes to the search.
 
     Raises:
-        GateFailed: E902 when it lost too much, E903 when the rows cannot tell; with the numbers.
+        GateFailed: E902 when it lost too much, E903 when too few rows judged; with the numbers.
     """
     if judgement.passed:
         return
@@ -260,7 +260,7 @@ def plain_int8_loses(judgement: Judgement) -> str:
 
 
 def answers_of(engine: Engine, manifest: Manifest, batches: Iterable[Batch]) -> Predictions:
-    """What an engine says of batches of labelled rows; padding goes."""
+    """The predictions of an engine for batches of labelled rows, without padding."""
     return predict(engine, batches, paths=manifest.paths, fingerprint=manifest.fingerprint)
 
 
@@ -272,7 +272,7 @@ class Gate:
         reference: the model in FP32.
         batches: gives the batches of some rows of `data.manifest`; each candidate is shown the same.
         max_drop_pp: the budget, percentage points.
-        seed, fraction: of `split_rows`.
+        seed, fraction: as in `split_rows`.
     """
 
     def __init__(
@@ -351,7 +351,7 @@ def gate_report(
     Args:
         judge_runtime, judge_precision: what computed the scores, and in which precision it really computed.
         exported_runtime: what the exported file is for.
-        versions: of the libraries involved.
+        versions: those of the libraries involved.
         bundle, engine: SHA-256 of the weights and of the exported file.
         calibration: (m, 16) uint8 digests of the calibration rows.
     """

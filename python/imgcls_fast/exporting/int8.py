@@ -1,4 +1,4 @@
-"""INT8: quantised, searched for layers that it harms, judged. Plain INT8 leaves if it may; else the worst layers keep FP16."""
+"""Quantises a model to INT8 and judges it; where plain INT8 loses too much, searches for the layers that have to keep FP16."""
 
 from __future__ import annotations
 

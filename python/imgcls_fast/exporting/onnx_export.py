@@ -1,4 +1,4 @@
-"""An ONNX file in any precision: written, compared, held against the rules for TensorRT, and judged."""
+"""Writes the ONNX file of a precision, compares it with torch, checks it against the rules for TensorRT, and judges it."""
 
 from __future__ import annotations
 

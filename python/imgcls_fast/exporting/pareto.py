@@ -35,9 +35,9 @@ class Candidate:
     Args:
         name: shown beside its point.
         accuracy: on the rows that all candidates saw, a fraction.
-        latency_ms: of one batch; None: not measured.
+        latency_ms: time of one batch; None: not measured.
         timed_in: the runtime in which the latency was measured.
-        verdict: of the gate; "reference" for the model itself.
+        verdict: that of the gate; "reference" for the model itself.
         least_accuracy: accuracy of the reference minus the bound of the drop, a fraction; None: no whisker.
         chosen: the one that is exported.
     """
@@ -113,8 +113,8 @@ def pareto_plot(
 ) -> None:
     """Write the picture of all candidates as a PNG.
 
-    Latencies of another runtime than the exported one are drawn hollow, labelled, and not ranked: what is fast on a CPU says
-    nothing about TensorRT. Candidates without a latency are listed below the picture.
+    Latencies of another runtime than the exported one are drawn hollow, labelled, and not ranked: a latency on a
+    CPU is no evidence about TensorRT. Candidates without a latency are listed below the picture.
 
     Args:
         exported_for: the runtime that the export is for.

@@ -1,4 +1,4 @@
-"""A bundle as a program of PyTorch: torch.export, AOTInductor or TorchScript; each compared with torch when it is written.
+"""Writes a bundle as a program of torch.export, AOTInductor or TorchScript, and compares it with torch.
 
 Each takes `pixels` (batch, S, S, C) uint8, gives `scores` (batch, K) float32, and needs no code of ours. AOTInductor's
 package is native code for this kind of processor or GPU.
@@ -124,7 +124,7 @@ def demand_compiler(device: str) -> None:
 def _save_pt2(scorer: Scorer, bundle: Bundle, path: Path, batch: int | None, device: str) -> None:
     program = program_of(scorer, bundle, batch, device)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of weights that share memory it says which it writes
+        warnings.simplefilter("ignore")  # that weights share memory
         torch.export.save(program, path)
     pickled = pickled_payloads(path)
     if pickled:
@@ -154,7 +154,7 @@ def _save_torchscript(scorer: Scorer, bundle: Bundle, path: Path, batch: int | N
         return traced
 
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # that it is deprecated is said in meta.json
+        warnings.simplefilter("ignore")  # meta.json has the note that it is deprecated
         traced = _explained("TorchScript", bundle, write)
     _refuse_foreign(bundle, {node.kind().replace("::", ".") for node in traced.inlined_graph.nodes()})
 

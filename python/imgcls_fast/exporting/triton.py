@@ -51,18 +51,18 @@ class TritonOptions:
     """How the models are served.
 
     Args:
-        name: of the model; None: the architecture's.
+        name: name of the model; None: the architecture's.
         gpu: run on GPUs; None: a plan does, an ONNX file does not.
         instances: copies of the model on each GPU (or on the CPU).
         max_batch: largest batch, images; None: the plan's, or 64. A model exported with a fixed batch keeps it.
         preferred: batches that are sent without waiting longer; empty: the plan's best and `max_batch`.
         queue_delay_us: how long a request waits for company, microseconds.
-        warmup: run each model once before the server says that it is ready.
+        warmup: run each model once before the server reports that it is ready.
         dali: put a decoder and an ensemble in front; None: where the pixels and the model allow it.
         decode_batch: images decoded together. One bad image fails all that are decoded with it, so 1 keeps strangers apart.
         decode_instances: decoders side by side; None: 4 on a CPU, 1 on a GPU.
         cuda_graphs: capture one for each preferred batch (plans).
-        threads: of ONNX Runtime on a CPU, for each instance; 0: all cores, of which a container sees the whole machine's.
+        threads: threads of ONNX Runtime on a CPU, per instance; 0: all cores, of which a container sees the whole machine's.
     """
 
     name: str | None = None
@@ -237,25 +237,25 @@ def _check_numbers(options: TritonOptions) -> None:
 
 
 def _check_labels(bundle: Bundle) -> None:
-    """The label file has one line a class, in UTF-8: names that would break it are escaped there, and that is said."""
+    """Warn about names that the label file, one line per class in UTF-8, can hold only with escapes; refuse two that become one."""
     lines, classes = label_lines(bundle.labels), bundle.labels.classes
     changed = [(line, name) for line, name in zip(lines, classes, strict=True) if line != name]
     if len(set(lines)) < len(set(classes)):
         raise ExportError(
             "E001",
             f"two of the classes {', '.join(line for line, _ in changed[:4])} would have the same line in Triton's label file",
-            why="it is one line a class in UTF-8, so line breaks and bytes that are not UTF-8 are written as escapes",
+            why="it has one line per class in UTF-8, so line breaks and bytes that are not UTF-8 are written as escapes",
         )
     if changed:
         warnings.warn(
-            f"Triton's label file is one line a class in UTF-8: clients get escapes for {len(changed):,} class names, "
+            f"Triton's label file has one line per class in UTF-8: clients get escapes for {len(changed):,} class names, "
             f"{changed[0][0]} the first",
             stacklevel=2,
         )
 
 
 def _batches(export: Export) -> tuple[int | None, int | None, int | None]:
-    """(fixed batch, largest, best) of an export; None where it does not say."""
+    """(fixed batch, largest, best) of an export; None where that is not known."""
     meta = export.meta
     if export.meta["target"] == "onnx":
         return meta.get("batch"), None, None

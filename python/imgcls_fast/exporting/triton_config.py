@@ -64,7 +64,7 @@ _BREAKS = re.compile("[\\0\n\r\ud800-\udfff]")
 
 
 def label_lines(labels: LabelSpace) -> list[str]:
-    """The lines of a label file, one a class in UTF-8: a name that would break this is written with escapes, others as they are."""
+    """The lines of a label file, one per class in UTF-8; a name that would break this is written with escapes."""
     return [printable(name) if _BREAKS.search(name) else name for name in labels.classes]
 
 
@@ -396,7 +396,7 @@ def _check_decode(model: _Model) -> list[str]:
         return ["a decoder has one input and one output"]
     path = model.versions()[0] / model.files()[0] if model.versions() else None
     if path is None or not path.is_file():
-        return []  # said by _check_files
+        return []  # `_check_files` reports it
     encoded, pixels = model.inputs[0], model.outputs[0]
     wrong = []
     if (encoded.type, encoded.dims) != ("TYPE_UINT8", (-1,)):

@@ -160,7 +160,7 @@ def run_pipeline(model: bytes, files: Sequence[bytes]) -> list[np.ndarray]:
 
 
 def specified_pixels(file: bytes, pixels: Pixels) -> np.ndarray:
-    """What the pixel specification says about an encoded image, by Pillow: (S, S, C) uint8.
+    """An encoded image as the pixel specification has it, by Pillow: (S, S, C) uint8.
 
     Raises:
         Undecodable: the file is no image that this project reads.

@@ -1,7 +1,7 @@
 """An ONNX file as a TensorRT plan, by the one path that TensorRT 10.13 to 11 share.
 
 The network is strongly typed: types come from the graph (casts, Q/DQ), never from builder flags or calibrators, both of which
-ended with 11.0. The engine therefore computes what the file says, and nothing else: TF32 is off as well.
+ended with 11.0. The engine therefore computes exactly what is in the file: TF32 is off as well.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class TrtOptions:
 
     @classmethod
     def of(cls, settings: ExportConfig, timing_cache: Path | None = None) -> TrtOptions:
-        """What the settings of the section `export` say."""
+        """The options that the settings of the section `export` ask for."""
         highest = settings.batch or settings.max_batch
         best = settings.batch or settings.best_batch or highest
         return cls(
@@ -125,7 +125,7 @@ def timing_cache_path() -> Path:
 
 
 def require_builder(onnx: Path, plan: Path, options: TrtOptions) -> None:
-    """Go on only where a plan can be built; else say which file was left, and how to build the same plan elsewhere.
+    """Raise where no plan can be built; the message names the ONNX file that was left, and how to build the same plan elsewhere.
 
     Raises:
         HardwareError: H004 without TensorRT 10.13 or later, H001 without a GPU.
@@ -151,7 +151,7 @@ def build_plan(
     """Build the plan of an ONNX file; the file appears whole.
 
     Args:
-        progress: told (phase, fraction done of everything, 0..1), from threads of TensorRT; what it raises stops the build.
+        progress: called with (phase, fraction done of everything, 0..1), from threads of TensorRT; what it raises stops the build.
         should_stop: asked after each step.
 
     Returns:
@@ -160,7 +160,7 @@ def build_plan(
     Raises:
         HardwareError: H004, H001: TensorRT or a GPU is missing; H002: its memory does not suffice; H003: the disk refuses.
         ExportError: E004, with node or layer named.
-        Interrupted: `should_stop` said so.
+        Interrupted: `should_stop` asked for it.
     """
     require_builder(onnx, plan, options)
     check_onnx(onnx)
@@ -391,7 +391,7 @@ def _loaded(data: bytes, heard: Messages, source: Path, *, host_code: bool) -> t
 
 
 def _layers(engine: trt.ICudaEngine, shape: tuple[int, ...]) -> str:
-    """The inspector's JSON; with dynamic shapes it knows types only of a context that has been told its shape."""
+    """The inspector's JSON; with dynamic shapes it knows types only of a context whose shape is set."""
     import tensorrt as trt
 
     context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
@@ -459,7 +459,7 @@ def trtexec_line(onnx: Path, plan: Path, options: TrtOptions, version: str | Non
     """The command of NVIDIA's trtexec that builds the same engine where TensorRT is.
 
     Args:
-        version: of that TensorRT; None: a line for 10.13 to 11 (11.x ignores --stronglyTyped and says so).
+        version: version of that TensorRT; None: a line for 10.13 to 11 (11.x ignores --stronglyTyped, with a warning).
 
     Raises:
         ExportError: E004 when the file is no ONNX.

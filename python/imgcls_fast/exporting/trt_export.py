@@ -1,4 +1,4 @@
-"""A TensorRT engine, judged itself; without TensorRT or a GPU the linted ONNX file and how to build it elsewhere."""
+"""Builds a TensorRT engine and judges it; without TensorRT or a GPU leaves the linted ONNX file and the command for elsewhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What TensorRT tells while it builds: errors with the layer named, progress that can stop it, and what became of the layers."""
+"""Reports of a TensorRT build: errors with the layer named, progress that can stop it, and what became of the layers."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ class Progress:
     Called from threads of TensorRT. An exception cannot pass through them: it stops the build, and `demand_done` raises it.
 
     Args:
-        told: (name of the phase, fraction of its outermost phase that is done, 0..1, never falling).
+        told: called with (name of the phase, fraction of its outermost phase that is done, 0..1, never falling).
         should_stop: asked after each step.
     """
 
@@ -238,7 +238,7 @@ def interruptible(work: Callable[[], Made], progress: Progress) -> Made:
 @contextmanager
 def _heeded(progress: Progress) -> Iterator[None]:
     """What handlers of SIGINT and SIGTERM raise stops the progress and goes no further: raised between any two instructions, it
-    could leave the pool before the build is told to end."""
+    could leave the pool before the build is asked to end."""
 
     def taking(former: Callable[[int, FrameType | None], Any]) -> Callable[[int, FrameType | None], None]:
         def take(number: int, frame: FrameType | None) -> None:
@@ -289,11 +289,11 @@ def progress_monitor(progress: Progress) -> trt.IProgressMonitor:
 def summarise(text: str) -> dict[str, Any]:
     """Layers of an engine by type and precision, from the inspector's JSON.
 
-    A layer's precision is the narrowest type among its inputs and weights (of its outputs, where those say nothing). The engine's
+    A layer's precision is the narrowest type among its inputs and weights (of its outputs, where those have none). The engine's
     is that of most of its convolutions and matrix products; of all layers that compute, where none is called so.
 
     Returns:
-        layers {count, by_type, by_precision} and effective_precision ("" where the inspector tells no types).
+        layers {count, by_type, by_precision} and effective_precision ("" where the inspector lists no types).
     """
     try:
         layers = json.loads(text).get("Layers", [])

@@ -40,7 +40,7 @@ def session(model: Any | Path, *, faithful: bool = True) -> Any:
 
     Args:
         faithful: compute Q and DQ as they stand. ONNX Runtime's own fusion of FP16 Q/DQ graphs loses half of the signal (10.9 dB
-            in place of 22.2 on a ResNet-18) unless told not to.
+            in place of 22.2 on a ResNet-18) unless it is switched off.
 
     Raises:
         HardwareError: H004 when onnxruntime is missing.
@@ -122,7 +122,7 @@ def fp16_overflows(onnx_fp32: Path, calibration: np.ndarray) -> list[tuple[str, 
 def beyond_half(onnx_fp32: Path, images: np.ndarray) -> str:
     """A sentence about the tensors that these images drive beyond FP16; "" when there are none.
 
-    The scores of an FP16 file cannot tell: ONNX Runtime on a CPU keeps float32 between its nodes.
+    The scores of an FP16 file do not show it: ONNX Runtime on a CPU keeps float32 between its nodes.
 
     Args:
         images: (N, S, S, C) uint8.
@@ -251,7 +251,7 @@ class _Converter:
         return cast
 
     def _attributes(self, node: Any) -> None:
-        """Nodes that make floats from something else say of which type."""
+        """Change the type in the attributes of nodes that make floats from something else."""
         import onnx
 
         if self.view.types.get(node.output[0]) != FLOAT:

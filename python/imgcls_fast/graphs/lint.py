@@ -1,7 +1,7 @@
 """What TensorRT refuses or runs slowly, looked for in an ONNX file without TensorRT: one function for each rule, in one table.
 
 The rules are for the files that `export` writes (one image input, one score output). They are about the graph; whether INT8
-keeps the accuracy is for the gate to say.
+keeps the accuracy is for the gate to judge.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Rule:
     Args:
         id: short name, as findings carry it.
         sentence: the demand.
-        source: who says so.
+        source: where the rule comes from.
         check: finds the places that break it.
         precisions: the files that it is about.
     """
@@ -371,7 +371,7 @@ RULES: tuple[Rule, ...] = (
     Rule("zero-point", "Zero points are int8 and zero.", _PARSER, _zero_point),
     Rule(
         "missing-zero-point",
-        "Every Q says that its values are int8.",
+        "Every Q declares its values as int8.",
         "ONNX QuantizeLinear: uint8 by default",
         _missing_zero_point,
     ),

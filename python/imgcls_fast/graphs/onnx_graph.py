@@ -171,7 +171,7 @@ def _cast_first(graph: Any) -> None:
     consumers = [node for node in graph.node if "pixels" in node.input]
     cast = next((node for node in consumers if node.op_type == "Cast"), None)
     if cast is None:
-        return  # the lint says so
+        return  # the lint reports it
     for node in consumers:
         if node.op_type == "Shape":
             node.input[0] = cast.output[0]
@@ -214,7 +214,7 @@ def verify_graph(
     """Score real images with the file and with torch.
 
     No ONNX runtime on a CPU takes bfloat16, so that a small graph is judged by ONNX's reference evaluator, and of a large one
-    only the structure is: `verified` says which.
+    only the structure is: `verified` holds which.
 
     Returns:
         verified ("onnxruntime", "reference" or "structure-only") and comparison (a dict, or None).

@@ -21,7 +21,7 @@ POOLS = ("MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool")
 FLOAT, UINT8, INT8, FLOAT16, BFLOAT16 = 1, 2, 3, 10, 16  # onnx.TensorProto.DataType
 FLOATS = {FLOAT: "float32", FLOAT16: "float16", BFLOAT16: "bfloat16", 11: "float64"}
 SMALLEST_HALF = float(np.finfo(np.float16).smallest_normal)  # 6.104e-5
-FP32_ON_PURPOSE = "imgcls_fast.fp32_nodes"  # in the model's metadata: names, one a line
+FP32_ON_PURPOSE = "imgcls_fast.fp32_nodes"  # in the model's metadata: names, one per line
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Quantized:
     Args:
         source: the float tensor in front of the Q; of a lone DQ the INT8 tensor.
         scale, zero: names of the constants of the DQ ("" where there is no zero point).
-        axis: of a per-channel scale.
+        axis: the axis of a per-channel scale.
         quantize: the Q node, or None.
         dequantize: the DQ node.
     """
@@ -79,7 +79,7 @@ class View:
 
     @cached_property
     def types(self) -> dict[str, int]:
-        """Element type of every tensor whose type can be told."""
+        """Element type of every tensor whose type is known."""
         import onnx
 
         try:

@@ -53,9 +53,9 @@ def quantize(
         onnx_fp32: a float32 graph with one uint8 input (N, S, S, C).
         out: the file to write; it appears whole. A private folder beside it holds the work and is removed.
         calibration: (N, S, S, C) uint8, images of the training split, N >= 1, in the order of `calibration_rows`; they set
-            the ranges, and the first 128 tell what FP16 cannot hold.
+            the ranges, and the first 128 show what FP16 cannot hold.
         method: max (largest value) or entropy.
-        quantizer: auto: ModelOpt if it is installed, else ONNX Runtime's; the facts say which, and why.
+        quantizer: auto: ModelOpt if it is installed, else ONNX Runtime's; the facts name it, and why.
         exclude: names of layers to be left in FP16.
         timeout_s: give up after this many seconds.
 
@@ -310,7 +310,7 @@ def _run(folder: Path, timeout_s: float | None) -> None:
 
 
 def _explain(code: int, text: str) -> None:
-    """Turn the end of a child into an error; all that it said is the cause, which --debug shows."""
+    """Raise an error about the end of a child; its whole output is the cause, which --debug shows."""
     lines = [line.rstrip() for line in text.splitlines() if line.strip()]
     tail = RuntimeError("\n".join(lines[-_TAIL_LINES:])[-_TAIL_CHARACTERS:])
     if code < 0:
@@ -331,8 +331,8 @@ def _explain(code: int, text: str) -> None:
 
 
 def _last_words(lines: list[str]) -> str:
-    """What the child said last: of a traceback the exception alone."""
+    """The last output of the child; of a traceback the exception alone."""
     starts = [k for k, line in enumerate(lines) if line.startswith("Traceback (most recent call last)")]
     behind = lines[starts[-1] + 1 :] if starts else lines[-3:]
-    words = [line for line in behind if not line.startswith(" ")] or behind[-1:] or ["it said nothing"]
+    words = [line for line in behind if not line.startswith(" ")] or behind[-1:] or ["it printed nothing"]
     return " ".join(words)[:500]

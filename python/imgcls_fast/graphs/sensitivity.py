@@ -105,14 +105,14 @@ def _fake_quantized(model: Any, tensor: str, quantized: View, there: str, pair: 
 
 @dataclass(frozen=True)
 class Candidate:
-    """An INT8 file with some layers in FP16, and what the search rows said about it.
+    """An INT8 file with some layers in FP16, and its result on the search rows.
 
     Args:
         layers: names of the layers in FP16.
         path: the file.
         seconds: time to make and to judge it.
         passed: whether the search rows let it pass.
-        result: what the callback said.
+        result: the answer of the callback.
     """
 
     layers: tuple[str, ...]
@@ -157,7 +157,7 @@ def rescue(
         make: writes the file with these layers in FP16.
         passes: judges a file on the search rows; its answer has `verdict`, which is "pass" or something else.
         budget_s: no candidate is begun when the longest so far would not fit into the time that is left.
-        share: of the layers that may be in FP16, 0 < share <= 1; one layer is always allowed.
+        share: share of the layers that may be in FP16, 0 < share <= 1; one layer is always allowed.
         clock: seconds.
 
     Returns:

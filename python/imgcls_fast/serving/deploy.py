@@ -1,7 +1,7 @@
 """Manifests for a Triton export: a KServe InferenceService, or a plain Deployment with everything around it.
 
 The image is pinned. A TensorRT plan runs in the TensorRT that built it and in no other (unless it was built version
-compatible), and the decoder needs DALI 2: the table below says which release of Triton holds what.
+compatible), and the decoder needs DALI 2: the table below lists what each release of Triton holds.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ _CLAIM = re.compile(r"pvc://([a-z0-9]([-.a-z0-9]*[a-z0-9])?)(?:/([\w./-]+))?")
 
 @dataclass(frozen=True)
 class _Service:
-    """Everything that a manifest says, checked."""
+    """The content of a manifest, checked."""
 
     name: str
     namespace: str | None
@@ -87,8 +87,8 @@ def render(
 
     Args:
         kind: "kserve" (InferenceService) or "k8s" (Deployment, Service, HorizontalPodAutoscaler, PodDisruptionBudget).
-        name: of the service, an RFC 1123 label that begins with a letter, at most 45 characters.
-        export: of target "triton", or its meta.json.
+        name: name of the service, an RFC 1123 label that begins with a letter, at most 45 characters.
+        export: an export of target "triton", or its meta.json.
         image: pinned by tag or digest; None: the release of Triton that fits the export.
         storage: where `model_repository` was copied to; k8s: pvc://CLAIM/PATH; None: pvc://NAME-models/model_repository.
         replicas, max_replicas: smallest and largest number of servers; None: four times the smallest.
@@ -185,7 +185,7 @@ def _check_storage(kind: str, storage: str) -> None:
 
 
 def _image(meta: Mapping[str, Any], image: str | None) -> tuple[str, tuple[str, ...]]:
-    """The image, and what must be said about it."""
+    """The image, and remarks about it."""
     plan = meta.get("plan") or {}
     built = str(plan.get("tensorrt") or "an unknown version")
     if image is not None:
@@ -214,7 +214,7 @@ def _image(meta: Mapping[str, Any], image: str | None) -> tuple[str, tuple[str, 
 
 
 def how_to_ask(image: str) -> str:
-    """The command that tells which TensorRT an image holds."""
+    """The command that shows which TensorRT an image holds."""
     return f"To see: docker run --rm --entrypoint sh {image} -c 'ls /usr/lib/*/libnvinfer.so.*.*.*'"
 
 
