@@ -161,3 +161,18 @@ def test_balanced_gains_are_the_difference_of_balanced_accuracies() -> None:
     got = compare(*two)
     first, second = (judge_tasks(each, bootstrap=0).balanced_accuracy for each in two)
     assert got is not None and got.balanced_gain == pytest.approx(second - first)
+
+
+def test_gains_and_drops_are_those_of_the_mean_accuracy_of_the_tasks_with_missing_answers_too() -> None:
+    draw = np.random.default_rng(1)
+    targets = np.zeros((80, 5), np.float32)
+    targets[np.arange(80), draw.integers(0, 2, 80)] = 1
+    targets[:, 2:] = draw.random((80, 3)) < 0.4
+    targets[:, 2:][draw.random((80, 3)) < 0.5] = NAN
+    targets[np.ix_(draw.random(80) < 0.4, [0, 1])] = NAN
+    two = [Predictions(np.arange(80), draw.random((80, 5), np.float32), targets, LABELS, ("",) * 80) for _ in range(2)]
+    first, second = (judge_tasks(each, bootstrap=0).accuracy for each in two)
+    gained, lost = compare(*two), judge(*two, 5, simulated=False).per_label
+    assert gained is not None and gained.gain == pytest.approx(second - first) and gained.low < gained.gain < gained.high
+    assert lost is not None and (lost.reference_accuracy, lost.accuracy) == (pytest.approx(first), pytest.approx(second))
+    assert lost.drop == pytest.approx(first - second) and lost.lower_bound < lost.drop < lost.bound

@@ -89,7 +89,7 @@ def test_each_task_has_a_section_with_its_classes_thresholds_and_pictures(page: 
 def test_the_head_compares_with_chance_and_the_baseline_and_names_the_mean(page: str) -> None:
     head = page[page.index('id="result"') : page.index('id="task-1"')]
     assert "Mean average precision on test, 60 images" in head and "random scores" in head and "baseline" in head
-    assert "Right answers per image: this model" in head and "exact match: all answers of an image right" in head
+    assert "Right answers: this model" in head and "exact match: all answers of an image right" in head
     assert "true of no row" in page  # the warning of the class that holds nowhere
 
 

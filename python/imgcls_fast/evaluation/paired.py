@@ -1,7 +1,7 @@
 """Compares two models on the same rows: bounds the loss of accuracy, and finds which of them is better.
 
 One-label data have one figure, accuracy. Others have two, and an engine must hold both: the share of rows in which every known
-answer is right, and the mean share of right answers per row. What is not known of a row counts in neither.
+answer is right, and the share of right answers, a mean over the tasks. What is not known of a row counts in neither.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .bounds import (
     tango_lower_bound,
     tango_upper_bound,
 )
-from .row_scores import balanced_change, right_answers, row_scores, same_answers
+from .row_scores import balanced_change, right_answers, row_scores, same_answers, task_shares, task_weights
 
 Verdict = Literal["pass", "fail", "underpowered"]
 Side = Literal["better", "worse", "even"]
@@ -38,10 +38,10 @@ _MANY = 2000  # groups that change sides; their signs are summed by the normal d
 
 @dataclass(frozen=True)
 class MeanDrop:
-    """The loss of the mean share of right answers per row; fractions, not points.
+    """The loss of the share of right answers, the mean over the tasks; fractions, not points.
 
     Args:
-        accuracy, reference_accuracy: that mean of the engine and of FP32.
+        accuracy, reference_accuracy: that share of the engine and of FP32, `accuracy` of `tasks.TaskMetrics`.
         bound, lower_bound: one-sided bounds of the true drop (`bounds.mean_upper_bound`).
         verdict: pass, fail or underpowered, against the same budget as the other figure.
         rows_needed: about how many rows like these would be enough; None: no number.
@@ -187,7 +187,8 @@ def judge(
     verdict, needed = _verdict(upper, lower, budget), rows_needed(budget, lost, gained, n, confidence)
     per_label = None
     if "per_label" in was:
-        per_label = _mean_drop(was["per_label"][judged], now["per_label"][judged], budget, confidence)
+        shares, other = (task_shares(each, least)[judged] for each in (reference, candidate))
+        per_label = _mean_drop(shares, other, budget, confidence)
         verdict = next(side for side in ("fail", "underpowered", "pass") if side in (verdict, per_label.verdict))
         needed = None if needed is None or per_label.rows_needed is None else max(needed, per_label.rows_needed)
     return Judgement(
@@ -216,16 +217,19 @@ def _verdict(upper: float, lower: float, budget: float) -> Verdict:
 
 
 def _mean_drop(was: np.ndarray, now: np.ndarray, budget: float, confidence: float) -> MeanDrop:
-    change = was - now
-    upper, lower = mean_upper_bound(change, confidence), mean_lower_bound(change, confidence)
+    """From the (n, tasks) shares of right answers of both."""
+    weights = task_weights(was)
+    most = max(1.0, float(weights.sum()))  # what one row can change; above 1 where answers are missing
+    change = np.nansum((was - now) * weights, 1) / most
+    upper, lower = (most * bound(change, confidence) for bound in (mean_upper_bound, mean_lower_bound))
     return MeanDrop(
-        accuracy=_share(now),
-        reference_accuracy=_share(was),
-        drop=_share(change),
+        accuracy=_share(np.nansum(now * weights, 1)),
+        reference_accuracy=_share(np.nansum(was * weights, 1)),
+        drop=most * _share(change),
         bound=upper,
         lower_bound=lower,
         verdict=_verdict(upper, lower, budget),
-        rows_needed=mean_rows_needed(budget, change, confidence),
+        rows_needed=mean_rows_needed(budget / most, change, confidence),
     )
 
 
@@ -283,8 +287,8 @@ def compare(
     groups change sign instead: McNemar's test would call 10 to 19 % of equal models different. Balanced accuracies are always
     judged by random signs: a row counts by the size of its class, and the test stays exact with three rows of a class.
 
-    Where images have several labels, a row counts with its mean share of right answers (`row_scores`): random signs judge it, and
-    the interval is that of `bounds.mean_upper_bound`.
+    Where images have several labels, the gain is that of the mean over the tasks of their share of right answers (`accuracy` of
+    `tasks.TaskMetrics`): random signs of the rows judge it, and the interval is that of `bounds.mean_upper_bound`.
 
     Args:
         group: (N,) int group of each row of the manifest, -1 for a row on its own.
@@ -364,16 +368,18 @@ def _mean_difference(
     confidence: float,
 ) -> Difference | None:
     """`compare` where images have several labels."""
-    change = row_scores(candidate)["per_label"][theirs] - row_scores(reference)["per_label"][ours]
-    judged = ~np.isnan(change)
+    was, now = task_shares(reference)[ours], task_shares(candidate)[theirs]
+    judged = ~np.isnan(was).all(1)
     n, level = int(judged.sum()), 1 - confidence
     if not n:
         return None
     shared = group is not None and _shared(group)
     own = group[judged] if group is not None and shared else np.full(n, -1)
     balanced = balanced_change(reference, candidate, ours, theirs)[judged]
-    change = change[judged]
-    gain, p_value = float(change.mean()), _flipped_signs(change, own)
+    weights = task_weights(was[judged])
+    most = max(1.0, float(weights.sum()))
+    change = np.nansum((now - was)[judged] * weights, 1) / most
+    gain, p_value = most * float(change.mean()), _flipped_signs(change, own)
     balanced_gain, balanced_p = float(balanced.sum()), _flipped_signs(balanced, own)
     sure = (1 + confidence) / 2
     return Difference(
@@ -381,8 +387,8 @@ def _mean_difference(
         lost=int((change < -_SAME).sum()),
         gained=int((change > _SAME).sum()),
         gain=gain,
-        low=None if shared else mean_lower_bound(change, sure),
-        high=None if shared else mean_upper_bound(change, sure),
+        low=None if shared else most * mean_lower_bound(change, sure),
+        high=None if shared else most * mean_upper_bound(change, sure),
         p_value=p_value,
         verdict=_side(gain, p_value, level),
         balanced_gain=balanced_gain,

@@ -266,7 +266,7 @@ def _classes(facts: ReportFacts) -> tuple[str, ...]:
 
 
 def _task_verdict(facts: ReportFacts) -> dict[str, Any] | None:
-    """Which is better, the model or its baseline, by the share of right answers per image."""
+    """Which is better, the model or its baseline, by the share of right answers."""
     if facts.against is None:
         return None
     kind, text = _in_words(facts.against, "the baseline")

@@ -24,6 +24,22 @@ def row_scores(predictions: Predictions, thresholds: np.ndarray | None = None) -
     Raises:
         DataError: D004 when there are no labels.
     """
+    shares = task_shares(predictions, thresholds)
+    judged = ~np.isnan(shares)
+    some = judged.any(1)
+    exact = np.where(some, (~judged | (shares == 1)).all(1), np.nan)
+    if predictions.labels.is_single:
+        return {"accuracy": exact}
+    mean = np.divide(np.where(judged, shares, 0).sum(1), judged.sum(1), out=np.full(len(some), np.nan), where=some)
+    return {"exact_match": exact, "per_label": mean}
+
+
+def task_shares(predictions: Predictions, thresholds: np.ndarray | None = None) -> np.ndarray:
+    """(n, tasks) float64 share of right answers of each row to each task; NaN where nothing of the answer is known.
+
+    Raises:
+        DataError: D004 when there are no labels.
+    """
     if predictions.targets is None:
         raise DataError("D004", "these predictions have no labels, so they cannot be judged")
     labels, right = predictions.labels, right_answers(predictions, thresholds)
@@ -32,13 +48,17 @@ def row_scores(predictions: Predictions, thresholds: np.ndarray | None = None) -
         rows = known(predictions.targets, part)
         there = ~np.isnan(predictions.targets[rows, part])
         shares[rows, k] = (right[rows, part] & there).sum(1) / there.sum(1)
-    judged = ~np.isnan(shares)
-    some = judged.any(1)
-    exact = np.where(some, (~judged | (shares == 1)).all(1), np.nan)
-    if labels.is_single:
-        return {"accuracy": exact}
-    mean = np.divide(np.where(judged, shares, 0).sum(1), judged.sum(1), out=np.full(len(some), np.nan), where=some)
-    return {"exact_match": exact, "per_label": mean}
+    return shares
+
+
+def task_weights(shares: np.ndarray) -> np.ndarray:
+    """(tasks,) by which shares are multiplied, so that the mean over rows of their sum is the mean over tasks of their means.
+
+    Args:
+        shares: (n, tasks) of n rows of which something is known, NaN where unknown.
+    """
+    rows = (~np.isnan(shares)).sum(0)
+    return np.where(rows > 0, len(shares) / np.maximum(rows, 1) / max(1, int((rows > 0).sum())), 0.0)
 
 
 def right_answers(predictions: Predictions, thresholds: np.ndarray | None = None) -> np.ndarray:
