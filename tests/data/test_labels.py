@@ -14,13 +14,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import imgcls_fast as ic
-from imgcls_fast.core.errors import DataError
 from imgcls_fast.core.labels import LabelSpace, Task, demand_answers
-from imgcls_fast.core.manifest import NO_SPLIT, Manifest
-from imgcls_fast.data import sources
+from imgcls_fast.core.manifest import Manifest
 from imgcls_fast.data.columns import Columns
 from imgcls_fast.data.findings import DataProblems, ScanOptions, ScanResult
-from imgcls_fast.data.listing import Listing
 from imgcls_fast.data.scan import inspect, scan
 from imgcls_fast.data.split import make_splits, write_split_csv
 from imgcls_fast.data.tables import list_table
@@ -177,24 +174,6 @@ def test_check_split_and_stats_report_each_task(folder: Path) -> None:
     stats = ic.data_stats(folder / "done.csv")
     assert done["per_split"] == stats["per_split"] and stats["tasks"] == checked["tasks"]
     assert stats["splits"] == {"train": 6, "val": 3, "test": 3} and min(stats["per_split"]["train"].values()) >= 1
-
-
-def test_a_new_format_of_sources_is_one_entry(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def read(source: Path, options: ScanOptions) -> Listing:
-        """MXNet's list: number, class, path."""
-        listing = Listing(str(source.parent), explicit=True, classes=["0", "1"])
-        for line in source.read_text().splitlines():
-            _, label, path = line.split("\t")
-            listing.add(path, int(label), NO_SPLIT)
-        return listing.sorted()
-
-    (folder / "t.lst").write_text("".join(f"{k}\t{k % 2}\t{k}.png\n" for k in range(4)))
-    with pytest.raises(DataError, match="neither a folder, nor a table"):
-        scan(folder / "t.lst")
-    monkeypatch.setattr(sources, "FORMATS", (*sources.FORMATS, sources.Format("a list (.lst)", lambda p: p.suffix == ".lst", read)))
-    assert ic.check_data(folder / "t.lst")["counts"] == {"0": 2, "1": 2}
-    with pytest.raises(DataError, match=r"nor a list \(.lst\)"):
-        scan(folder / "0.png")
 
 
 # ---------------------------------------------------------------- what is wrong
@@ -374,7 +353,8 @@ def test_folders_cannot_judge_a_model_of_several_labels(folder: Path, tmp_path: 
         (tmp_path / name).mkdir()
         (tmp_path / name / "0.png").write_bytes((folder / "0.png").read_bytes() + name.encode())
     found = inspect(tmp_path, ScanOptions(purpose="judge", labels=LabelSpace((Task("label", ("RBC", "WBC"), "any_of"),))))
-    assert found.problems[0].code == "D014" and "gives one class per image" in found.problems[0].message
+    (problem,) = found.problems
+    assert problem.code == "D014" and "gives one class per image" in problem.message
 
 
 def test_labels_of_several_tasks_cannot_judge_a_model_of_one_label(folder: Path) -> None:

@@ -74,7 +74,7 @@ def check_classes(draft: Draft) -> None:
         if draft.unknown and draft.options.purpose == "judge":
             known = [name for task in draft.tasks for name in task.classes]
             draft.problems.append(no_known_class(draft.unknown, known, draft.source))
-        elif "D002" not in {problem.code for problem in draft.problems}:
+        elif not {"D002", "D014"} & {problem.code for problem in draft.problems}:
             draft.problems.append(Problem("D002", "no images", f"no usable images in {draft.source}"))
         return
     if draft.options.purpose != "train":

@@ -113,5 +113,5 @@ def _no_task(draft: Draft, labels: LabelSpace) -> Problem:
         "D014",
         "labels of another model",
         f"{draft.source} has labels for {theirs}, and the model answers {ours}",
-        try_=f"--label-col {','.join(task.name for task in labels.tasks)}",
+        try_=f"call the label columns as the model's tasks: {ours}",
     )
