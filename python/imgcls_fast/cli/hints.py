@@ -9,13 +9,15 @@ from typing import Any
 
 from ..core.errors import ImgclsError, UsageError, near
 from ..core.options import LATER_FLAGS, flags_of, setting_flags
-from ..core.other_names import not_needed, plain_name, setting_meant
+from ..core.other_names import not_needed, plain_name, setting_meant, value_meant
 from ..core.text import command
 from ..core.verbs import VERBS, Flag, Verb
 
 _COUNTS = ("-e", "-b", "-k")  # short options whose value is a number
 _TARGETS = {"onnx": "onnx", "engine": "trt", "tensorrt": "trt", "trt": "trt", "torchscript": "torchscript", "pt2": "pt2"}
 _VALUES = {  # what the value becomes, where another tool has a switch or a number of a device
+    "multilabel": "any_of",
+    "multi_label": "any_of",
     "pretrained": "pretrained",
     "finetune": "pretrained",
     "fine_tune": "pretrained",
@@ -163,7 +165,7 @@ def _ours(name: str, setting: str, value: str, known: Collection[str], verb: Ver
     flag = next((flag for flag in setting_flags().values() if flag.setting == setting), None)
     if flag is None:
         return f"--set {setting}={value or 'VALUE'}" if "--set" in known else command(*verb.name.split(), "--help")
-    written = f"{flag.long} {value or flag.metavar}"
+    written = f"{flag.long} {value_meant(value, flag.choices) or value or flag.metavar}"
     return written if flag.long in known else command(*words, "--help")
 
 

@@ -62,7 +62,8 @@ def _figures(run: Run) -> Row:
     for split in ("test", "val"):
         found = run.metrics(split) or {}
         row |= _judged(split, found)
-        for task, figures in (found.get("tasks") or {}).items():
+        tasks = found.get("tasks") or {}
+        for task, figures in tasks.items() if len(tasks) > 1 else ():  # of one alone they stand above
             row |= _judged(f"{split} {task}:", figures)
     return row
 

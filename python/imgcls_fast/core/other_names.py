@@ -29,6 +29,10 @@ _SETTINGS = {  # our setting: their names, lower case, words joined by _
     "model.drop_rate": "drop dropout dropout_rate head_dropout",
     "model.drop_path": "drop_path_rate stochastic_depth stochastic_depth_prob drop_connect drop_connect_rate",
     "model.freeze": "freeze_backbone freeze_layers freeze_blocks frozen trainable train_backbone unfreeze",
+    "data.path_col": "image_col image_column filename_col filename_column file_col x_col",
+    "data.label_col": "label_column target_col target_column class_col class_column y_col label_field",
+    "data.label_cols": "label_columns target_cols target_columns class_cols label_list",
+    "data.label_kind": "multilabel multi_label label_type label_mode class_mode problem_type",
     "loss.name": "criterion loss_fn loss_function",
     "loss.label_smoothing": "smoothing label_smooth smooth",
     "loss.class_weights": "class_weight cls_weights loss_weights weighted_loss balanced pos_weight weighted_sampler",
@@ -55,6 +59,7 @@ _SETTINGS = {  # our setting: their names, lower case, words joined by _
     "train.seed": "random_seed random_state manual_seed rng_seed",
     "train.patience": "early_stopping early_stop early_stopping_patience patience_epochs earlystopping",
     "train.monitor": "eval_metric best_metric metric metric_for_best_model save_best_only",
+    "train.track": "report_to logger loggers tracker trackers log_wandb wandb tensorboard use_tensorboard use_wandb mlflow",
     "train.save_every": "save_period checkpoint_freq checkpoint_interval save_freq recovery_interval save_steps",
     "train.log_every": "log_interval log_freq print_freq logging_steps",
     "out": "output output_dir out_dir save_dir log_dir logdir results_dir workdir work_dir project exp_name experiment "
@@ -115,6 +120,8 @@ _VALUES = {  # our value of an option: theirs
     "1": "gray grey grayscale greyscale l mono",
     "4": "rgba",
     "backbone": "all true yes encoder features",
+    "any_of": "multilabel multi_label multi-label multi_label_classification categorical_multi true yes binary_crossentropy",
+    "one_of": "single single_label multiclass multi_class categorical sparse single_label_classification false no",
 }
 
 VERBS_ELSEWHERE = {
