@@ -475,7 +475,7 @@ class Listener:
         self.closed = True
 
 
-@pytest.mark.parametrize("phase", ["prepare", "make_plan", "_parameters", "Run.create"])
+@pytest.mark.parametrize("phase", ["prepare", "make_plan", "counted", "Run.create"])
 def test_a_failure_before_there_is_a_run_is_an_event_and_closes_the_sinks(
     phase: str, configure: Callable[..., Any], monkeypatch: Patch
 ) -> None:

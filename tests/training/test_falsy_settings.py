@@ -13,12 +13,14 @@ from torch import nn
 from imgcls_fast.core.config import setting_names
 from imgcls_fast.core.errors import ConfigError, DataError, ImgclsError
 from imgcls_fast.core.manifest import NO_SPLIT
+from imgcls_fast.core.run import Run
 from imgcls_fast.core.settings import build_config, flatten
 from imgcls_fast.data.prepare import prepare, scan_options
 from imgcls_fast.data.scan import scan
 from imgcls_fast.exporting.trt_engine import TrtOptions
 from imgcls_fast.models.backbones import ModelSpec, weightless
 from imgcls_fast.models.build import build_model, sketch_model
+from imgcls_fast.tracking.trackers import trackers
 from imgcls_fast.training import session
 
 from .test_plan import images, plan_of
@@ -170,6 +172,7 @@ READ: dict[str, Callable[..., Any]] = {
     and torch.are_deterministic_algorithms_enabled(),
     "train.save_every": read_events("train.save_every", "checkpoint"),
     "train.log_every": read_events("train.log_every", "progress"),
+    "train.track": lambda value, make_fit: trackers(build_config({"train.track": value}).train.track, Run(Path("unused"))),
     "export.search_s": lambda value, make_fit: build_config({"export.search_s": value}).export.search_s > 0,
     "export.trt_level": lambda value, make_fit: trt(value, "level"),
     "export.trt_version_compatible": lambda value, make_fit: trt(value, "version_compatible"),
