@@ -9,6 +9,7 @@ from scipy import stats
 from imgcls_fast.core.labels import LabelSpace, Task
 from imgcls_fast.core.predictions import Predictions
 from imgcls_fast.evaluation.bounds import (
+    mean_interval,
     mean_lower_bound,
     mean_rows_needed,
     mean_upper_bound,
@@ -63,6 +64,26 @@ def test_the_bound_of_a_mean_covers_the_true_one_in_95_of_100_samples(name: str,
     wide = np.mean([mean_upper_bound(draw.choice(values, n, p=p)) for _ in range(20)]) - true
     normal = 1.645 * np.sqrt((values**2 @ p - true**2) / n)
     assert wide < 2.5 * normal + 4 / n
+
+
+@pytest.mark.parametrize("n", [30, 300])
+@pytest.mark.parametrize("name", SITUATIONS)
+def test_the_interval_of_a_mean_covers_the_true_one_in_95_of_100_samples(name: str, n: int) -> None:
+    values, p = (np.array(part) for part in SITUATIONS[name])
+    draw = np.random.default_rng(6)
+    ends = np.array([mean_interval(draw.choice(values, n, p=p)) for _ in range(1000)])
+    covered = ((ends[:, 0] <= values @ p) & (values @ p <= ends[:, 1])).mean()
+    assert covered > 0.92
+
+
+def test_the_interval_of_whole_answers_is_that_of_bonett_and_price() -> None:
+    lost, gained, n = 8, 3, 60
+    p, q = (lost + 1) / (n + 2), (gained + 1) / (n + 2)
+    half = 1.959964 * np.sqrt((p + q - (p - q) ** 2) / (n + 2))
+    change = np.repeat([1.0, -1.0, 0.0], [lost, gained, n - lost - gained])
+    assert mean_interval(change) == pytest.approx((p - q - half, p - q + half), rel=1e-5)
+    low, high = mean_interval(np.zeros(60))
+    assert low == -high < -0.04
 
 
 def test_bounds_mirror_each_other_enclose_the_mean_and_do_not_depend_on_much_but_the_values() -> None:

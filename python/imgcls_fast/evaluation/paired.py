@@ -18,6 +18,7 @@ from ..core.predictions import Predictions
 from .bounds import (
     mcnemar_exact,
     mcnemar_mid,
+    mean_interval,
     mean_lower_bound,
     mean_rows_needed,
     mean_upper_bound,
@@ -288,7 +289,7 @@ def compare(
     judged by random signs: a row counts by the size of its class, and the test stays exact with three rows of a class.
 
     Where images have several labels, the gain is that of the mean over the tasks of their share of right answers (`accuracy` of
-    `tasks.TaskMetrics`): random signs of the rows judge it, and the interval is that of `bounds.mean_upper_bound`.
+    `tasks.TaskMetrics`): random signs of the rows judge it, and the interval is `bounds.mean_interval`.
 
     Args:
         group: (N,) int group of each row of the manifest, -1 for a row on its own.
@@ -381,14 +382,14 @@ def _mean_difference(
     change = np.nansum((now - was)[judged] * weights, 1) / most
     gain, p_value = most * float(change.mean()), _flipped_signs(change, own)
     balanced_gain, balanced_p = float(balanced.sum()), _flipped_signs(balanced, own)
-    sure = (1 + confidence) / 2
+    low, high = (most * end for end in mean_interval(change, confidence))
     return Difference(
         rows=n,
         lost=int((change < -_SAME).sum()),
         gained=int((change > _SAME).sum()),
         gain=gain,
-        low=None if shared else most * mean_lower_bound(change, sure),
-        high=None if shared else most * mean_upper_bound(change, sure),
+        low=None if shared else low,
+        high=None if shared else high,
         p_value=p_value,
         verdict=_side(gain, p_value, level),
         balanced_gain=balanced_gain,

@@ -66,7 +66,7 @@ def task_context(predictions: Predictions, metrics: TaskMetrics, read: ReadImage
         "head": _head(metrics, ranked, baseline),
         "cards": [
             figure_card(figure, metrics, f", {shared}" if figure.name == "accuracy" else "")
-            for figure in usual_figures(single=False)
+            for figure in sorted(usual_figures(single=False), key=lambda one: not one.more_is_better)
             if figure.name != ("macro_ap" if ranked else "accuracy")
         ],
         "sections": [
