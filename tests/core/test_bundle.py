@@ -193,7 +193,7 @@ def test_each_task_keeps_its_temperature_and_each_class_its_threshold(bundle_of:
     assert meta["schema"] == 2 and "temperature" not in meta  # versions before refuse it as newer
     with pytest.raises(ValueError, match="2 tasks"):
         again.temperature  # noqa: B018
-    for wrong in ({"temperature": (1.0,)}, {"thresholds": (0.5,)}, {"thresholds": (0.5, 0.5, 1.5, 0.5)}):
+    for wrong in ({"temperature": (1.0,)}, {"temperature": (1.0, 0.0)}, {"thresholds": (0.5,)}, {"thresholds": (0.5, 0.5, 1.5, 0.5)}):
         with pytest.raises(ValueError):
             bundle_of(labels=labels, **wrong)
 

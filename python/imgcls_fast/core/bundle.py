@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -36,7 +37,7 @@ class Bundle:
             where no task is any_of, or none were fitted (0.5).
 
     Raises:
-        ValueError: not one temperature per task, or not one threshold in 0..1 per column.
+        ValueError: not one temperature above 0 per task, or not one threshold in 0..1 per column.
     """
 
     directory: Path
@@ -51,8 +52,8 @@ class Bundle:
 
     def __post_init__(self) -> None:
         tasks, columns = len(self.labels.tasks), self.labels.size
-        if len(self.temperatures) != tasks:
-            raise ValueError(f"{tasks} tasks need as many temperatures, got {self.temperatures}")
+        if len(self.temperatures) != tasks or not all(0 < heat < math.inf for heat in self.temperatures):
+            raise ValueError(f"{tasks} tasks need as many temperatures above 0, got {self.temperatures}")
         if self.thresholds is not None and (len(self.thresholds) != columns or not all(0 <= t <= 1 for t in self.thresholds)):
             raise ValueError(f"{columns} classes need as many thresholds in 0..1, got {self.thresholds}")
 
