@@ -24,7 +24,8 @@ from imgcls_fast.training import judging, session
 from imgcls_fast.training.baseline import fit_probes
 from imgcls_fast.training.defaults import Machine
 from imgcls_fast.training.identity import require_same_trajectory, trajectory
-from imgcls_fast.training.plan import make_plan
+from imgcls_fast.training.plan import Start, make_plan
+from imgcls_fast.training.plan_model import _head_reason
 
 Configure = Callable[..., Any]
 COLORS, LEVELS = ("red", "green", "blue"), ("dark", "light")
@@ -76,6 +77,8 @@ def test_a_plan_for_other_labels_watches_a_figure_of_theirs_and_has_a_column_per
     labels = prepared.manifest.labels
     assert plan.config.train.monitor == {"any_of": "val/macro_ap", "tasks": "val/accuracy", "soft": "val/loss"}[kind]
     assert plan.spec["num_outputs"] == labels.size == len(plan.config.loss.class_weights) == {"any_of": 5, "tasks": 5, "soft": 3}[kind]
+    shown = {name: value for name, value, _ in plan.rows}.get("data.label_kind")
+    assert shown == {"any_of": "any_of", "tasks": "color one_of, level one_of", "soft": None}[kind]
     assert (labels.is_single, len(labels.tasks)) == {"any_of": (False, 1), "tasks": (False, 2), "soft": (True, 1)}[kind]
 
 
@@ -179,3 +182,11 @@ def test_blood_cells_with_any_number_of_classes_per_image_are_learnt_and_judged(
     figures = metrics["tasks"]["label"]
     assert figures["n"] == len(run.manifest.rows("test")) and 0 < figures["macro_ap"] <= 1
     assert run.predictions("test").thresholds is not None and run.report_path.exists()
+
+
+def test_the_head_of_a_start_is_taken_by_the_names_of_its_columns_per_task() -> None:
+    start = Start("file", Path("x"), labels=TWO_TASKS)
+    same_names = LabelSpace((Task("color", ("blue", "red", "gray")), Task("other", ("dot",), "any_of")))
+    reason = _head_reason(start, same_names)
+    assert reason == "the head keeps 2 of 4 classes; begun anew: color: gray, other: dot"
+    assert _head_reason(start, LabelSpace.single(COLORS)).startswith("its head has none of these classes")

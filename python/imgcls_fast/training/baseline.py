@@ -172,7 +172,7 @@ def read_features(
 
 @dataclass(frozen=True)
 class Probe:
-    """One fitted probe and the columns that it answers: those of a `one_of` task, or one class of an `any_of` task.
+    """Holds one fitted probe and the columns that it answers: those of a `one_of` task, or one class of an `any_of` task.
 
     Args:
         columns: first and last column + 1.
@@ -186,7 +186,7 @@ class Probe:
     holds: bool
 
     def scores(self, x: np.ndarray) -> np.ndarray:
-        """(n, columns) float32 probabilities."""
+        """Return (n, columns) float32 probabilities."""
         found = np.tile(self.constant.astype(np.float32), (len(x), 1))
         if self.model is None:
             return found
@@ -227,7 +227,7 @@ def fit_probes(
 
 
 def _constant(columns: slice, y: np.ndarray, fitted: bool, holds: bool) -> np.ndarray:
-    """The scores of columns that no model answers: zeros beside one, else the only answer that there is, or no opinion."""
+    """Return the scores of columns that no model answers: zeros beside one, else the only answer that there is, or no opinion."""
     size = columns.stop - columns.start
     if fitted:
         return np.zeros(size)

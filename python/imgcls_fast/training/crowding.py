@@ -1,4 +1,4 @@
-"""How many threads a training step is worth beside other processes, and whether it still is while training.
+"""Finds out how many threads a training step is worth beside other processes, and whether it still is while training.
 
 The threads of a step wait for each other hundreds of times, and one that has lost its core to another process holds up all
 the others: beside eight other busy processes on two cores, a step of small-cnn (32 images of 96 pixels) took 0.75 s with two
@@ -35,7 +35,7 @@ _WAITED = 0.2  # share of the time in which training stood in line for a core
 def choose_threads(
     notes: Notes, machine: Machine, device: str, spec: dict[str, Any], memory_format: str, notice: Callable[[str], None]
 ) -> None:
-    """All that may be used, or fewer where other processes have the cores and fewer are faster.
+    """Choose all that may be used, or fewer where other processes have the cores and fewer are faster.
 
     Args:
         memory_format: in which the network can be trained.
@@ -63,7 +63,7 @@ def choose_threads(
 def time_threads(
     spec: dict[str, Any], config: RunConfig, counts: Sequence[int], memory_format: str
 ) -> dict[int, float]:
-    """Images a second of forward and backward passes with each number of threads, in turns, for about a second.
+    """Measure images per second of forward and backward passes with each number of threads, in turns, for about a second.
 
     Args:
         spec: `Plan.spec`.
@@ -97,9 +97,9 @@ class Crowd:
 
     Args:
         device: that the network is trained on.
-        threads: of training.
+        threads: those that training uses.
         resume: the command that goes on with the run.
-        window_s: of one look.
+        window_s: seconds that one look takes in.
     """
 
     def __init__(self, device: str, threads: int, resume: str, window_s: float = _WINDOW_S) -> None:
@@ -110,7 +110,7 @@ class Crowd:
         self._silent = device != "cpu" or threads < 2 or throttled
 
     def look(self, images: int) -> str | None:
-        """What the user should know, once in a run; called between two steps, now and then.
+        """Return what the user should know, once in a run; called between two steps, now and then.
 
         Args:
             images: trained on since the run began.
@@ -140,7 +140,7 @@ class Crowd:
 
 
 def _own_s() -> float:
-    """CPU time of this process, of its ended children and of the loader's workers."""
+    """Return the CPU time of this process, of its ended children and of the loader's workers."""
     spent = os.times()
     workers = (child.pid for child in multiprocessing.active_children())
     return sum(spent[:4]) + sum(cores.spent_s(pid) for pid in workers if pid)

@@ -1,4 +1,4 @@
-"""The numbers behind "auto": one recipe for each way to begin, each with its source; and what decisions are made of."""
+"""Holds the numbers behind "auto": one recipe per way to begin, each with its source; and what decisions are made of."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..core.config import RunConfig
 
 @dataclass(frozen=True)
 class Recipe:
-    """Defaults of one way to begin.
+    """Holds the defaults of one way to begin.
 
     Args:
         size: side of the input in pixels.
@@ -20,7 +20,7 @@ class Recipe:
         epochs: least and most epochs.
         batch: images per step, on each device.
         lr: optimizer -> (peak learning rate, batch size that it is for).
-        weight_decay: of each optimizer.
+        weight_decay: one per optimizer.
         warmup: epochs.
         drop_rate: before the head; None: the architecture's own.
     """
@@ -116,7 +116,7 @@ _TRITON_FROM = (7, 0)  # compute capability
 
 @dataclass(frozen=True)
 class Machine:
-    """What the plan may count on; made by `look_at_machine`, or by a test."""
+    """Holds what the plan may count on; made by `look_at_machine`, or by a test."""
 
     cpus: int = 2  # threads for any one piece of work
     why_cpus: str = "all usable cores"  # why that many
@@ -189,7 +189,7 @@ class Notes:
 
 
 def text(value: Any) -> str:
-    """A value as the table of decisions shows it."""
+    """Write a value as the table of decisions shows it."""
     if isinstance(value, list | tuple):
         return ", ".join(text(v) for v in value)
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,4 +1,4 @@
-"""What is refused before the scan, which may take long: mistakes that the settings and the machine alone show."""
+"""Refuses before the scan, which may take long, mistakes that the settings and the machine alone show."""
 
 from __future__ import annotations
 

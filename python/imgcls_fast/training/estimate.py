@@ -1,4 +1,4 @@
-"""What a run would do: its plan, with measured estimates of time and memory."""
+"""Estimates what a run would do: its plan, with measured estimates of time and memory."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LEFT_OUT = "scan, baseline, compiling, final evaluation and report"
 
 @as_found()
 def dry_run(config: RunConfig) -> dict[str, Any]:
-    """What `session.start` would do, with measured estimates, without writing anything but the data cache.
+    """Return what `session.start` would do, with measured estimates, without writing anything but the data cache.
 
     Returns:
         rows, parameters, memory_mb, seconds_per_epoch (training and validation), seconds (all epochs), left_out (of these
@@ -66,7 +66,7 @@ def dry_run(config: RunConfig) -> dict[str, Any]:
 
 
 def _measure_step(plan: Plan, model: Classifier) -> tuple[float, float, float]:
-    """(seconds per image in training, seconds per image in validation, MB), on random pixels, without compiling."""
+    """Measure (seconds per image in training, seconds per image in validation, MB), on random pixels, without compiling."""
     train, size = plan.config.train, plan.pixels.size
     device = torch.device(train.device)
     if device.type == "cpu":
@@ -92,7 +92,7 @@ def _wait(device: torch.device) -> None:
 
 
 def _measure_reading(plan: Plan, manifest: Manifest) -> float:
-    """Seconds per image that the loader of the plan takes, after its first batch; 0 where there is no second."""
+    """Measure the seconds per image that the loader of the plan takes, after its first batch; 0 where there is no second."""
     train = plan.config.train
     sampler = Sampler(manifest, manifest.rows("train"), plan.pixels, int(train.batch_size), seed=train.seed, augment=plan.augment)
     loader = open_loader(sampler, str(train.loader), workers=int(train.workers), device=str(train.device), once=True)

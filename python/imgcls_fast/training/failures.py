@@ -1,4 +1,4 @@
-"""What a run leaves behind when it fails: an event, a line in the log, and the command that continues it."""
+"""Records a run that fails: an event, a line in the log, and the command that continues it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _NO_MEMORY = re.compile(r"out of memory|can't allocate memory|cannot allocate me
 
 
 class Recorded:
-    """While entered, an error is recorded in the run before it goes on: as a `failed` event and in log.txt.
+    """Records errors in the run, while entered, before they go on: as a `failed` event and in log.txt.
 
     An error that nobody raised on purpose, memory that ran out, goes on as one with a code; an interruption has been
     recorded already, but for one that came before or after the work that is done under `signal_as_interrupt`.
@@ -72,7 +72,7 @@ class Recorded:
 
 
 def _refused(error: BaseException, run: Run) -> bool:
-    """Whether a new run was refused before its first step because the request was wrong: there is nothing to continue.
+    """Return whether a new run was refused before its first step because the request was wrong: there is nothing to continue.
 
     A run that met bad data, a full disk or memory that ran out stays: its log and quarantine.csv are wanted, or it goes on.
     """
@@ -81,7 +81,7 @@ def _refused(error: BaseException, run: Run) -> bool:
 
 
 def explained(error: BaseException, run: Run | None) -> ImgclsError | None:
-    """The error with a code that tells a user what happened; None where nobody foresaw it."""
+    """Return the error with a code that explains what happened; None where nobody foresaw it."""
     if isinstance(error, ImgclsError):
         if error.code == "D015" and run:
             error.try_ = f"bring the files back, then {run.resume_command}"

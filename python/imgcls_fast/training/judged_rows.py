@@ -73,7 +73,7 @@ def demand_split(split: str) -> None:
 
 
 def rows_to_judge(run: Run, data: Path | None, split: str, engine: Engine, *, include_train: bool = False) -> JudgedRows:
-    """One split of a run, or other labelled images without those that the run was trained on.
+    """Choose the rows of one split of a run, or of other labelled images without those that the run was trained on.
 
     Args:
         data: the other images; None: those of the run.
@@ -109,7 +109,7 @@ def _own(run: Run, split: str) -> JudgedRows:
 
 
 def _same_files(run: Run, manifest: Manifest, rows: np.ndarray, split: str) -> np.ndarray:
-    """(m,) rows whose files have other bytes than at the scan.
+    """Return the (m,) rows whose files have other bytes than at the scan.
 
     Raises:
         DataError: D015 where files are missing, D010 where none is as it was.

@@ -59,7 +59,7 @@ def finish(
     """Make the bundle of the best epoch, judge val and test, and write the report.
 
     Args:
-        plan: of the run.
+        plan: the resolved plan of the run.
         manifest: images and splits.
         run: the directory, locked by this process.
         emit: receives events, `done` at the end.
@@ -237,7 +237,7 @@ def make_bundle(
 
 
 def _thresholds(validation: Predictions) -> list[float]:
-    """(K,) thresholds of the classes of `any_of` tasks, from scores with the bundle's temperatures; 0.5 elsewhere."""
+    """Fit (K,) thresholds of the classes of `any_of` tasks, from scores with the bundle's temperatures; 0.5 elsewhere."""
     found = np.full(validation.labels.size, THRESHOLD)
     for k, (task, part) in enumerate(validation.labels.parts):
         if task.kind == "any_of":
@@ -272,7 +272,7 @@ def as_answered(predictions: Predictions, bundle: Bundle) -> Predictions:
 def run_engine(
     run: Run, runtime: str = "torch", device: str = "cpu", precision: str | None = None, trust: bool = False
 ) -> tuple[Engine, str]:
-    """An engine for a run, and a note where it is not the judged model (training has not ended yet).
+    """Open an engine for a run; also returns a note where it is not the judged model (training has not ended yet).
 
     Raises:
         ModelError: M004, M005 when there is no usable model.
@@ -297,7 +297,7 @@ def run_engine(
 
 
 def bundle_folder(path: Path) -> Path | None:
-    """`path` itself or its sub-folder `bundle`, whichever holds a bundle."""
+    """Return `path` itself or its sub-folder `bundle`, whichever holds a bundle."""
     return next((folder for folder in (path, path / "bundle") if os.path.isfile(folder / "bundle.json")), None)
 
 
@@ -305,7 +305,7 @@ def bundle_folder(path: Path) -> Path | None:
 def open_model(
     run: Run | str | Path | None, runtime: str, device: str, precision: str | None, trust: bool = False
 ) -> tuple[Engine, str]:
-    """The engine of a run (None: the last one) or of a lone bundle's folder, and a note. See `run_engine`."""
+    """Open the engine of a run (None: the last one) or of a lone bundle's folder. See `run_engine`."""
     lone = bundle_folder(Path(run)) if isinstance(run, str | Path) and str(run) != "last" else None
     if lone is not None:
         return open_engine(read_bundle(lone), runtime, device=device, precision=precision, trust=trust), ""

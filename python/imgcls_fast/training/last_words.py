@@ -1,4 +1,4 @@
-"""A process beside training that reports how it died: by SIGSEGV, SIGBUS, SIGABRT, SIGKILL or without memory.
+"""Runs a process beside training that reports how it died: by SIGSEGV, SIGBUS, SIGABRT, SIGKILL or without memory.
 
 A process that dies by a signal runs none of its own code any more. Python's fault handler writes the reason into a pipe,
 and a watcher (this file as a program: standard library only, 10 MB) reads it to its end. Unless the last words are that
@@ -38,13 +38,13 @@ _SIGNALS = {
 
 @contextlib.contextmanager
 def watched(directory: Path, command: str) -> Iterator[None]:
-    """While entered, the death of this process is reported in the run's log and on stderr.
+    """Report, while entered, the death of this process in the run's log and on stderr.
 
     A fault handler that the caller has enabled is left alone: it then writes to the caller's file, and the watcher
     reports the death without its signal.
 
     Args:
-        directory: of the run.
+        directory: where the run is.
         command: continues the run.
     """
     watcher = _start([os.path.abspath(directory), command])
@@ -74,7 +74,7 @@ def watched(directory: Path, command: str) -> Iterator[None]:
 
 
 def _start(words: list[str]) -> subprocess.Popen[bytes] | None:
-    """The watcher, out of reach of signals to this process's group; None where no process can be started."""
+    """Start the watcher, out of reach of signals to this process's group; None where no process can be started."""
     try:
         from ..core import child  # not above: as a program this file is no part of the package
 
@@ -93,7 +93,7 @@ def _start(words: list[str]) -> subprocess.Popen[bytes] | None:
 
 @functools.cache
 def _forget_in_forks() -> None:
-    """Once a process, since Python keeps such a callback for ever.
+    """Register once per process, since Python keeps such a callback for ever.
 
     A forked loader worker lives longer than a killed parent, and would keep the pipe open.
     """
@@ -108,7 +108,7 @@ def _forget() -> None:
 
 
 def main(words: Sequence[str], stream: IO[bytes]) -> None:
-    """The watcher's side: read until work ended in order, or until every writer is gone, and then report."""
+    """Run the watcher: read until work ended in order, or until every writer is gone, and then report."""
     directory, command = words
     victims, told = _killed_for_memory(), b""
     while piece := os.read(stream.fileno(), 65536):
@@ -132,12 +132,12 @@ def main(words: Sequence[str], stream: IO[bytes]) -> None:
 
 
 def _shown(text: str) -> str:
-    """`core.text.printable`, which this file as a program cannot import."""
+    """Do what `core.text.printable` does, which this file as a program cannot import."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def explain(told: str, *, for_memory: bool) -> tuple[str, list[str]]:
-    """Why a process died, and the traceback, from what its fault handler wrote."""
+    """Return why a process died, and the traceback, from what its fault handler wrote."""
     found = re.search(r"Fatal Python error: ([^\n]+)", told)
     if found is None:
         if for_memory:
@@ -148,7 +148,7 @@ def explain(told: str, *, for_memory: bool) -> tuple[str, list[str]]:
 
 
 def _killed_for_memory() -> int:
-    """How many processes the kernel has killed here because memory ran out."""
+    """Return how many processes the kernel has killed here because memory ran out."""
     for path in ("/sys/fs/cgroup/memory.events", "/proc/vmstat"):
         with contextlib.suppress(OSError, ValueError), open(path, encoding="ascii") as file:
             for line in file:

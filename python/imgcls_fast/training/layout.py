@@ -1,4 +1,4 @@
-"""Which memory format a network trains faster in on this machine's CPU: measured once, then remembered."""
+"""Measures once which memory format a network trains faster in on this machine's CPU, and remembers it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _LONG_S = 5.0  # a network whose step takes longer is not asked again
 def faster_format(
     spec: dict[str, Any], config: RunConfig, micro_batch: int, notice: Callable[[str], None] = lambda text: None
 ) -> tuple[str, str]:
-    """The format, and the reason as the plan shows it; kept in the cache, so that a machine always answers the same.
+    """Return the format, and the reason as the plan shows it; kept in the cache, so that a machine always answers the same.
 
     Args:
         spec: `Plan.spec`.
@@ -60,7 +60,7 @@ def faster_format(
 
 
 def measure(spec: dict[str, Any], images: int, precision: str, threads: int, kernels: str) -> dict[str, float]:
-    """Seconds of a forward and backward pass in each format: the best of three, or the first where it takes long."""
+    """Measure the seconds of a forward and backward pass in each format: the best of three, or the first where it takes long."""
     with built(spec, images, kernels) as (model, pixels):
         torch.set_num_threads(threads)
         first = {name: step_s(model, name, pixels, precision) for name in FORMATS}
@@ -78,7 +78,7 @@ def measure(spec: dict[str, Any], images: int, precision: str, threads: int, ker
 
 @contextmanager
 def built(spec: dict[str, Any], images: int, kernels: str) -> Iterator[tuple[Classifier, torch.Tensor]]:
-    """The network of a plan with random weights, ready for a training step, and pixels for it.
+    """Build the network of a plan with random weights, ready for a training step, and pixels for it.
 
     Threads may be changed meanwhile; they and the random numbers are as before afterwards.
     """
@@ -95,7 +95,7 @@ def built(spec: dict[str, Any], images: int, kernels: str) -> Iterator[tuple[Cla
 
 
 def step_s(model: Classifier, name: str, pixels: torch.Tensor, precision: str) -> float:
-    """Seconds of one forward and backward pass in a memory format."""
+    """Measure the seconds of one forward and backward pass in a memory format."""
     model.lay_out(name)
     model.zero_grad(set_to_none=True)
     begin = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Which images a run has learnt from: its own, and those of the runs whose weights it began with."""
+"""Finds the images that a run has learnt from: its own, and those of the runs whose weights it began with."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _GENERATIONS = 16  # a record may be damaged, and lead in a circle
 
 
 def splits_seen(own: Manifest, other: Manifest) -> np.ndarray:
-    """(N,) uint8: the split in which a run has an image of the same bytes as each row of `other`; train before val before test."""
+    """Return (N,) uint8: the split in which a run has an image of the same bytes as each row of `other`; train before val before test."""
     found = np.full(len(other), NO_SPLIT, np.uint8)
     if not len(other):
         return found
@@ -30,7 +30,7 @@ def splits_seen(own: Manifest, other: Manifest) -> np.ndarray:
 
 
 def parents(run: Run) -> Iterator[Run]:
-    """The runs whose weights a run began with, the nearest first, as far as they are still where they were."""
+    """Yield the runs whose weights a run began with, the nearest first, as far as they are still where they were."""
     for _ in range(_GENERATIONS):
         folder = _parent(run)
         if folder is None or not is_run_folder(folder):
@@ -40,13 +40,13 @@ def parents(run: Run) -> Iterator[Run]:
 
 
 def _parent(run: Run) -> Path | None:
-    """Where the run was whose weights a run began with."""
+    """Return where the run was whose weights a run began with."""
     parent = record_of(run.directory).get("parent")
     return Path(str(parent["directory"])) if isinstance(parent, dict) and parent.get("directory") else None
 
 
 def about_missing(run: Run) -> str:
-    """A sentence where a run before can no longer be asked what it was trained on; else empty."""
+    """Return a sentence where a run before can no longer be asked what it was trained on; else empty."""
     last, why = run, "is not there any more"
     for last in parents(run):
         try:
@@ -63,7 +63,7 @@ def about_missing(run: Run) -> str:
 
 
 def learnt_before(run: Run, manifest: Manifest) -> tuple[np.ndarray, str]:
-    """Rows of a manifest ((N,) bool) that runs before were trained on, whose weights this one began with; and their names."""
+    """Return the rows of a manifest ((N,) bool) that runs before were trained on, whose weights this one began with; and their names."""
     found, names = np.zeros(len(manifest), bool), []
     for parent in parents(run):
         try:
@@ -76,7 +76,7 @@ def learnt_before(run: Run, manifest: Manifest) -> tuple[np.ndarray, str]:
 
 
 def about_parents(run: Run, manifest: Manifest, split: str) -> list[str]:
-    """Sentences where images of a run's split were trained on by a run before it, and where that cannot be known."""
+    """Return sentences where images of a run's split were trained on by a run before it, and where that cannot be known."""
     return list(filter(None, (_trained_on_before(run, manifest, split), about_missing(run))))
 
 

@@ -34,6 +34,7 @@ from .plan_numbers import (
     choose_pixels,
     choose_speed,
     look_at_waits,
+    note_labels,
 )
 
 __all__ = ["Machine", "Plan", "Start", "counted", "look_at_machine", "make_plan", "starting_model"]
@@ -41,10 +42,10 @@ __all__ = ["Machine", "Plan", "Start", "counted", "look_at_machine", "make_plan"
 
 @dataclass(frozen=True)
 class Plan:
-    """A run without "auto".
+    """Holds a run without "auto".
 
     Args:
-        config: resolved configuration.
+        config: the resolved configuration.
         rows: (setting, value, reason) of every decision.
         pixels, augment: resolved nouns.
         spec: the architecture, as `ModelSpec.to_dict()`.
@@ -63,7 +64,7 @@ class Plan:
     trajectory: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """plan.json: JSON values of everything but the configuration, which the run keeps in a file of its own."""
+        """Return plan.json: JSON values of everything but the configuration, which the run keeps in a file of its own."""
         start = self.start
         return {
             "spec": self.spec,
@@ -119,6 +120,7 @@ def make_plan(
         ModelError: M001, M003, M004 for a model or weights that cannot be used.
     """
     notes = Notes(config)
+    note_labels(notes, manifest.labels)
     device = choose_device(notes, machine)
     arch, start = choose_model(notes, device, manifest.labels)
     choose_attention(notes, arch, start)

@@ -37,14 +37,14 @@ _PUBLISHED_OUTPUTS = 1000  # ImageNet's classes
 
 @dataclass(frozen=True)
 class Start:
-    """Where the weights begin.
+    """Names the weights that a run begins with.
 
     Args:
         kind: scratch, pretrained (published weights of the architecture) or file.
-        path: of the weights; None from scratch.
+        path: the weights file; None from scratch.
         download: the user asked for published weights, which may be fetched.
-        spec: the architecture of a bundle that is the start, as its `arch` says.
-        pixels, labels: of that bundle.
+        spec: `arch` of the bundle that is the start.
+        pixels, labels: those of that bundle.
         parent: the run of that bundle: run (its name), directory, weights (their SHA-256).
         passed_over: why published weights that lie here are not taken.
         recorded: how plan.json names this start; empty for a new run.
@@ -69,7 +69,7 @@ class Start:
 
 
 def starting_model(spec: dict[str, Any], start: Start, labels: LabelSpace) -> Classifier:
-    """The model of a plan as it is before the first step, on the CPU.
+    """Build the model of a plan as it is before the first step, on the CPU.
 
     The head of a bundle goes by the names of its classes. They are read again from beside the weights, because a resumed
     run knows their path alone.
@@ -77,7 +77,7 @@ def starting_model(spec: dict[str, Any], start: Start, labels: LabelSpace) -> Cl
     Args:
         spec: `Plan.spec`.
         start: `Plan.start`, or `Start("scratch")` when a checkpoint will fill the weights.
-        labels: of the model.
+        labels: those of the model.
 
     Raises:
         ModelError: as `models.build.build_model`.
@@ -96,7 +96,7 @@ def starting_model(spec: dict[str, Any], start: Start, labels: LabelSpace) -> Cl
 
 
 def choose_model(notes: Notes, device: str, labels: LabelSpace) -> tuple[str, Start]:
-    """Architecture and starting weights."""
+    """Choose the architecture and the starting weights."""
     from ..models.build import resolve_arch
 
     start = _start(notes.config.model.init)
@@ -132,7 +132,7 @@ def choose_model(notes: Notes, device: str, labels: LabelSpace) -> tuple[str, St
 
 
 def _start(init: str) -> Start | None:
-    """What `model.init` names, or None for "auto"."""
+    """Return what `model.init` names, or None for "auto"."""
     if init == "auto":
         return None
     if init == "scratch":
@@ -184,7 +184,7 @@ def _auto_start(notes: Notes, arch: str) -> Start:
 
 
 def _at_hand(arch: str) -> tuple[Path | None, str]:
-    """The published weights that lie here, whole; or None, and why those that lie here are passed over, which is also warned of."""
+    """Find published weights that are here and whole; else return None and why those that are here are passed over, with a warning."""
     from ..models.build import published_weights
 
     found = published_weights(arch)
@@ -213,7 +213,7 @@ def _start_reason(start: Start, labels: LabelSpace) -> str:
 
 
 def _head_reason(start: Start, labels: LabelSpace) -> str:
-    """What becomes of the head of a weights file."""
+    """Explain what becomes of the head of a weights file."""
     if start.labels is None:
         return f"the file names no classes: a head of {labels.size} outputs is taken as it is"
     both = [name for name in labels.classes if name in start.labels.classes]
@@ -226,7 +226,7 @@ def _head_reason(start: Start, labels: LabelSpace) -> str:
 
 
 def outline_model(notes: Notes, manifest: Manifest, arch: str, start: Start) -> Outline:
-    """What is known of the network before its weights are made."""
+    """Return what is known of the network before its weights are made."""
     from ..models.build import ModelSpec, outline_of
 
     color = notes.config.pixels.color
@@ -254,7 +254,7 @@ def _arch_args(notes: Notes, arch: str, start: Start) -> dict[str, Any]:
 
 
 def choose_recipe(arch: str, start: Start, outline: Outline) -> str:
-    """The key of `RECIPES`."""
+    """Return the key of `RECIPES`."""
     if start.kind != "scratch":
         return "finetune"
     if arch == "small-cnn":
@@ -263,14 +263,14 @@ def choose_recipe(arch: str, start: Start, outline: Outline) -> str:
 
 
 def images_needed(notes: Notes, outline: Outline) -> int:
-    """The fewest images of a forward pass in training: 2 where statistics are taken over them."""
+    """Return the fewest images of a forward pass in training: 2 where statistics are taken over them."""
     return 2 if outline.batch_norm and notes.config.model.freeze != "backbone" else 1
 
 
 def describe_model(
     notes: Notes, manifest: Manifest, arch: str, start: Start, pixels: Pixels, recipe: Recipe, outline: Outline
 ) -> dict[str, Any]:
-    """The `ModelSpec.to_dict()` of a plan."""
+    """Return the `ModelSpec.to_dict()` of a plan."""
     from ..models.build import ModelSpec, resolve_args
 
     if recipe.drop_rate is None:
@@ -297,7 +297,7 @@ def describe_model(
 def choose_memory_format(
     notes: Notes, machine: Machine, device: str, spec: dict[str, Any], outline: Outline, notice: Callable[[str], None]
 ) -> None:
-    """Channels-last on a GPU; on a CPU what is faster, and never what crashes."""
+    """Choose channels-last on a GPU, on a CPU what is faster, and never what crashes."""
     name, broken = "train.memory_format", outline.breaks_channels_last
     if device != "cpu":
         notes.decide(name, "channels-last", "the order in which tensor cores read")
@@ -326,7 +326,7 @@ def choose_memory_format(
 
 
 def choose_attention(notes: Notes, arch: str, start: Start) -> None:
-    """Attention modules of the settings, else of the starting weights."""
+    """Choose the attention modules of the settings, else of the starting weights."""
     from ..models.build import attention_to_train
 
     model = notes.config.model

@@ -10,7 +10,7 @@ import numpy as np
 from ..core.choices import OPTIMIZERS, POLICIES
 from ..core.config import RunConfig
 from ..core.errors import ConfigError, HardwareError
-from ..core.manifest import Manifest
+from ..core.manifest import LabelSpace, Manifest
 from ..core.pixels import CHANNELS, FULL_BITS, Pixels
 from ..loading.augment import Augment
 from ..loading.sampler import forward_passes
@@ -26,8 +26,16 @@ _FEW_TO_JUDGE = (
 _PILLOW_SHARE = 0.05  # above it DALI would wait for Pillow
 
 
+def note_labels(notes: Notes, labels: LabelSpace) -> None:
+    """Show what kind each task is, where images have labels of another kind than one class; the setting stays as asked."""
+    if not labels.is_single:
+        kinds = [f"{task.name} {task.kind}" for task in labels.tasks] if len(labels.tasks) > 1 else [labels.tasks[0].kind]
+        reason = "as the labels look" if notes.config.data.label_kind == "auto" else "as asked"
+        notes.rows.append(("data.label_kind", ", ".join(kinds), reason))
+
+
 def choose_device(notes: Notes, machine: Machine) -> str:
-    """ "cuda" or "cpu"; H001 when a GPU is asked for and there is none."""
+    """Choose "cuda" or "cpu"; H001 when a GPU is asked for and there is none."""
     if notes.config.train.device == "cuda" and machine.gpu is None:
         raise HardwareError("H001", "train.device is cuda, and no usable GPU was found", try_="imgcls-fast doctor")
     reason = f"{machine.gpu}" if machine.gpu else f"no GPU found; {machine.cpus} CPU core{'s' * (machine.cpus != 1)}"
@@ -35,7 +43,7 @@ def choose_device(notes: Notes, machine: Machine) -> str:
 
 
 def choose_pixels(notes: Notes, manifest: Manifest, arch: str, start: Start, recipe: Recipe) -> Pixels:
-    """Size, crop, filter and normalisation of the input."""
+    """Choose size, crop, filter and normalisation of the input."""
     from ..models.build import pretrained_pixels
 
     own = start.pixels.to_dict() if start.pixels else pretrained_pixels(arch)
@@ -60,7 +68,7 @@ def choose_pixels(notes: Notes, manifest: Manifest, arch: str, start: Start, rec
 
 
 def _bits(notes: Notes, manifest: Manifest, start: Start) -> int:
-    """Bits that 16-bit gray images use."""
+    """Choose the bits that 16-bit gray images use."""
     from ..data.depth import used_bits
 
     value, reason = FULL_BITS, "there are no images of 16-bit gray"
@@ -77,7 +85,7 @@ def _bits(notes: Notes, manifest: Manifest, start: Start) -> int:
 
 
 def _scratch_size(manifest: Manifest, recipe: Recipe, usual: int) -> tuple[int, str]:
-    """Large enough for what the images show: never far above their own size."""
+    """Choose a size that is large enough for what the images show: never far above their own size."""
     short = float(np.median(np.minimum(manifest.width, manifest.height)))
     if short >= 1.25 * recipe.size:
         return recipe.size, f"recipe; the median image has a short side of {short:.0f}"
@@ -116,7 +124,7 @@ def _normalisation(
 
 
 def _color(notes: Notes, start: Start) -> Color:
-    """Gray, RGB or RGBA: as the starting run saw its images, unless asked otherwise."""
+    """Choose gray, RGB or RGBA: as the starting run saw its images, unless asked otherwise."""
     theirs = start.pixels.color if start.pixels else None
     color: Color = notes.decide("pixels.color", theirs or "rgb", "of the starting weights" if theirs else "usual")
     if theirs and theirs != color:
@@ -126,7 +134,7 @@ def _color(notes: Notes, start: Start) -> Color:
 
 
 def _as_channels(values: Any, channels: int) -> tuple[float, ...]:
-    """Statistics of one, three or four channels for another number: colour from gray, gray and alpha from the mean colour."""
+    """Turn statistics of one, three or four channels into another number: colour from gray, gray and alpha from the mean."""
     values = tuple(float(v) for v in values)
     if len(values) == channels:
         return values
@@ -136,7 +144,7 @@ def _as_channels(values: Any, channels: int) -> tuple[float, ...]:
 
 
 def choose_augment(notes: Notes, recipe: Recipe, pixels: Pixels) -> Augment:
-    """Strengths of the augmentation."""
+    """Choose the strengths of the augmentation."""
     asked = notes.config.augment.policy
     if notes.config.data.source is None:
         policy = notes.decide("augment.policy", "light", "a mirrored digit is another sign")
@@ -155,7 +163,7 @@ def choose_augment(notes: Notes, recipe: Recipe, pixels: Pixels) -> Augment:
 
 
 def choose_lengths(notes: Notes, manifest: Manifest, recipe: Recipe, device: str, needed: int) -> None:
-    """Batch, epochs, micro-batch, and the value that picks the best epoch.
+    """Choose batch, epochs, micro-batch, and the value that picks the best epoch.
 
     Args:
         needed: fewest images of a forward pass in training.
@@ -231,7 +239,7 @@ _FAR = 300  # a learning rate this many times above or below the usual one is mo
 
 
 def choose_optimizer(notes: Notes, recipe: Recipe) -> None:
-    """Optimizer, rates, schedule, smoothing and averaging."""
+    """Choose optimizer, rates, schedule, smoothing and averaging."""
     opt = notes.decide("optim.opt", recipe.opt, "recipe")
     batch = notes.value("train.batch_size")
     like = OPTIMIZERS[opt].like
@@ -262,7 +270,7 @@ def choose_optimizer(notes: Notes, recipe: Recipe) -> None:
 
 
 def look_at_waits(notes: Notes) -> None:
-    """Tell what counts epochs and waits for longer than the run lasts: a rate that never falls, a stop that never comes."""
+    """Report settings that count epochs and wait for longer than the run lasts: a rate that never falls, a stop that never comes."""
     epochs, optim, train = notes.value("train.epochs"), notes.config.optim, notes.config.train
     sched, so = notes.value("optim.sched"), f"the run has {_epochs(epochs)}"
     if sched == "step" and optim.step_epochs >= epochs:
@@ -284,7 +292,7 @@ def _epochs(count: int) -> str:
 
 
 def choose_class_weights(notes: Notes, manifest: Manifest) -> None:
-    """Class weights as numbers; refuses wrong ones here rather than in the run."""
+    """Turn class weights into numbers; refuses wrong ones here rather than in the run."""
     from .objectives import class_weights
 
     asked = notes.config.loss.class_weights
@@ -305,7 +313,7 @@ def choose_class_weights(notes: Notes, manifest: Manifest) -> None:
 
 
 def choose_speed(notes: Notes, manifest: Manifest, machine: Machine, device: str) -> None:
-    """Precision, compiling, kernels and loader."""
+    """Choose precision, compiling, kernels and loader."""
     if device == "cuda":
         precision, reason = (
             ("bf16", "the GPU has bf16") if machine.bf16 else ("fp16", "the GPU has no bf16; losses are scaled")

@@ -1,4 +1,4 @@
-"""The bad rows of a run: in quarantine.csv from the moment they are found, and never more than data.max_bad allows."""
+"""Keeps the bad rows of a run: in quarantine.csv from the moment they are found, and never more than data.max_bad allows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..data.store import open_store
 
 
 class Quarantined:
-    """Rows of the manifest that turned out to be undecodable after the scan, with reasons.
+    """Holds the rows of the manifest that turned out to be undecodable after the scan, with reasons.
 
     Args:
         run: holds quarantine.csv.
@@ -31,7 +31,7 @@ class Quarantined:
 
     @cached_property
     def _files(self) -> dict[str, BadFile]:
-        """Every file ever quarantined in this run by its path, those that the scan found first; nobody else adds to it."""
+        """Read every file ever quarantined in this run by its path, those that the scan found first; nobody else adds to it."""
         return {file.path: file for file in read_quarantine(self._path)}
 
     @cached_property
@@ -39,7 +39,7 @@ class Quarantined:
         return sum(file.found == "scan" for file in self._files.values())
 
     def rows(self) -> dict[int, str]:
-        """Row and reason of the files that were found after the scan."""
+        """Return row and reason of the files that were found after the scan."""
         found = {file.path: file.reason for file in self._files.values() if file.found != "scan"}
         if not found:
             return {}
@@ -69,7 +69,7 @@ class Quarantined:
         self.require_few()
 
     def _write(self, bad: BadFile) -> None:
-        """Whole the first time and after a failure, so that it ends with a line; then line by line."""
+        """Write the file whole the first time and after a failure, so that it ends with a line; then line by line."""
         appendable, self._appendable = self._appendable, False
         if appendable:
             append_quarantine(self._path, bad)

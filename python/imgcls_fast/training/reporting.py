@@ -1,4 +1,4 @@
-"""A run's report, made from its directory alone, so that it can be made again at any time."""
+"""Makes a run's report from its directory alone, so that it can be made again at any time."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def judged(run: Run) -> dict[str, tuple[Predictions, Metrics | TaskMetrics]]:
 
 
 def against_baseline(run: Run, manifest: Manifest, split: str, predictions: Predictions) -> Difference | None:
-    """Predictions of one split against the baseline's answers to the same rows; None where those were not kept."""
+    """Compare predictions of one split with the baseline's answers to the same rows; None where those were not kept."""
     found, folder = run.read_json("baseline.json"), run.evaluation("baseline")
     if not found or found["split"] != split or not (folder / "predictions.json").exists():
         return None
@@ -61,7 +61,7 @@ def against_baseline(run: Run, manifest: Manifest, split: str, predictions: Pred
 
 
 def next_commands(run: Run) -> list[tuple[str, str]]:
-    """(what, command line) of what one usually does after training."""
+    """Return (what, command line) of what one usually does after training."""
     return [
         ("predict", command("predict", run.directory, "IMAGES")),
         ("export", command("export", run.directory, "--onnx")),

@@ -92,7 +92,7 @@ def start(
         The finished run.
 
     Raises:
-        ImgclsError: of any family; Interrupted after a signal, with the work saved.
+        ImgclsError: any of its families; Interrupted after a signal, with the work saved.
     """
     began, early = time.monotonic(), list[Event]()
     listeners = Sinks(sinks)

@@ -1,4 +1,4 @@
-"""Stopping politely: SIGTERM and Ctrl-C are remembered, and the loop looks at the next step boundary."""
+"""Stops politely: SIGTERM and Ctrl-C are remembered, and the loop looks at the next step boundary."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 @contextmanager
 def signal_as_interrupt() -> Iterator[None]:
-    """While entered, SIGTERM raises KeyboardInterrupt as Ctrl-C does; without effect outside the main thread."""
+    """Make SIGTERM raise KeyboardInterrupt, while entered, as Ctrl-C does; without effect outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -28,7 +28,7 @@ def signal_as_interrupt() -> Iterator[None]:
 
 
 class StopRequest:
-    """While entered, the first SIGTERM or SIGINT only sets `requested`; a second one acts as it would have without us.
+    """Lets, while entered, the first SIGTERM or SIGINT only set `requested`; a second one acts as it would have without us.
 
     Outside the main thread, where Python allows no handlers, `requested` stays False.
 
