@@ -7,6 +7,7 @@ import io
 import re
 import tokenize
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,12 @@ MAY_CATCH_EVERYTHING = {"cli/app.py", "tracking/sinks.py", "data/quarantine.py"}
 PICKLE_MODULES = {"pickle", "cPickle", "joblib", "dill", "cloudpickle", "shelve", "marshal"}
 
 
+@cache
+def nodes(text: str) -> list[ast.AST]:
+    """The nodes of a source: each file is looked at by several tests, and parsed once."""
+    return list(ast.walk(ast.parse(text)))
+
+
 def name_of(path: Path) -> str:
     return path.relative_to(PACKAGE).as_posix()
 
@@ -58,7 +65,7 @@ def modules_imported(path: Path) -> Iterator[tuple[str, ...]]:
 
 
 def imports_in(text: str, here: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
-    for node in ast.walk(ast.parse(text)):
+    for node in nodes(text):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield _ours(alias.name)
@@ -111,7 +118,7 @@ def circles(arrows: Mapping[str, set[str]]) -> list[set[str]]:
 
 def large_classes(text: str) -> list[str]:
     """Names of classes of more than 200 lines."""
-    classes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ClassDef)]
+    classes = [node for node in nodes(text) if isinstance(node, ast.ClassDef)]
     return [node.name for node in classes if (node.end_lineno or node.lineno) - node.lineno >= 200]
 
 
@@ -120,7 +127,7 @@ def long_skips(text: str) -> list[int]:
     if not re.search(r"#\s*(fmt|yapf):", text):
         return []
     statements = []
-    for node in ast.walk(ast.parse(text)):
+    for node in nodes(text):
         if isinstance(node, ast.stmt | ast.ExceptHandler):
             body = getattr(node, "body", None)  # of what has one the head counts
             statements.append((node.lineno, max(node.lineno, body[0].lineno - 1) if body else node.end_lineno or node.lineno))
@@ -137,7 +144,7 @@ def long_skips(text: str) -> list[int]:
 def wide_handlers(text: str) -> list[int]:
     """Lines of handlers that catch everything and do not raise it again."""
     found = []
-    for handler in ast.walk(ast.parse(text)):
+    for handler in nodes(text):
         if not isinstance(handler, ast.ExceptHandler):
             continue
         kinds = handler.type.elts if isinstance(handler.type, ast.Tuple) else [handler.type]
@@ -150,16 +157,15 @@ def wide_handlers(text: str) -> list[int]:
 
 def unsafe_loads(text: str) -> list[str]:
     """Imports of modules that unpickle, and loads of torch and NumPy that might."""
-    tree = ast.parse(text)
     used = {
-        node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "pickle"
+        node.attr for node in nodes(text) if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "pickle"
     }
     refusal = {
         ("pickle", "UnpicklingError")
     }  # the name of torch's refusal to unpickle; whoever catches it unpickles nothing
     refusal |= {("pickle",)} if used == {"UnpicklingError"} and "import pickle as" not in text else set()
     found = [".".join(parts) for parts in imports_in(text, ()) if parts[0] in PICKLE_MODULES and parts not in refusal]
-    for node in ast.walk(tree):
+    for node in nodes(text):
         if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "np.load", "numpy.load"):
             given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
             safe = ("weights_only", "True") if ast.unparse(node.func) == "torch.load" else ("allow_pickle", "False")
@@ -172,7 +178,7 @@ def commands_by_hand(text: str) -> list[str]:
     """Command lines of ours into which a value is written as it is: a path with a space in it cannot be pasted."""
     verbs = "|".join(sorted({verb.name.split()[0] for verb in VERBS}))
     found = []
-    for node in ast.walk(ast.parse(text)):
+    for node in nodes(text):
         parts = node.values if isinstance(node, ast.JoinedStr) else []
         for k, part in enumerate(parts):
             begins = isinstance(part, ast.Constant) and re.search(rf"imgcls-fast ({verbs})\b[^\n]*$", str(part.value))
@@ -217,7 +223,7 @@ def test_nothing_is_ever_unpickled(path: Path) -> None:
 def test_only_the_command_line_and_the_console_sink_print(path: Path) -> None:
     calls = [
         n
-        for n in ast.walk(ast.parse(path.read_text("utf-8")))
+        for n in nodes(path.read_text("utf-8"))
         if isinstance(n, ast.Call) and ast.unparse(n.func) == "print"
     ]
     assert not calls or room_of(path) in ("cli", "tracking")
@@ -234,7 +240,7 @@ def test_everything_is_caught_in_the_named_places_only(path: Path) -> None:
 def test_functions_stay_under_80_lines_and_files_under_500(path: Path) -> None:
     text = path.read_text("utf-8")
     assert text.count("\n") < 500
-    for node in ast.walk(ast.parse(text)):
+    for node in nodes(text):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             assert (node.end_lineno or node.lineno) - node.lineno < 80, f"{node.name} in {name_of(path)}"
 

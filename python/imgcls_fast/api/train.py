@@ -34,7 +34,7 @@ def train(
         overrides: dotted setting names to values.
         sinks: callables that receive the events of training.
         command: the command line, stored in env.json.
-        settings: flags by their Python names: `model="resnet50", epochs=10, batch_size=64, img_size=224`.
+        settings: flags by their Python names: `model="resnet50", epochs=10, img_size=224, label_col="color,size"`.
 
     Returns:
         The finished run.
