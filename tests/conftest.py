@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 from imgcls_fast.core import env
 
@@ -28,6 +29,8 @@ def pytest_configure(config: pytest.Config) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.setdefault("IMGCLS_CONFIG", tempfile.mkdtemp(prefix="imgcls-config-"))  # no test makes a key of the user's
     env.calm_threads()
+    settings.register_profile("no time limit", deadline=None)  # by itself an example that takes 200 ms fails: on a busy machine
+    settings.load_profile("no time limit")
     for path in sorted((Path(__file__).parent / "shared").glob("*.py")):  # fixtures that the rooms share
         name = f"shared_{path.stem}"
         spec = importlib.util.spec_from_file_location(name, path)
