@@ -13,6 +13,7 @@ from imgcls_fast.evaluation.bounds import (
     mean_lower_bound,
     mean_rows_needed,
     mean_upper_bound,
+    share_interval,
     tango_upper_bound,
 )
 from imgcls_fast.evaluation.paired import compare, judge
@@ -74,6 +75,16 @@ def test_the_interval_of_a_mean_covers_the_true_one_in_95_of_100_samples(name: s
     ends = np.array([mean_interval(draw.choice(values, n, p=p)) for _ in range(1000)])
     covered = ((ends[:, 0] <= values @ p) & (values @ p <= ends[:, 1])).mean()
     assert covered > 0.92
+
+
+@pytest.mark.parametrize("right", [[0.5, 0.1], [0.9, 0.5], [0.98, 0.9]], ids=str)
+def test_the_interval_of_a_share_covers_the_true_one_and_has_a_width_without_an_error(right: list[float]) -> None:
+    draw = np.random.default_rng(3)
+    ends = np.array([share_interval((draw.random((40, 2)) < right).mean(1)) for _ in range(1000)])
+    true = np.mean(right)
+    assert ((ends[:, 0] <= true) & (true <= ends[:, 1])).mean() > 0.93
+    low, high = share_interval(np.ones(9))
+    assert 0.5 < low < 0.8 and high == 1 and share_interval(np.zeros(9)) == pytest.approx((0, 1 - low))
 
 
 def test_the_interval_of_whole_answers_is_that_of_bonett_and_price() -> None:

@@ -212,6 +212,18 @@ def mean_interval(change: np.ndarray, confidence: float = 0.95) -> tuple[float, 
     return max(-1.0, middle - half), min(1.0, middle + half)
 
 
+def share_interval(share: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
+    """Two-sided interval of the expected value of n > 0 independent shares in [0, 1].
+
+    A normal interval with two rows of 1 and two of 0 added, so that it keeps a width where all rows are right.
+
+    Source: Agresti, Coull, "Approximate is better than exact for interval estimation of binomial proportions", Am. Stat. 52:119-126
+    (1998).
+    """
+    low, high = mean_interval(np.concatenate([2 * share - 1, [1.0, -1.0]]), confidence)
+    return max(0.0, (1 + low) / 2), min(1.0, (1 + high) / 2)
+
+
 def _stakes(ordered: np.ndarray, enough: float) -> np.ndarray:
     """(orders, n): what is bet on each row, from the rows before it (Waudby-Smith and Ramdas, equation 26, for a range of 2)."""
     n = ordered.shape[1]

@@ -12,9 +12,10 @@ from ..core.errors import DataError
 from ..core.figures import mean_defined, more_figures
 from ..core.labels import THRESHOLD
 from ..core.predictions import Predictions
+from .bounds import share_interval
 from .calibration import Reliability, reliability
 from .metrics import CLIP, accuracy_interval, check_options, check_scores, named_classes, plain_json, ranking
-from .resampling import Answers, percentiles, resample
+from .resampling import Answers, resample, resampled_interval
 
 NAN = float("nan")
 
@@ -123,9 +124,11 @@ def judge_any_of(
     Args:
         predictions: rows of which something is known; scores are probabilities.
         thresholds: (K,) least score with which a class holds; None: those of the predictions, 0.5 where they have none.
-        bootstrap: number of resamples for the intervals of accuracy, macro F1 and average precision; 0 makes them NaN and costs nothing.
+        bootstrap: number of resamples for the intervals of macro F1 and average precision, which are NaN for 0, and where no
+            resample differs.
         seed: seed for the resamples.
-        confidence: mass of the intervals, in (0, 1). That of exact_match is Wilson's.
+        confidence: mass of the intervals, in (0, 1). That of exact_match is Wilson's, that of
+            accuracy `bounds.share_interval`.
 
     Raises:
         DataError: D004 no labels; D014 no rows, a row of which nothing is known, scores that are no probabilities, or another kind
@@ -154,17 +157,17 @@ def judge_any_of(
         confidence_level=confidence,
         bootstrap=bootstrap,
         accuracy=float(task.right.mean()),
-        accuracy_ci=percentiles(drawn.accuracy, confidence),
+        accuracy_ci=share_interval(task.right, confidence),
         exact_match=exact / n,
         exact_match_ci=accuracy_interval(exact, n, confidence),
         hamming_loss=float(wrong.sum() / task.known.sum()),
         constant_accuracy=float((1 - constant.sum(1) / task.known.sum(1)).mean()),
         constant_exact_match=float((~constant.any(1)).mean()),
         macro_f1=mean_defined(c.f1 for c in per_class),
-        macro_f1_ci=percentiles(drawn.macro_f1, confidence),
+        macro_f1_ci=resampled_interval(drawn.macro_f1, confidence),
         micro_f1=2 * hits / both if both else NAN,
         macro_ap=mean_defined(c.average_precision for c in per_class),
-        macro_ap_ci=percentiles(drawn.macro_ap, confidence),
+        macro_ap_ci=resampled_interval(drawn.macro_ap, confidence),
         balanced_accuracy=mean_defined(c.balanced_accuracy for c in per_class),
         roc_auc=mean_defined(c.roc_auc for c in per_class),
         log_loss=_log_loss(predictions, task.known),

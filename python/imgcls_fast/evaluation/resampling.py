@@ -33,7 +33,6 @@ class Answers:
 class Resampled:
     """(draws,) float64 figures of resampled rows, each the mean over the tasks; NaN where undefined."""
 
-    accuracy: np.ndarray
     macro_f1: np.ndarray
     macro_ap: np.ndarray
 
@@ -48,15 +47,20 @@ def resample(tasks: Sequence[Answers], draws: int, seed: int = 0) -> Resampled:
     rng = np.random.default_rng([seed, 2])
     cells = sum(task.scores.size for task in tasks)
     ranked = min(draws, max(_LEAST_DRAWS, _AP_CELLS // max(1, cells)))
-    accuracy, f1, ap = [], [], []
+    f1, ap = [], []
     chunk = max(1, _CELLS // n)
     for start in range(0, draws, chunk):
         weight = rng.multinomial(n, np.full(n, 1 / n), size=min(chunk, draws - start)).astype(np.float32)  # (m, n)
-        accuracy.append(_mean([_accuracy(task, weight) for task in tasks]))
         f1.append(_mean([_macro_f1(task, weight) for task in tasks]))
         if start < ranked:
             ap.append(_mean([_macro_ap(task, weight[: ranked - start]) for task in tasks]))
-    return Resampled(*(np.concatenate(part) if part else np.zeros(0) for part in (accuracy, f1, ap)))
+    return Resampled(*(np.concatenate(part) if part else np.zeros(0) for part in (f1, ap)))
+
+
+def resampled_interval(draws: np.ndarray, confidence: float) -> tuple[float, float]:
+    """`percentiles`, and NaN where no resample differs: rows without an error cannot show how often there is one."""
+    low, high = percentiles(draws, confidence)
+    return (low, high) if low < high else (float("nan"), float("nan"))
 
 
 def percentiles(draws: np.ndarray, confidence: float) -> tuple[float, float]:
@@ -66,11 +70,6 @@ def percentiles(draws: np.ndarray, confidence: float) -> tuple[float, float]:
         return float("nan"), float("nan")
     low, high = np.quantile(known, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
-
-
-def _accuracy(task: Answers, weight: np.ndarray) -> np.ndarray:
-    known = ~np.isnan(task.right)
-    return _over(weight @ np.where(known, task.right, 0.0), weight @ known.astype(np.float64))
 
 
 def _macro_f1(task: Answers, weight: np.ndarray) -> np.ndarray:

@@ -11,9 +11,11 @@ import numpy as np
 from ..core.errors import DataError
 from ..core.figures import FIGURES, usual_figures
 from ..core.predictions import Predictions
+from .bounds import share_interval
 from .metrics import Metrics, accuracy_interval, check_options, check_scores, judge, plain_json
 from .multilabel import AnyOfMetrics, answers_of, judge_any_of, thresholds_of
-from .resampling import Answers, percentiles, resample
+from .resampling import Answers, resample, resampled_interval
+from .row_scores import task_weights
 
 _VALUE = {figure.name: figure.value for figure in FIGURES}
 
@@ -178,22 +180,24 @@ def judge_tasks(
     exact = int((np.isnan(right) | (right == 1)).all(0).sum())
     only = next(iter(tasks.values()))
     if not several and isinstance(only, AnyOfMetrics):
-        intervals = only.accuracy_ci, only.macro_f1_ci, only.macro_ap_ci
+        ranges = only.macro_f1_ci, only.macro_ap_ci
     else:
         drawn = resample(answers, bootstrap, seed)
-        draws = (drawn.accuracy, drawn.macro_f1, drawn.macro_ap)
-        intervals = tuple(percentiles(part, confidence) for part in draws)  # type: ignore[assignment]
+        ranges = resampled_interval(drawn.macro_f1, confidence), resampled_interval(drawn.macro_ap, confidence)
+    weights = task_weights(right.T)
+    most = max(1.0, float(weights.sum()))
+    low, high = share_interval(np.nansum(right.T * weights, 1) / most, confidence)
     return TaskMetrics(
         n=len(judged),
         classes=predictions.labels.classes,
         tasks=tasks,
         confidence_level=confidence,
         bootstrap=bootstrap,
-        accuracy_ci=intervals[0],
+        accuracy_ci=(most * low, min(1.0, most * high)),
         exact_match=exact / len(judged),
         exact_match_ci=accuracy_interval(exact, len(judged), confidence),
-        macro_f1_ci=intervals[1],
-        macro_ap_ci=intervals[2],
+        macro_f1_ci=ranges[0],
+        macro_ap_ci=ranges[1],
         warnings=tuple(warnings),
     )
 
