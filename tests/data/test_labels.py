@@ -193,8 +193,11 @@ BAD: dict[str, tuple[str, str, dict[str, Any], list[str]]] = {
     "two tasks": (
         "t.csv", rows("color,tags", "red,a|b", ",", "blue,a", "red,a|", "red,b") + "0.png,blue,b|a\n",
         {"label_col": "color,tags"},
-        ["line 3: 1.png has no label in any of color, tags", "line 5: tags of 3.png ('a|') has an empty label",
+        ["line 5: tags of 3.png ('a|') has an empty label",
          "line 7: color of 0.png is listed again with another label"],
+    ),
+    "two tasks without a label": (
+        "t.csv", rows("color,tags", ",", " ,"), {"label_col": "color,tags"}, ["line 2: no row has a label in any of color, tags"],
     ),
     "columns that are not there": (
         "t.csv", rows("color,shape", "red,round"), {"label_col": "colour,shape,shape,weight"},
@@ -285,6 +288,16 @@ def test_whatever_a_table_holds_is_read_or_a_problem(folder: Path, lines: list[A
         assert listing.problems or len(task.answers) == len(listing.paths)
     assert listing.tasks or max(listing.labels, default=-1) < max(1, len(listing.classes))
     assert all(problem.where.startswith("any.jsonl, line ") for problem in listing.problems)
+
+
+def test_rows_without_a_label_in_any_task_are_left_out_and_counted(folder: Path) -> None:
+    found = look(folder, rows("color,tags", "red,a|b", ",", "blue,a", " , ", ",b"), label_col="color,tags")
+    assert not found.problems and targets(found.manifest) == [[0, 1, 1, 1], [1, 0, 1, 0], [None, None, 0, 1]]
+    assert "2 rows of t.csv without a label in any of color, tags were left out: the first is 1.png, line 3" in found.notices
+    model = LabelSpace((Task("color", ("red", "blue")), Task("tags", ("a", "b"), "any_of")))
+    part = look(folder, rows("color", "red", ""), purpose="judge", labels=model)
+    assert part.notices[0] == "1 row of t.csv without a label in color was left out: 1.png, line 3"
+    assert look(folder, rows("label", "a|b", "", "a")).problems, "of one task an empty cell may also mean none"
 
 
 def test_a_column_that_is_spelled_almost_right_is_named(folder: Path) -> None:

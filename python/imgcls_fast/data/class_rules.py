@@ -74,7 +74,7 @@ def check_classes(draft: Draft) -> None:
         if draft.unknown and draft.options.purpose == "judge":
             known = [name for task in draft.tasks for name in task.classes]
             draft.problems.append(no_known_class(draft.unknown, known, draft.source))
-        elif not {"D002", "D014"} & {problem.code for problem in draft.problems}:
+        elif not {"D002", "D014", "no labels"} & {word for problem in draft.problems for word in (problem.code, problem.kind)}:
             draft.problems.append(Problem("D002", "no images", f"no usable images in {draft.source}"))
         return
     if draft.options.purpose != "train":
@@ -133,7 +133,7 @@ def describe_labels(draft: Draft) -> None:
         rest = f", {unknown:.0%} unknown" if unknown else ""
         how = f": {listed.how}" if listed.how else ""
         name = "" if len(draft.tasks) == 1 else f"{task.name} has "
-        parts.append(f"{name}{len(task.classes):,} classes{several} ({task.kind}){how}{rest}")
+        parts.append(f"{name}{len(task.classes):,} class{'es' * (len(task.classes) != 1)}{several} ({task.kind}){how}{rest}")
     head = "" if len(parts) == 1 else f"{len(parts)} tasks, "
     draft.notices.append(f"labels: {head}{'; '.join(parts)}")
 

@@ -57,6 +57,7 @@ class _TableReader:
         self.groups: list[str] = []
         self.seen: dict[str, int] = {}  # path -> row
         self.again: list[tuple[int, int, list[int]]] = []  # (line, row, cells): a path with other cells than before
+        self.unanswered: list[tuple[int, str]] = []  # (line, path) of rows without a label in any of several tasks
         self.role: dict[str, str] = {}  # path, split, group -> column
         self.labels: list[LabelColumn] = []
         self.in_run: dict[str, bool] = {}  # folder -> whether it is a run's own
@@ -91,17 +92,19 @@ class _TableReader:
         return None if split is None else self._row(line, path, codes, split, cell.get("group", "").strip())
 
     def _codes(self, line: int, path: str, record: dict[str, Any], texts: list[Any]) -> list[int] | None:
-        """The cell of each label column, -1 where it is empty and may be; None: a problem."""
+        """The cell of each label column, -1 where it is empty and may be; None: a problem, or no row."""
         for text in texts:
             if isinstance(text, str) and len(text.strip()) > TABLE_PATH_CHARACTERS:
                 self._problem("label too long", line, f"a label of {len(text):,} characters: {text[:60]}...")
                 return None
         codes = [column.code(record) for column in self.labels]
-        if self.labelled and max(codes) < 0:
-            where = f" in any of {', '.join(column.task for column in self.labels)}" if len(codes) > 1 else ""
-            self._problem("empty label", line, f"{path} has no label{where}")
-            return None
-        return codes
+        if not self.labelled or max(codes) >= 0:
+            return codes
+        if max(len(codes), len(self.columns.kinds)) > 1:  # of several tasks some are unknown here and there, so now and then all
+            self.unanswered.append((line, path))
+        else:
+            self._problem("empty label", line, f"{path} has no label")
+        return None
 
     def _split(self, line: int, path: str, cell: str) -> int | None:
         if not cell:
@@ -172,10 +175,14 @@ class _TableReader:
         """Find out what the label columns mean, once all rows are there."""
         listing = self.listing
         before = len(listing.problems)
+        if self.unanswered and (listing.paths or listing.problems):
+            listing.notices.append(_left_out(self.unanswered, self.name, self.labels))
+        elif self.unanswered:
+            self._problem("no labels", self.unanswered[0][0], f"no row has {_any_label(self.labels)}")
         for column in self.labels:
             wanted = self.columns.kinds.get(column.task, self.columns.kind)
             found = column.answers(wanted if self.labelled else "one_of")  # without labels, nothing is made of several
-            found.classes = self._class_names(column, found)
+            found.classes = _class_names(listing, self.name, column, found, self.bytes_on_disk)
             usual = len(self.labels) == 1 and column.task == ONE_TASK and found.table.ndim == 1
             if self.labelled:
                 self._refuse(column, found)
@@ -209,25 +216,6 @@ class _TableReader:
             if first != second and not np.array_equal(found.table[first], found.table[second], equal_nan=True):
                 self._contradiction(line, where + self.listing.paths[row])
 
-    def _class_names(self, column: LabelColumn, found: Answers) -> list[str]:
-        """The name of each class; where the table is not UTF-8 but the disk is, it came from Windows, and so do the names."""
-        listing = self.listing
-        named = [name if self.bytes_on_disk else class_name(as_windows(name)) for name in found.classes]
-        spelled = Spellings()
-        for name, text in column.spellings() if found.table.ndim == 1 else ():
-            spelled.add(name, text)
-        for name, text in zip(named, found.classes, strict=True):
-            if name != text:
-                spelled.rename(text, name)
-        changed = [name for name, text in zip(named, found.classes, strict=True) if name != text]
-        if changed:
-            listing.notices.append(
-                f"{self.name} is not UTF-8: {len(changed):,} class names are read as Windows-1252, the first as {changed[0]!r}; "
-                "if that is wrong, save the table as UTF-8"
-            )
-        listing.notices += spelled.notices() + alike(dict.fromkeys(named))
-        return named
-
     def _problem(self, kind: str, line: int, message: str, code: str = "D004") -> None:
         where = f"{self.name}, line {line}"
         if len(self.listing.problems) >= TABLE_PROBLEMS:
@@ -235,6 +223,36 @@ class _TableReader:
                 "D004", f"{self.name} has more than {TABLE_PROBLEMS:,} faulty rows; the last that was read: {message}", where=where
             )
         self.listing.problems.append(Problem(code, kind, message, where=where))
+
+
+def _any_label(columns: list[LabelColumn]) -> str:
+    return f"a label in {'any of ' * (len(columns) > 1)}{', '.join(column.task for column in columns)}"
+
+
+def _left_out(rows: list[tuple[int, str]], table: str, columns: list[LabelColumn]) -> str:
+    """What is noted of rows without a label: how many, and the first."""
+    n, (line, path) = len(rows), rows[0]
+    said = f"{n:,} row{'s' * (n > 1)} of {table} without {_any_label(columns)} {'were' if n > 1 else 'was'} left out"
+    return f"{said}: {'the first is ' * (n > 1)}{path}, line {line}"
+
+
+def _class_names(listing: Listing, table: str, column: LabelColumn, found: Answers, bytes_on_disk: bool) -> list[str]:
+    """The name of each class; where the table is not UTF-8 but the disk is, it came from Windows, and so do the names."""
+    named = [name if bytes_on_disk else class_name(as_windows(name)) for name in found.classes]
+    spelled = Spellings()
+    for name, text in column.spellings() if found.table.ndim == 1 else ():
+        spelled.add(name, text)
+    for name, text in zip(named, found.classes, strict=True):
+        if name != text:
+            spelled.rename(text, name)
+    changed = [name for name, text in zip(named, found.classes, strict=True) if name != text]
+    if changed:
+        listing.notices.append(
+            f"{table} is not UTF-8: {len(changed):,} class names are read as Windows-1252, the first as {changed[0]!r}; "
+            "if that is wrong, save the table as UTF-8"
+        )
+    listing.notices += spelled.notices() + alike(dict.fromkeys(named))
+    return named
 
 
 def _as_text(value: Any) -> str:
