@@ -132,9 +132,11 @@ import make_docs
 with contextlib.redirect_stdout(io.StringIO()) as shown, contextlib.redirect_stderr(shown):
     main(["export", "--help"])
     main(["export", "--coreml", "--onnx"])
+    main(["export", "coreml"])
 assert shown.getvalue().count("a Core ML package") == 1, shown.getvalue()
 assert "fp16 for --trt and --coreml" in shown.getvalue()
 assert "--onnx and --coreml exclude each other" in shown.getvalue()
+assert "coreml is no run" in shown.getvalue()
 assert "| `--coreml` |" in make_docs.cli_page()
 
 from imgcls_fast.core import exports, hints, outputs

@@ -42,17 +42,17 @@ BOTH = pytest.mark.parametrize("open_file", [onnx_runtime, openvino], ids=["onnx
 
 
 def write_graph(
-    path: Path, *, quantised: str = "", batch: int | str = "batch", names: tuple[str, str] = ("pixels", "scores"),
+    path: Path, *, quantized: str = "", batch: int | str = "batch", names: tuple[str, str] = ("pixels", "scores"),
     side: int = SIDE, classes: int = CLASSES, dtype: str = "UINT8", relu: bool = True,
 ) -> Path:  # fmt: skip
-    """Four convolutions and a softmax, made by hand; `quantised` is the type of the scales of explicit Q/DQ, fp16 or fp32.
+    """Four convolutions and a softmax, made by hand; `quantized` is the type of the scales of explicit Q/DQ, fp16 or fp32.
 
     Without `relu` a convolution stands between Q/DQ pairs, as ONNX Runtime wants it; TensorRT wants no pair before a ReLU.
     """
     from onnx import TensorProto, helper, numpy_helper
 
     draw = np.random.default_rng(0)
-    half = quantised == "fp16"
+    half = quantized == "fp16"
     kind, proto = (np.float16, TensorProto.FLOAT16) if half else (np.float32, TensorProto.FLOAT)
     pixels, scores = names
     constants = {"scale": np.float32(1 / 64), "sharp": np.float32(1)}
@@ -67,7 +67,7 @@ def write_graph(
         weight = draw.normal(size=(width, channels, 3, 3)) / np.sqrt(4 * channels)
         constants[f"bias{k}"] = (draw.normal(size=width) / 8).astype(kind)
         weight_name, in_name = f"weight{k}", x
-        if quantised:
+        if quantized:
             step = np.abs(weight).max((1, 2, 3)) / 127
             constants[f"weight{k}_q"] = np.round(weight / step[:, None, None, None]).astype(np.int8)
             constants |= {f"step{k}": step.astype(kind), f"zeros{k}": np.zeros(width, np.int8)}
@@ -198,7 +198,7 @@ def test_a_closed_engine_says_so(open_file: Callable[..., Any], tmp_path: Path) 
 
 @pytest.mark.parametrize("scales", ["fp32", "fp16"])
 def test_openvino_runs_an_int8_file_in_int8_and_says_so(scales: str, tmp_path: Path) -> None:
-    path = write_graph(tmp_path / "q.onnx", quantised=scales)
+    path = write_graph(tmp_path / "q.onnx", quantized=scales)
     engine, x = openvino(path), images(8)
     assert engine.precision == "int8"
     assert engine.facts()["operators"]["int8"] >= 3
@@ -209,10 +209,10 @@ def test_onnx_runtime_fuses_q_dq_with_fp32_scales_and_not_with_fp16_scales(tmp_p
     """With FP16 scales its fused operators lose half of the signal of ResNet-18 on a CPU, so they are switched off there."""
     x = images(8)
     for scales, precision, disabled in (("fp32", "int8", False), ("fp16", "fp32", True)):
-        path = write_graph(tmp_path / f"{scales}.onnx", quantised=scales, relu=False)
+        path = write_graph(tmp_path / f"{scales}.onnx", quantized=scales, relu=False)
         engine = onnx_runtime(path)
         assert (engine.precision, engine.facts()["disable_quant_qdq"]) == (precision, disabled)
-        assert read_graph(path).fp16_quantised == disabled
+        assert read_graph(path).fp16_quantized == disabled
         np.testing.assert_allclose(engine.scores(x), truth(path, x), atol=0.05)
 
 

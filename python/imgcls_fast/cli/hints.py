@@ -10,11 +10,12 @@ from typing import Any
 from ..core.errors import ImgclsError, UsageError, near
 from ..core.options import LATER_FLAGS, flags_of, setting_flags
 from ..core.other_names import not_needed, plain_name, setting_meant, value_meant
+from ..core.targets import TARGETS
 from ..core.text import command
 from ..core.verbs import VERBS, Flag, Verb
 
 _COUNTS = ("-e", "-b", "-k")  # short options whose value is a number
-_TARGETS = {"onnx": "onnx", "engine": "trt", "tensorrt": "trt", "trt": "trt", "torchscript": "torchscript", "pt2": "pt2"}
+_TARGETS = {**{name: name for name in TARGETS}, "engine": "trt", "tensorrt": "trt"}
 _VALUES = {  # what the value becomes, where another tool has a switch or a number of a device
     "multilabel": "any_of",
     "multi_label": "any_of",

@@ -68,10 +68,10 @@ class GraphFacts:
     """What must be known of a file before a runtime sees it.
 
     Args:
-        fp16_quantised: it holds Q/DQ with FP16 scales, whose fusion ONNX Runtime gets wrong on the CPU.
+        fp16_quantized: it holds Q/DQ with FP16 scales, whose fusion ONNX Runtime gets wrong on the CPU.
     """
 
-    fp16_quantised: bool
+    fp16_quantized: bool
 
 
 class GraphEngine:
@@ -139,7 +139,7 @@ class OnnxEngine(GraphEngine):
             options.log_severity_level = 3
             # threads that wait for the next call would take the cores from decoding, and from other engines
             options.add_session_config_entry("session.force_spinning_stop", "1")
-            if graph.fp16_quantised:
+            if graph.fp16_quantized:
                 options.add_session_config_entry("session.disable_quant_qdq", "1")
             options.enable_profiling, options.profile_file_prefix = True, f"{folder}/profile"
             providers = [self._gpu.provider] if self._gpu else []
@@ -156,7 +156,7 @@ class OnnxEngine(GraphEngine):
         counts, self._providers = _ort_counts(ran)
         self.precision = dominant(counts)
         self._facts = {"onnxruntime": onnxruntime.__version__, "operators": dict(counts), "providers": self._providers,
-                       "threads": threads, "disable_quant_qdq": graph.fp16_quantised}  # fmt: skip
+                       "threads": threads, "disable_quant_qdq": graph.fp16_quantized}  # fmt: skip
 
     def facts(self) -> dict[str, Any]:
         """Version, multiplying operators by the type that they ran in, nodes by provider, options."""
@@ -299,8 +299,8 @@ def read_graph(path: Path) -> GraphFacts:
     for node in constants:
         if any(a.t.data_type == onnx.TensorProto.FLOAT16 for a in node.attribute):
             halves |= set(node.output)
-    quantised = (n for n in model.graph.node if n.op_type in ("QuantizeLinear", "DequantizeLinear"))
-    return GraphFacts(any(n.input[1] in halves for n in quantised if len(n.input) > 1))
+    quantized = (n for n in model.graph.node if n.op_type in ("QuantizeLinear", "DequantizeLinear"))
+    return GraphFacts(any(n.input[1] in halves for n in quantized if len(n.input) > 1))
 
 
 def _demand_plain(path: Path, seen: OnnxFacts) -> None:
