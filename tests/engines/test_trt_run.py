@@ -102,6 +102,9 @@ def test_it_keeps_the_engine_protocol(made: Made) -> None:
     engine = made.open()
     assert isinstance(engine, Engine)
     assert (engine.runtime, engine.thread_safe, engine.max_batch, engine.precision) == ("trt", True, 8, "fp16")
+    assert engine.thresholds is None
+    least = [0.25] * LABELS.size
+    assert made.open(thresholds=least).thresholds.tolist() == least  # type: ignore[union-attr]
     assert engine.facts()["layers"]["count"] == 1
 
 
