@@ -257,7 +257,7 @@ def configuration_page() -> str:
             One schema is the YAML file (`-c`), `--set section.field=value`, the flags and the Python API. An unknown
             name or an illegal value stops before anything heavy is imported, with the file and line and the nearest
             known name. `imgcls-fast train --dump-config` prints every setting as YAML; a run keeps its own as
-            `config.yaml`, without any `auto`.
+            `config.yaml`, without any `auto` (but that of `data.label_kind`, by which other data are read, too).
         """),
         prose("""
             `auto` becomes a number once, in the plan, with a reason that is printed and stored
