@@ -20,18 +20,19 @@ from imgcls_fast.core.config_verbs import ExportConfig
 from imgcls_fast.core.errors import GateFailed
 from imgcls_fast.core.exports import finish, list_exports, new_export, way_of
 from imgcls_fast.core.labels import LabelSpace, Task
-from imgcls_fast.core.manifest import Manifest
+from imgcls_fast.core.manifest import Manifest, PathList
 from imgcls_fast.data.findings import ScanOptions
 from imgcls_fast.data.scan import scan
 from imgcls_fast.engines.runtimes import open_engine
 from imgcls_fast.evaluation.paired import Judgement, MeanDrop
-from imgcls_fast.exporting.gate import demand, figures_of, plain_int8_loses
+from imgcls_fast.exporting.gate import demand, figures_of, plain_int8_loses, split_rows
 from imgcls_fast.exporting.int8 import promising
 from imgcls_fast.exporting.materials import Materials
 from imgcls_fast.exporting.session import export_bundle
 from imgcls_fast.exporting.triton import TritonOptions, write_triton
 from imgcls_fast.exporting.triton_config import check_repository, from_pbtxt, one
 from imgcls_fast.graphs.lint import lint
+from imgcls_fast.graphs.quantize import calibration_rows
 
 pytest.importorskip("onnxruntime")
 onnx = pytest.importorskip("onnx")
@@ -166,6 +167,28 @@ def test_an_engine_of_two_tasks_is_built_compared_and_judged(
     assert made.gate is not None and (made.gate["verdict"], made.gate["simulated"]) == ("pass", False)
     assert made.gate["per_label"]["rows_needed"] is not None
     assert made.meta["comparison"]["same_clear"] == made.meta["comparison"]["clear"]
+
+
+# ---------------------------------------------------------------- rows
+
+
+def test_calibration_and_gate_rows_hold_each_label_in_its_share_where_most_combinations_are_rare() -> None:
+    n, draw = 3000, np.random.default_rng(0)
+    task = Task("tags", tuple(f"tag {k}" for k in range(10)), "any_of")
+    tags = (draw.random((n, 10)) < np.linspace(0.02, 0.5, 10)).astype(np.int8)
+    manifest = Manifest(
+        root=Path("/nowhere"), paths=PathList.of([f"{k:04}.png" for k in range(n)]), labels=LabelSpace((task,)), answers=(tags,),
+        split=np.zeros(n, np.uint8), group=np.full(n, -1, np.int32), width=np.full(n, 8, np.int32), height=np.full(n, 8, np.int32),
+        orientation=np.ones(n, np.uint8), digest=draw.integers(0, 256, (n, 16), np.uint8), flags=np.zeros(n, np.uint8), source={},
+    )  # fmt: skip
+    assert len(np.unique(manifest.stratum)) > 300
+    chosen = calibration_rows(manifest, 256, 0)
+    assert len(np.unique(chosen)) == 256
+    parts = split_rows(manifest.stratum, 0, 0.25)
+    for rows, allowed in ((chosen, 0.06), (parts.search, 0.04), (parts.verdict, 0.02)):
+        assert np.abs(tags[rows].mean(0) - tags.mean(0)).max() <= allowed
+    crowded = manifest.fair_order(np.arange(n))[:256]
+    assert np.abs(tags[crowded].mean(0) - tags.mean(0)).max() > 0.1, "one of each combination first"
 
 
 # ---------------------------------------------------------------- words

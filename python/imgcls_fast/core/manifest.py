@@ -137,19 +137,18 @@ class Manifest:
         parts = [task_targets(task, answer[rows]) for task, answer in zip(self.labels.tasks, self.answers, strict=True)]
         return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
 
-    def fair_order(self, rows: np.ndarray, seed: int = 0) -> np.ndarray:
+    def fair_order(self, rows: np.ndarray, seed: int = 0, *, each_first: bool = True) -> np.ndarray:
         """(n,) int64 `rows` in an order of which every beginning is a sample: one row of each class first, then by share.
 
-        Rows lie sorted by path, so a slice of them is one class and one folder. Unknown labels count as a class.
+        Rows lie sorted by path, so a slice of them is one class and one folder. Unknown labels count as a class, and so does each
+        combination of labels, of which there may be as many as rows.
+
+        Args:
+            each_first: False: by share from the first row on, so that rare combinations do not crowd a short beginning.
         """
-        shuffled = np.random.default_rng(seed).permutation(np.asarray(rows, np.int64))
-        stratum = self.stratum[shuffled]
-        by_class = np.argsort(stratum, kind="stable")
-        _, first, size = np.unique(stratum[by_class], return_index=True, return_counts=True)
-        place = np.arange(len(shuffled)) - np.repeat(first, size)  # within the class
-        rank = np.empty(len(shuffled))
-        rank[by_class] = place / np.repeat(size, size)
-        return shuffled[np.argsort(rank, kind="stable")]
+        draw = np.random.default_rng(seed)
+        shuffled = draw.permutation(np.asarray(rows, np.int64))
+        return shuffled[_fair_order(self.stratum[shuffled], draw, each_first)]
 
     def spread(self, rows: np.ndarray, n: int) -> np.ndarray:
         """(min(n, len(rows)),) int64, sorted: some of `rows`, each class in its share and none left out if n allows."""
@@ -329,3 +328,14 @@ _DAMAGE = (
     zipfile.BadZipFile,
 )
 _COLUMNS = ("split", "group", "width", "height", "orientation", "digest", "flags")
+
+
+def _fair_order(stratum: np.ndarray, draw: np.random.Generator, each_first: bool) -> np.ndarray:
+    """(n,) int64 positions in the order of `Manifest.fair_order`."""
+    by_class = np.argsort(stratum, kind="stable")
+    _, first, size = np.unique(stratum[by_class], return_index=True, return_counts=True)
+    place = np.arange(len(stratum)) - np.repeat(first, size)  # within the class
+    begin = np.zeros(len(size)) if each_first else draw.random(len(size))
+    rank = np.empty(len(stratum))
+    rank[by_class] = (place + np.repeat(begin, size)) / np.repeat(size, size)
+    return np.argsort(rank, kind="stable")

@@ -161,9 +161,10 @@ def calibration_rows(manifest: Manifest, n: int, seed: int) -> np.ndarray:
 
     Returns:
         (min(n, training rows),) int64, a function of the manifest, n and the seed alone; in an order of which every
-        beginning is a sample too (`Manifest.fair_order`), for whoever looks at the first few only.
+        beginning is a sample too (`Manifest.fair_order`), for whoever looks at the first few only. Where images have several
+        labels the combinations come in their shares: one of each first would make rare ones the most frequent.
     """
-    return manifest.fair_order(manifest.rows("train"), seed)[:n]
+    return manifest.fair_order(manifest.rows("train"), seed, each_first=manifest.labels.is_single)[:n]
 
 
 def calibration_facts(manifest: Manifest, rows: np.ndarray, seed: int) -> dict[str, Any]:
