@@ -50,7 +50,7 @@ def extended() -> dict[str, Any]:
         """
 choices.OPTIMIZERS["adagrad"] = choices.Optimizer("torch.optim:Adagrad", ("fused",))
 choices.SCHEDULES["flat"] = "imgcls_fast.training.schedule:NONE"
-choices.TRACKERS["mine"] = "mine:Tracker"
+choices.TRACKERS["mine"] = choices.Tracker("mine:Tracker")
 choices.LOSSES["brier"] = choices.Loss("brier:one_of", "brier:any_of")
 choices.POLICIES["autumn"] = choices.Policy(hue=0.25)
 """,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,15 @@ def test_a_loader_that_is_not_installed_is_refused_before_the_scan(
     monkeypatch.setattr("imgcls_fast.loading.loader.dali_missing", lambda: "nvidia-dali is not installed")
     with pytest.raises(ImgclsError, match="nvidia-dali is not installed") as refused:
         verb(configure({"train.loader": "dali-cpu"}))
+    assert refused.value.code == "H004"
+
+
+def test_a_tracker_that_is_not_installed_is_refused_before_the_scan(
+    verb: Callable[..., Any], configure: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with pytest.raises(ImgclsError, match="--track tensorboard needs it") as refused:
+        verb(configure({"train.track": ("tensorboard",)}))
     assert refused.value.code == "H004"
 
 

@@ -85,8 +85,21 @@ SCHEDULES: dict[str, str] = {  # choices of `optim.sched` -> a `training.schedul
     "none": "imgcls_fast.training.schedule:NONE",
 }
 
-TRACKERS: dict[str, str] = {  # choices of `train.track` -> a `tracking.events.Sink`, made of the run
-    "tensorboard": "imgcls_fast.tracking.trackers:TensorBoard",
+
+class Tracker(NamedTuple):
+    """One choice of `train.track`.
+
+    Attributes:
+        make: a function or class that makes a `tracking.events.Sink` of a run.
+        needs: the library that it imports, which is also the name of the extra that installs it; empty for none.
+    """
+
+    make: str
+    needs: str = ""
+
+
+TRACKERS: dict[str, Tracker] = {
+    "tensorboard": Tracker("imgcls_fast.tracking.trackers:TensorBoard", needs="tensorboard"),
 }
 
 FORMATS: dict[str, str] = {  # what a source may be, in the order in which it is tried -> a `data.sources.Format`

@@ -33,6 +33,7 @@ LIBRARIES = (
     "openvino",
     "nvidia-modelopt",
     "tensorrt",
+    "tensorboard",
 )
 _NAME = "imgcls-fast"
 _lowered: dict[str, str | None] = {}  # OMP_NUM_THREADS as it was found, and what `calm_threads` made of it
@@ -413,7 +414,7 @@ def build_info() -> dict[str, Any]:
 
 
 def require(module: str, extra: str, purpose: str) -> Any:
-    """Import an optional library, or say how to get it.
+    """Import an optional library; without it, raise an error that names the extra.
 
     Raises:
         HardwareError: H004, with the exact pip line.

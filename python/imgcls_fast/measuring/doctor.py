@@ -143,6 +143,7 @@ def _libraries() -> list[Row]:
         "openvino": "openvino",
         "nvidia-modelopt": "int8",
         "tensorrt": "trt",
+        "tensorboard": "tensorboard",
     }
     rows: list[Row] = []
     for name, version in env.versions().items():

@@ -11,6 +11,7 @@ from ..core.outputs import demand_room, demand_vacant
 from ..core.pixels import CHANNELS
 from ..loading.loader import require_loader
 from ..models.build import ModelSpec, outline_of
+from ..tracking.trackers import require_trackers
 from .defaults import Machine, Notes
 from .plan_model import choose_attention, choose_model
 from .plan_numbers import choose_device, require_compiler, require_device_for
@@ -23,7 +24,7 @@ def refuse_early(config: RunConfig, machine: Machine) -> None:
 
     Raises:
         UsageError, HardwareError: U002 or H003 for an `out` that is taken or cannot be written.
-        HardwareError: H001 for a GPU that is not there, H004 for DALI or a compiler that is missing.
+        HardwareError: H001 for a GPU that is not there, H004 for a missing compiler or library: DALI, those of trackers.
         ConfigError: C004 for a precision, a loader or an attention module that does not go with device or model.
         ModelError: M001, M003, M004 for a model or weights that cannot be used.
     """
@@ -37,6 +38,7 @@ def refuse_early(config: RunConfig, machine: Machine) -> None:
     if config.train.loader != "auto":
         require_loader(config.train.loader, config.pixels.color, device)
     require_compiler(config, machine)
+    require_trackers(config.train.track)
     arch, start = choose_model(notes, device, _ANY_TWO)
     if config.model.attention or config.model.args:
         choose_attention(notes, arch, start)
