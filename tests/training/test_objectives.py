@@ -128,6 +128,11 @@ class TestClassWeights:
         found = class_weights(LossConfig(class_weights="auto"), CELLS, np.array([0, 5, 10]), np.full(3, 10))
         np.testing.assert_allclose(found, [10, 1, 0.1])
 
+    @pytest.mark.parametrize("asked", ["auto", "effective"])
+    def test_a_task_without_a_training_answer_keeps_finite_weights(self, asked: str) -> None:
+        found = class_weights(LossConfig(class_weights=asked), TWO, np.array([0, 0, 5]), np.array([0, 0, 10]))
+        assert found is not None and np.isfinite(found).all()
+
     def test_a_name_of_two_tasks_is_refused_with_both(self) -> None:
         twice = LabelSpace((Task("top", ("ok", "bad")), Task("side", ("ok",), "any_of")))
         with pytest.raises(ConfigError, match="top: ok, side: ok") as refused:
@@ -205,6 +210,7 @@ def test_a_task_without_an_answer_is_left_out_and_a_batch_without_any_is_passed_
     step.take(batch, 0)
     assert step.loss_weight[0] == 0
     assert step.loss_weight[1] > 0
+    assert step.loss == pytest.approx(float(step.loss_sum[1] / step.loss_weight[1]))  # not the mean with a task that was never asked
     assert step.is_finite()
     before = [p.detach().clone() for p in step.model.parameters()]
     batch.targets[:] = NAN

@@ -193,7 +193,7 @@ def class_weights(
                 try_=f"--class-weights {','.join(f'{name}=1' for name in labels.classes[:3])}",
             )
     for task, part in labels.parts:
-        if task.kind == "one_of":
+        if task.kind == "one_of" and counts[part].any():  # of a task without an answer there is nothing to scale by
             own, images = weights[part], counts[part]
             weights[part] = own * images.sum() / (own * images).sum()
     return weights.astype(np.float32)
