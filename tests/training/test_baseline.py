@@ -78,6 +78,11 @@ def test_the_probe_is_fitted_to_every_row_that_time_allows_and_not_to_two_thousa
     assert fit_probe(x, y, 0, 0)[1] == 2000
 
 
+def test_a_label_whose_first_image_comes_late_is_fitted_all_the_same() -> None:
+    x = np.random.default_rng(0).normal(0, 1, (2600, 2)).astype(np.float32)
+    assert fit_probe(x, (np.arange(2600) >= 2500).astype(np.int64), 0, 0)[1] == 2501
+
+
 def test_the_first_fit_is_bounded_by_its_work_where_features_and_classes_are_many(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -249,7 +249,8 @@ def fit_probe(x: np.ndarray, y: np.ndarray, seconds: float, seed: int) -> tuple[
     # floating-point operations of a fit to the first rows: 2 products an iteration, with the classes that occur in them
     classes = np.cumsum(np.bincount(np.unique(y, return_index=True)[1], minlength=len(y)))
     work = 4.0 * _ITERATIONS * x.shape[1] * np.arange(1, len(y) + 1) * classes
-    end, used = time.monotonic() + seconds, _rows_within(work[:_FIRST_FIT], _FIRST_FLOP)
+    least = int(np.argmax(classes > 1)) + 1  # a rare label may come late, and a fit needs two answers
+    end, used = time.monotonic() + seconds, max(least, _rows_within(work[:_FIRST_FIT], _FIRST_FLOP))
     while True:
         begin = time.monotonic()
         probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=_ITERATIONS, random_state=seed % 2**32))
