@@ -96,8 +96,9 @@ class Step:
 
     @property
     def loss(self) -> float:
-        """Loss of the epoch so far, as validation reports it: the mean over tasks of their means. Waits for the device."""
-        return float((self.loss_sum.cpu().double() / self.loss_weight.clamp(min=1e-12)).mean())
+        """Loss of the epoch so far, as validation reports it: the mean over tasks with an answer of their means. Waits for the device."""
+        means, seen = self.loss_sum.cpu().double() / self.loss_weight.clamp(min=1e-12), self.loss_weight > 0
+        return float((means[seen] if seen.any() else means).mean())
 
     def is_finite(self) -> bool:
         """Whether the loss and every weight are numbers: a finite loss can hide a gradient that was not."""
