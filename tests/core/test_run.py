@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from imgcls_fast.core import locks
+from imgcls_fast.core.diary import append_event, events_of
 from imgcls_fast.core.errors import HardwareError, UsageError
 from imgcls_fast.core.files import write_text
 from imgcls_fast.core.manifest import LabelSpace, Manifest, PathList
@@ -403,6 +404,13 @@ def test_metrics_csv_holds_each_epoch_once_and_reads_back_as_it_was(make_run: Ca
     run.write_epochs(epochs)
     assert run.epochs == epochs
     assert (run.directory / "metrics.csv").read_text().count("\n") == 3
+
+
+def test_events_are_json_for_any_reader_also_where_a_figure_is_not_defined(make_run: Callable[[str], Run]) -> None:
+    run = make_run("one")
+    append_event(run.directory, {"event": "epoch", "val_macro_ap": float("nan"), "text": "NaN", "ended": {"best": float("inf")}})
+    (event,) = events_of(run.directory)
+    assert (event["val_macro_ap"], event["text"], event["ended"]) == (None, "NaN", {"best": None})
 
 
 def test_leftovers_of_a_killed_writer_are_cleared_and_nothing_else(make_run: Callable[[str], Run]) -> None:

@@ -20,7 +20,13 @@ def append_event(directory: Path, event: Mapping[str, Any]) -> None:
     """Add one line to events.jsonl."""
     path = directory / "events.jsonl"
     with explained_write(path), open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps({"time": round(time.time(), 3), **event}, default=str) + "\n")
+        file.write(_strict(json.dumps({"time": round(time.time(), 3), **event}, default=str)) + "\n")
+
+
+def _strict(text: str) -> str:
+    """The same JSON with null for NaN and infinities, which Python writes and other readers refuse."""
+    odd = "NaN" in text or "Infinity" in text
+    return json.dumps(json.loads(text, parse_constant=lambda _: None)) if odd else text
 
 
 def append_log(directory: Path, line: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -209,6 +210,8 @@ def make_bundle(
     if labels.any_of.any():
         thresholds = _thresholds(replace(validation, scores=with_temperatures(validation.scores, labels, temperatures)))
 
+    best = float(how_it_ended(config.train, progress.history)["best"])
+
     def weights(file: BinaryIO) -> None:
         file.write(save({name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}))
 
@@ -219,7 +222,7 @@ def make_bundle(
         "source": manifest.source,
         "epoch": progress.best_epoch + 1,
         "monitor": config.train.monitor,
-        "monitored": how_it_ended(config.train, progress.history)["best"],
+        "monitored": None if math.isnan(best) else best,
         "start": str(plan.start),
         "calibration": _calibration(labels, temperatures, found, len(validation)),
         "machine": env.machine_facts(),
