@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -158,6 +160,16 @@ def test_an_engine_passes_only_with_both_figures(n: int, wrong: dict[int, int], 
     assert told["bound_pp"] == 100 * got.per_label.bound and got.per_label.drop >= 0
     if got.verdict == "underpowered":
         assert got.rows_needed == got.per_label.rows_needed
+
+
+def test_an_engine_answers_with_the_thresholds_of_the_reference() -> None:
+    own = np.full(5, 0.9, np.float32)  # with which the candidate would answer nothing about marks
+    got = judge(answers(40, {}), replace(answers(40, {}), thresholds=own), 50, simulated=False)
+    assert (got.lost, got.drop, got.agreement) == (0, 0, 1) and not any(lost for _, _, lost, _ in got.per_class)
+
+
+def test_a_budget_of_all_rows_needs_a_number_of_rows_too() -> None:
+    assert mean_rows_needed(1.0, np.array([1.0, 0.0, 0.0])) == 1
 
 
 def test_unknown_answers_count_for_neither_side_and_classes_are_counted_where_they_are_known() -> None:

@@ -190,7 +190,7 @@ def mean_rows_needed(max_drop: float, change: np.ndarray, confidence: float = 0.
     if mean >= max_drop:
         return None
     changes = change if len(change) else np.zeros(1)
-    stakes = np.geomspace(1e-4, _MOST_OF_IT, 200)[:, None] / (1 - max_drop)
+    stakes = np.geomspace(1e-4, _MOST_OF_IT, 200)[:, None] / max(1 - max_drop, 1e-12)
     growth = float(np.log1p(stakes * (max_drop - changes)).mean(1).max())
     rows = -math.log1p(-confidence) / growth if growth > 0 else math.inf
     return None if rows > _NEVER else max(1, math.ceil(1.1 * rows))  # the first bets are small

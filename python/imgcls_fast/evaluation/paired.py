@@ -7,7 +7,7 @@ answer is right, and the share of right answers, a mean over the tasks. What is 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -177,8 +177,8 @@ def judge(
     same_rows = np.array_equal(reference.rows, candidate.rows) and reference.labels == candidate.labels
     if not same_rows or not np.array_equal(reference.targets, candidate.targets, equal_nan=True):
         raise ValueError("reference and candidate must have answered the same labelled rows")
-    least, budget = reference.thresholds, max_drop_pp / 100
-    was, now = row_scores(reference, least), row_scores(candidate, least)
+    candidate, budget = replace(candidate, thresholds=reference.thresholds), max_drop_pp / 100
+    was, now = row_scores(reference), row_scores(candidate)
     first = next(iter(was))
     judged = ~np.isnan(was[first])
     n, right_was, right_now = int(judged.sum()), was[first][judged] == 1, now[first][judged] == 1
@@ -188,7 +188,7 @@ def judge(
     verdict, needed = _verdict(upper, lower, budget), rows_needed(budget, lost, gained, n, confidence)
     per_label = None
     if "per_label" in was:
-        shares, other = (task_shares(each, least)[judged] for each in (reference, candidate))
+        shares, other = (task_shares(each)[judged] for each in (reference, candidate))
         per_label = _mean_drop(shares, other, budget, confidence)
         verdict = next(side for side in ("fail", "underpowered", "pass") if side in (verdict, per_label.verdict))
         needed = None if needed is None or per_label.rows_needed is None else max(needed, per_label.rows_needed)
@@ -238,7 +238,7 @@ def _per_class(reference: Predictions, candidate: Predictions) -> tuple[tuple[st
     """(name, rows, lost, gained) of each class with rows, see `Judgement`."""
     labels, targets, found = reference.labels, np.asarray(reference.targets), []
     true = labels.decide(targets)
-    right = [right_answers(each, reference.thresholds) for each in (reference, candidate)]
+    right = [right_answers(each) for each in (reference, candidate)]
     for k, name in enumerate(labels.classes):  # one class at a time: K may be thousands
         rows = ~np.isnan(targets[:, k]) if labels.any_of[k] else true[:, k]
         if rows.any():
