@@ -43,6 +43,13 @@ def test_columns_of_several_tasks_have_names_that_never_collide():
         BOTH.task("hat")
 
 
+def test_a_kind_of_task_that_this_version_does_not_know_is_refused():
+    value = BOTH.to_dict()
+    value["tasks"][1]["kind"] = "ordered"
+    with pytest.raises(ValueError, match="'has' is of kind 'ordered'"):
+        LabelSpace.from_dict(value)
+
+
 def test_scores_become_answers_by_the_best_class_or_by_thresholds():
     scores = np.array([[0.2, 0.5, 0.3, 0.5, 0.49], [0.4, 0.3, 0.3, 0.2, 0.9], [NAN, 0.9, 0.1, NAN, 0.8]], np.float32)
     assert BOTH.decide(scores).tolist() == [[0, 1, 0, 1, 0], [1, 0, 0, 0, 1], [0, 0, 0, 0, 1]]
@@ -99,7 +106,7 @@ def test_answers_of_every_kind_are_saved_taken_and_told_apart(tmp_path: Path, ki
     [
         (0, np.array([0, 3], np.int32)), (0, np.array([0.5, 0.5], np.float32)), (0, np.array([[1, 0], [0, 1]], np.float32)),
         (0, np.array([[0, 0, 1]], np.int8)), (1, np.array([[0, 2]], np.int8)), (1, np.array([[0, 1.5]], np.float32)),
-        (1, np.array([0, 1], np.int8)), (1, np.array([["0", "1"]])),
+        (1, np.array([0, 1], np.int8)), (1, np.array([["0", "1"]])), (0, np.array([[1, NAN, 0]], np.float32)),
     ],
 )  # fmt: skip
 def test_answers_that_no_scan_writes_are_refused(tmp_path: Path, task: int, answer: np.ndarray):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -15,11 +15,19 @@ THRESHOLD = 0.5  # of a class of an any_of task, where none was fitted
 
 @dataclass(frozen=True)
 class Task:
-    """One question about an image: its name, its classes, and whether exactly one or any number of them holds."""
+    """One question about an image: its name, its classes, and whether exactly one or any number of them holds.
+
+    Raises:
+        ValueError: a kind that is none of the two.
+    """
 
     name: str
     classes: tuple[str, ...]
     kind: TaskKind = "one_of"
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(TaskKind):  # of a newer version, perhaps: to take it for one_of would be a wrong answer
+            raise ValueError(f"the task {self.name!r} is of kind {self.kind!r}, and this version knows {', '.join(get_args(TaskKind))}")
 
 
 @dataclass(frozen=True)
@@ -164,6 +172,9 @@ def demand_answers(task: Task, answer: np.ndarray) -> None:
         raise ValueError(f"the answers to {task.name!r} are {answer.dtype} with {answer.ndim} dimensions")
     if answer.ndim == 2 and answer.shape[1] != k:
         raise ValueError(f"the answers to {task.name!r} have {answer.shape[1]} columns for {k} classes")
+    unknown = np.isnan(answer) if soft and task.kind == "one_of" else None
+    if unknown is not None and (unknown.any(1) != unknown.all(1)).any():
+        raise ValueError(f"the answers to {task.name!r} hold probabilities of some classes only")
     low, high = (0, 1) if soft else (-1, k - 1 if task.kind == "one_of" else 1)
     values = answer[~np.isnan(answer)] if soft else answer
     if values.size and (values.min() < low or values.max() > high):
