@@ -24,6 +24,7 @@ from imgcls_fast.training import judging, session
 from imgcls_fast.training.baseline import fit_probes
 from imgcls_fast.training.defaults import Machine
 from imgcls_fast.training.identity import require_same_trajectory, trajectory
+from imgcls_fast.training.judged_rows import chosen_by_validation
 from imgcls_fast.training.plan import Start, make_plan
 from imgcls_fast.training.plan_model import _head_reason
 
@@ -114,6 +115,11 @@ def test_temperatures_are_fitted_per_task_and_thresholds_to_scores_that_have_the
     assert thresholds[:3] == [0.5] * 3 and all(0 < value < 1 for value in thresholds)
     assert "thresholds fitted on 400 validation images" in judging._calibration(TWO_TASKS, (1.5, 0.8), "fitted", n)
     assert judging._calibration(TWO_TASKS, (1.5, 0.8), "fitted", n).startswith("temperature color 1.5, marks 0.8")
+
+
+def test_the_warning_about_validation_images_names_all_that_they_have_chosen() -> None:
+    assert chosen_by_validation(LabelSpace.single("ab")) == "the epoch and the temperature"
+    assert chosen_by_validation(TWO_TASKS) == "the epoch, temperatures and thresholds"
 
 
 def test_a_checkpoint_of_another_label_space_is_refused_by_what_was_asked(configure: Configure, tmp_path: Path) -> None:

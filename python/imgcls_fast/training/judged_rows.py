@@ -10,6 +10,7 @@ import numpy as np
 
 from ..core import env
 from ..core.errors import ConfigError, DataError
+from ..core.labels import LabelSpace
 from ..core.manifest import SPLITS, Manifest
 from ..core.predictions import Predictions
 from ..core.run import Run
@@ -72,6 +73,13 @@ def demand_split(split: str) -> None:
         raise ConfigError("C003", f"split must be one of 'train', 'val', 'test', got {split!r}", try_="--split test")
 
 
+def chosen_by_validation(labels: LabelSpace) -> str:
+    """Name what the validation images of a run have chosen, in words."""
+    if labels.any_of.any():
+        return "the epoch, the temperature and the thresholds" if len(labels.tasks) == 1 else "the epoch, temperatures and thresholds"
+    return "the epoch and the temperature" if labels.is_single else "the epoch and the temperatures"
+
+
 def rows_to_judge(run: Run, data: Path | None, split: str, engine: Engine, *, include_train: bool = False) -> JudgedRows:
     """Choose the rows of one split of a run, or of other labelled images without those that the run was trained on.
 
@@ -102,7 +110,7 @@ def _own(run: Run, split: str) -> JudgedRows:
     changed = _same_files(run, manifest, rows, split)
     said = {
         "train": "these are the images that the run was trained on: the figures flatter the model",
-        "val": "these images also chose the epoch and the temperature of the run: the figures are a little too good",
+        "val": f"these images also chose {chosen_by_validation(manifest.labels)} of the run: the figures are a little too good",
     }
     before = about_parents(run, manifest, split) if split != "train" else []
     return JudgedRows(manifest, rows, left, tuple(filter(None, [said.get(split), *before])), changed=changed)
@@ -167,7 +175,7 @@ def _others(run: Run, data: Path, engine: Engine, include_train: bool) -> Judged
         )
     if chose.any():
         warnings.append(
-            f"{int(chose.sum()):,} of {len(rows):,} judged images also chose the epoch and the temperature of {run.name}: "
+            f"{int(chose.sum()):,} of {len(rows):,} judged images also chose {chosen_by_validation(engine.labels)} of {run.name}: "
             "the figures are a little too good"
         )
     warnings.append(about_missing(run))
