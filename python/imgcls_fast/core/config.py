@@ -48,14 +48,14 @@ class DataConfig(Section):
     split: Annotated[tuple[Fraction, Fraction, Fraction], BeforeValidator(listed), AfterValidator(_sums_to_one)] = (
         Field(
             (0.8, 0.1, 0.1),
-            description="train, val and test fractions, where the data has no splits of its own",
+            description="train, val and test fractions, for data without splits of its own",
             json_schema_extra=flag("--split-ratio", metavar="A,B,C"),
         )
     )
-    split_seed: int = Field(1998, ge=0, lt=2**64, description="seed of the split; the training seed does not move it")
+    split_seed: int = Field(1998, ge=0, lt=2**64, description="seed of the split; the training seed does not change it")
     group_by: Text | None = Field(
         None,
-        description="regular expression on the path; rows of one group never part",
+        description="regular expression that finds the group in the path; groups are never divided",
         json_schema_extra=flag("--group-by", metavar="REGEX"),
     )
     group_col: str | None = Field(
@@ -70,17 +70,17 @@ class DataConfig(Section):
     )
     label_col: str | None = Field(
         None,
-        description="column with the class; several (A,B): a task each; found by name if not given",
+        description="column with the class; several (A,B) are one task each; found by name if not given",
         json_schema_extra=flag("--label-col", metavar="NAME"),
     )
     label_cols: Text | None = Field(
         None,
-        description="columns that are classes themselves (A,B,C), with 0 and 1 or probabilities",
+        description="one column per class (A,B,C), with 0 and 1 or probabilities",
         json_schema_extra=flag("--label-cols", metavar="A,B"),
     )
     label_kind: Literal["auto", "one_of", "any_of"] = Field(
         "auto",
-        description="classes per image: exactly one_of, or any_of them; auto: as the labels look",
+        description="classes per image: exactly one (one_of) or any number (any_of); auto: inferred from the labels",
         json_schema_extra=flag("--label-kind", metavar="KIND"),
     )
     split_col: str | None = Field(None, description="column with train, val or test; found by name if not given")
@@ -90,7 +90,7 @@ class DataConfig(Section):
     max_bad: float = Field(
         0.2,
         ge=0,
-        description="most bad images: a fraction below 1, else a count",
+        description="most bad images allowed: a fraction below 1, else a count",
         json_schema_extra=FREE | flag("--max-bad", metavar="X"),
     )
     max_megapixels: PositiveFloat = Field(50.0, description="larger images are refused before they are decoded")
@@ -132,7 +132,7 @@ class PixelsConfig(Section):
     )
     std: Annotated[tuple[PositiveFloat, ...], BeforeValidator(listed)] | Literal["auto", "data"] = Field(
         "auto",
-        description="deviation to divide by, per channel, 0..1 (auto and data: as for the mean)",
+        description="standard deviation to divide by, per channel, 0..1 (auto and data: as for the mean)",
         json_schema_extra=flag("--std", metavar="S"),
     )
 
@@ -142,7 +142,7 @@ class AugmentConfig(Section):
 
     policy: PolicyName = Field(
         "auto",
-        description="strength of the random changes, for what is 'auto' in augment",
+        description="strength of the random changes, for each augment setting left at auto",
         json_schema_extra=flag("--augment"),
     )
     scale: Annotated[tuple[Fraction, Fraction], BeforeValidator(listed)] | Auto = Field(
@@ -155,7 +155,7 @@ class AugmentConfig(Section):
     brightness: Annotated[float, Field(ge=0, le=1)] | Auto = Field("auto", description="factor drawn from 1 +- this")
     contrast: Annotated[float, Field(ge=0, le=1)] | Auto = Field("auto", description="factor drawn from 1 +- this")
     saturation: Annotated[float, Field(ge=0, le=1)] | Auto = Field("auto", description="factor drawn from 1 +- this")
-    hue: Annotated[float, Field(ge=0, le=0.5)] | Auto = Field("auto", description="turn drawn from +- this, in turns")
+    hue: Annotated[float, Field(ge=0, le=0.5)] | Auto = Field("auto", description="hue shift drawn from +- this, in turns")
 
 
 class ModelConfig(Section):
@@ -194,7 +194,7 @@ class ModelConfig(Section):
     )
     freeze: Literal["none", "backbone"] | Annotated[int, Field(ge=1, le=4)] = Field(
         "none",
-        description="none | backbone | K: the first K of its four stages keep their weights",
+        description="none | backbone | K: the network's first K stages of four keep their weights",
         json_schema_extra=flag("--freeze", metavar="PART"),
     )
 
@@ -204,7 +204,7 @@ class LossConfig(Section):
 
     name: LossName = Field("cross-entropy", description="loss of each task", json_schema_extra=flag("--loss"))
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] | Auto = Field(
-        "auto", description="mass spread over all classes", json_schema_extra=flag("--label-smoothing", metavar="S")
+        "auto", description="probability mass spread over all classes", json_schema_extra=flag("--label-smoothing", metavar="S")
     )
     class_weights: Annotated[
         Literal["none", "auto", "effective"] | tuple[PositiveFloat, ...] | dict[str, PositiveFloat],
@@ -225,7 +225,7 @@ class OptimConfig(Section):
     )
     weight_decay: Annotated[float, Field(ge=0, le=100)] | Auto = Field(
         "auto",
-        description="decay of matrices and filters (not of biases, norms, scales, tokens and position tables)",
+        description="decay of matrices and filters (none for biases, norms, scales, tokens and position tables)",
         json_schema_extra=flag("--weight-decay", metavar="W"),
     )
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="SGD momentum (Nesterov)")
@@ -234,18 +234,18 @@ class OptimConfig(Section):
     )
     warmup: Annotated[float, Field(ge=0)] | Auto = Field(
         "auto",
-        description="epochs of warm-up (onecycle: of its rise)",
+        description="epochs of warm-up (onecycle: epochs of rising rate)",
         json_schema_extra=flag("--warmup", metavar="E"),
     )
     step_epochs: PositiveInt = Field(10, description="step schedule: epochs between drops")
-    gamma: Annotated[float, Field(gt=0, lt=1)] = Field(0.1, description="step and plateau: factor of a drop")
+    gamma: Annotated[float, Field(gt=0, lt=1)] = Field(0.1, description="step and plateau: factor per drop")
     plateau_patience: PositiveInt = Field(5, description="plateau: epochs without improvement before a drop")
-    min_lr: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="floor, as a fraction of lr")
+    min_lr: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="lowest learning rate, as a fraction of lr")
     clip: PositiveFloat | None = Field(
         None, description="largest norm of the whole gradient", json_schema_extra=flag("--clip", metavar="G")
     )
     ema: Annotated[float, Field(ge=0, lt=1)] | Auto = Field(
-        "auto", description="decay per step of averaged weights (0: off)", json_schema_extra=flag("--ema", metavar="D")
+        "auto", description="decay per step of the averaged weights (0: off)", json_schema_extra=flag("--ema", metavar="D")
     )
 
 
@@ -304,7 +304,7 @@ class TrainConfig(Section):
         json_schema_extra=flag("--deterministic", group="machine"),
     )
     monitor: MonitorName = Field(
-        "auto", description="metric that picks the best checkpoint and stops early", json_schema_extra=flag("--monitor")
+        "auto", description="metric that picks the best checkpoint and decides on early stopping", json_schema_extra=flag("--monitor")
     )
     patience: PositiveInt | None = Field(
         None,
@@ -317,10 +317,10 @@ class TrainConfig(Section):
         description="time between checkpoints inside an epoch: 90s, 10m, 2h",
         json_schema_extra=FREE | flag("--save-every", metavar="T", group="machine"),
     )
-    log_every: Seconds = Field(1.0, description="seconds between looks at the loss", json_schema_extra=FREE)
+    log_every: Seconds = Field(1.0, description="seconds between readings of the loss", json_schema_extra=FREE)
     track: Annotated[tuple[TrackerName, ...], BeforeValidator(several)] = Field(
         (),
-        description="program that gets the figures of each epoch",
+        description="program that receives the figures of each epoch",
         json_schema_extra=FREE | flag("--track", group="output"),
     )
 
@@ -338,7 +338,7 @@ class EvaluateConfig(Section):
         (1, 5), description="also report whether the truth is among the K most probable", json_schema_extra=FREE
     )
     bootstrap: PositiveInt = Field(
-        1000, description="resamples behind the interval of macro-F1", json_schema_extra=FREE
+        1000, description="bootstrap resamples for the interval of macro-F1", json_schema_extra=FREE
     )
     batch_size: PositiveInt | Auto = Field("auto", description="images per forward pass", json_schema_extra=FREE)
     calibrate: bool = Field(True, description="fit a temperature on the validation rows", json_schema_extra=FREE)

@@ -38,41 +38,41 @@ class ExportConfig(Section):
         json_schema_extra=FREE | flag("--calibration-images", metavar="N", group="INT8 and gate"),
     )
     calibration_method: Literal["max", "entropy"] = Field(
-        "max", description="how ranges are taken", json_schema_extra=FREE
+        "max", description="method that sets the ranges", json_schema_extra=FREE
     )
     quantizer: Literal["modelopt", "onnxruntime"] | None = Field(
-        None, description="who inserts Q/DQ; none: ModelOpt if installed", json_schema_extra=FREE
+        None, description="library that inserts Q/DQ; none: ModelOpt if installed", json_schema_extra=FREE
     )
     max_drop: Annotated[float, Field(gt=0, le=100)] = Field(
         0.5,
-        description="largest loss of accuracy, percentage points",
+        description="largest loss of accuracy allowed, percentage points",
         json_schema_extra=FREE | flag("--max-drop", metavar="PP", group="INT8 and gate"),
     )
     gate_rows: Literal["val", "test", "val+test"] = Field(
-        "val", description="rows of the run that judge an engine", json_schema_extra=FREE
+        "val", description="rows of the run on which an engine is judged", json_schema_extra=FREE
     )
     gate_data: Text | None = Field(
         None,
-        description="more labelled images that judge an engine",
+        description="more labelled images on which an engine is judged",
         json_schema_extra=FREE | flag("--gate-data", metavar="DATA", group="INT8 and gate"),
     )
     search_s: Seconds = Field(
         600.0,
-        description="time for finding the layers that INT8 harms: 90s, 10m (0: no search)",
+        description="time limit of the search for layers that INT8 harms: 90s, 10m (0: no search)",
         json_schema_extra=FREE | flag("--search", metavar="T", group="INT8 and gate"),
     )
     search_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
-        0.5, description="part of the gate rows that the search may look at", json_schema_extra=FREE
+        0.5, description="share of the gate rows that the search may use", json_schema_extra=FREE
     )
     trt_level: Annotated[int, Field(ge=0, le=5)] = Field(
         3, description="TensorRT's optimisation level", json_schema_extra=FREE
     )
-    trt_workspace_gb: PositiveFloat = Field(4.0, description="memory for TensorRT's tactics", json_schema_extra=FREE)
+    trt_workspace_gb: PositiveFloat = Field(4.0, description="GPU memory for TensorRT's tactics, GiB", json_schema_extra=FREE)
     trt_hardware: Literal["this", "same-cc", "ampere+"] = Field(
         "this", description="GPUs that the engine runs on", json_schema_extra=FREE
     )
     trt_version_compatible: bool = Field(
-        False, description="engine for later TensorRT versions too", json_schema_extra=FREE
+        False, description="let later TensorRT versions load the engine too", json_schema_extra=FREE
     )
-    trt_refit: bool = Field(False, description="weights can be replaced later", json_schema_extra=FREE)
+    trt_refit: bool = Field(False, description="allow the weights to be replaced later", json_schema_extra=FREE)
     streams: PositiveInt = Field(1, description="batches in flight on a GPU", json_schema_extra=FREE)

@@ -70,7 +70,7 @@ OWN: tuple[Flag, ...] = (
     _own(("-o", "--out"), "where to write", _WRITERS, "PATH", group="output"),
     _own(
         ("--force",),
-        "replace a file at --out that is not an earlier output of ours; an input never",
+        "replace a file at --out that is no earlier output of ours; inputs are never replaced",
         ("predict", *_WRITERS),
         kind="switch",
         group="output",
@@ -79,11 +79,11 @@ OWN: tuple[Flag, ...] = (
     _own(("--split",), "rows to judge", ("eval",), "NAME", choices=("train", "val", "test")),
     _own(
         ("--include-train",),
-        "with DATA: judge images that the run was trained on as well; by default they are left out",
+        "with DATA: also judge images that the run was trained on; by default they are left out",
         ("eval",),
         kind="switch",
     ),
-    _own(("--runtime",), "what computes the scores", ("eval", "predict"), "NAME", choices=RUNTIMES),
+    _own(("--runtime",), "runtime that computes the scores", ("eval", "predict"), "NAME", choices=RUNTIMES),
     _own(
         ("--runtime",),
         "time this runtime only; may be repeated (default: all that are here)",
@@ -110,12 +110,12 @@ OWN: tuple[Flag, ...] = (
     ),
     _own(
         ("--trust",),
-        "open native code (aoti, trt) that this user has not exported; its maker must be known",
+        "open native code (aoti, trt) that this user has not exported; only for files whose maker you trust",
         ("eval", "predict", "verify", "bench"),
         kind="switch",
     ),
     _own(("-b", "--batch-size"), "images per forward pass", ("eval", "predict"), "N"),
-    _own(("-k", "--top-k"), "answers for each image", ("predict",), "K"),
+    _own(("-k", "--top-k"), "answers per image", ("predict",), "K"),
     *(_own((f"--{name}",), made.help, ("export",), kind="switch", group="target") for name, made in TARGETS.items()),
     _own(
         ("--precision",),
@@ -136,7 +136,7 @@ OWN: tuple[Flag, ...] = (
     ),
     _own(
         ("--storage",),
-        "where the model repository was copied to: pvc://claim/path, s3://...",
+        "address of the copied model repository: pvc://claim/path, s3://...",
         ("deploy render",),
         "URL",
     ),

@@ -5,12 +5,13 @@ from typing import Any
 ROWS: tuple[dict[str, Any], ...] = (
     {
         "names": ("--split-ratio",),
-        "help": "train, val and test fractions, where the data has no splits of its own",
-        "setting": "data.split", "verbs": ("train", "data check", "data split", "data stats"),
-        "metavar": "A,B,C", "kind": "numbers", "group": "data",
+        "help": "train, val and test fractions, for data without splits of its own", "setting": "data.split",
+        "verbs": ("train", "data check", "data split", "data stats"), "metavar": "A,B,C", "kind": "numbers",
+        "group": "data",
     },
     {
-        "names": ("--group-by",), "help": "regular expression on the path; rows of one group never part",
+        "names": ("--group-by",),
+        "help": "regular expression that finds the group in the path; groups are never divided",
         "setting": "data.group_by", "verbs": ("train", "data check", "data split", "data stats"),
         "metavar": "REGEX", "kind": "value", "group": "data",
     },
@@ -26,19 +27,18 @@ ROWS: tuple[dict[str, Any], ...] = (
     },
     {
         "names": ("--label-col",),
-        "help": "column with the class; several (A,B): a task each; found by name if not given",
+        "help": "column with the class; several (A,B) are one task each; found by name if not given",
         "setting": "data.label_col", "verbs": ("train", "data check", "data split", "data stats"),
         "metavar": "NAME", "kind": "value", "group": "data",
     },
     {
-        "names": ("--label-cols",),
-        "help": "columns that are classes themselves (A,B,C), with 0 and 1 or probabilities",
+        "names": ("--label-cols",), "help": "one column per class (A,B,C), with 0 and 1 or probabilities",
         "setting": "data.label_cols", "verbs": ("train", "data check", "data split", "data stats"),
         "metavar": "A,B", "kind": "value", "group": "data",
     },
     {
         "names": ("--label-kind",),
-        "help": "classes per image: exactly one_of, or any_of them; auto: as the labels look",
+        "help": "classes per image: exactly one (one_of) or any number (any_of); auto: inferred from the labels",
         "setting": "data.label_kind", "verbs": ("train", "data check", "data split", "data stats"),
         "metavar": "KIND", "kind": "value", "group": "data", "choices": ("auto", "one_of", "any_of"),
     },
@@ -48,7 +48,7 @@ ROWS: tuple[dict[str, Any], ...] = (
         "group": "data", "choices": ("quarantine", "error"),
     },
     {
-        "names": ("--max-bad",), "help": "most bad images: a fraction below 1, else a count",
+        "names": ("--max-bad",), "help": "most bad images allowed: a fraction below 1, else a count",
         "setting": "data.max_bad", "verbs": ("train", "data check", "data split", "data stats"),
         "metavar": "X", "kind": "value", "group": "data",
     },
@@ -74,11 +74,12 @@ ROWS: tuple[dict[str, Any], ...] = (
     },
     {
         "names": ("--std",),
-        "help": "deviation to divide by, per channel, 0..1 (auto and data: as for the mean)",
+        "help": "standard deviation to divide by, per channel, 0..1 (auto and data: as for the mean)",
         "setting": "pixels.std", "verbs": ("train",), "metavar": "S", "kind": "numbers", "group": "model",
     },
     {
-        "names": ("--augment",), "help": "strength of the random changes, for what is 'auto' in augment",
+        "names": ("--augment",),
+        "help": "strength of the random changes, for each augment setting left at auto",
         "setting": "augment.policy", "verbs": ("train",), "metavar": "NAME", "kind": "value",
         "group": "optimisation", "choices": ("auto", "none", "light", "medium", "heavy"),
     },
@@ -105,7 +106,7 @@ ROWS: tuple[dict[str, Any], ...] = (
     },
     {
         "names": ("--freeze",),
-        "help": "none | backbone | K: the first K of its four stages keep their weights",
+        "help": "none | backbone | K: the network's first K stages of four keep their weights",
         "setting": "model.freeze", "verbs": ("train",), "metavar": "PART", "kind": "value", "group": "model",
     },
     {
@@ -113,7 +114,7 @@ ROWS: tuple[dict[str, Any], ...] = (
         "metavar": "NAME", "kind": "value", "group": "optimisation", "choices": ("cross-entropy",),
     },
     {
-        "names": ("--label-smoothing",), "help": "mass spread over all classes, or auto",
+        "names": ("--label-smoothing",), "help": "probability mass spread over all classes, or auto",
         "setting": "loss.label_smoothing", "verbs": ("train",), "metavar": "S", "kind": "value",
         "group": "optimisation",
     },
@@ -133,7 +134,7 @@ ROWS: tuple[dict[str, Any], ...] = (
     },
     {
         "names": ("--weight-decay",),
-        "help": "decay of matrices and filters (not of biases, norms, scales, tokens and position tables), or auto",
+        "help": "decay of matrices and filters (none for biases, norms, scales, tokens and position tables), or auto",
         "setting": "optim.weight_decay", "verbs": ("train",), "metavar": "W", "kind": "value",
         "group": "optimisation",
     },
@@ -143,7 +144,7 @@ ROWS: tuple[dict[str, Any], ...] = (
         "choices": ("auto", "cosine", "onecycle", "step", "plateau", "none"),
     },
     {
-        "names": ("--warmup",), "help": "epochs of warm-up (onecycle: of its rise), or auto",
+        "names": ("--warmup",), "help": "epochs of warm-up (onecycle: epochs of rising rate), or auto",
         "setting": "optim.warmup", "verbs": ("train",), "metavar": "E", "kind": "value",
         "group": "optimisation",
     },
@@ -153,7 +154,7 @@ ROWS: tuple[dict[str, Any], ...] = (
         "values": (("none", None),),
     },
     {
-        "names": ("--ema",), "help": "decay per step of averaged weights (0: off), or auto",
+        "names": ("--ema",), "help": "decay per step of the averaged weights (0: off), or auto",
         "setting": "optim.ema", "verbs": ("train",), "metavar": "D", "kind": "value", "group": "optimisation",
     },
     {
@@ -203,7 +204,7 @@ ROWS: tuple[dict[str, Any], ...] = (
         "setting": "train.deterministic", "verbs": ("train",), "kind": "bool", "group": "machine",
     },
     {
-        "names": ("--monitor",), "help": "metric that picks the best checkpoint and stops early",
+        "names": ("--monitor",), "help": "metric that picks the best checkpoint and decides on early stopping",
         "setting": "train.monitor", "verbs": ("train",), "metavar": "NAME", "kind": "value",
         "group": "optimisation",
         "choices": ("auto", "val/accuracy", "val/macro_f1", "val/balanced_accuracy", "val/macro_ap", "val/loss"),
@@ -219,7 +220,7 @@ ROWS: tuple[dict[str, Any], ...] = (
         "group": "machine",
     },
     {
-        "names": ("--track",), "help": "program that gets the figures of each epoch; may be repeated",
+        "names": ("--track",), "help": "program that receives the figures of each epoch; may be repeated",
         "setting": "train.track", "verbs": ("train",), "metavar": "NAME", "kind": "many", "group": "output",
         "choices": ("tensorboard",),
     },
@@ -241,17 +242,18 @@ ROWS: tuple[dict[str, Any], ...] = (
         "group": "INT8 and gate",
     },
     {
-        "names": ("--max-drop",), "help": "largest loss of accuracy, percentage points",
+        "names": ("--max-drop",), "help": "largest loss of accuracy allowed, percentage points",
         "setting": "export.max_drop", "verbs": ("export",), "metavar": "PP", "kind": "value",
         "group": "INT8 and gate",
     },
     {
-        "names": ("--gate-data",), "help": "more labelled images that judge an engine",
+        "names": ("--gate-data",), "help": "more labelled images on which an engine is judged",
         "setting": "export.gate_data", "verbs": ("export",), "metavar": "DATA", "kind": "value",
         "group": "INT8 and gate",
     },
     {
-        "names": ("--search",), "help": "time for finding the layers that INT8 harms: 90s, 10m (0: no search)",
+        "names": ("--search",),
+        "help": "time limit of the search for layers that INT8 harms: 90s, 10m (0: no search)",
         "setting": "export.search_s", "verbs": ("export",), "metavar": "T", "kind": "value",
         "group": "INT8 and gate",
     },
