@@ -57,6 +57,19 @@ def test_scores_become_answers_by_the_best_class_or_by_thresholds():
     assert BOTH.decide(np.zeros((0, 5))).shape == (0, 5)
 
 
+def test_labels_of_an_image_have_one_spelling_for_people():
+    assert [BOTH.words(row) for row in TARGETS[:4]] == ["color: red, has: ears", "color: green, has: ears|tail", "", "color: blue"]
+    assert LabelSpace.single("abc").words(SOFT[0]) == "b" and BOTH.tasks[1].words(np.array([True, False])) == "ears"
+
+
+def test_two_models_agree_on_rows_with_the_same_finite_answers():
+    scores = np.array([[0.2, 0.5, 0.3, 0.5, 0.49], [0.4, 0.3, 0.3, 0.2, 0.9], [NAN, 0.9, 0.1, 0.4, 0.8]], np.float32)
+    other = scores + np.array([0, 0, 0, 0, 0.02], np.float32)
+    assert BOTH.same_answers(scores, scores).tolist() == [True, True, False]
+    assert BOTH.same_answers(scores, other).tolist() == [False, True, False]
+    assert BOTH.same_answers(scores, other, [0, 0, 0, 0.5, 0.3]).tolist() == [True, True, False]
+
+
 def test_targets_are_nan_where_nothing_is_known():
     rows = np.arange(6)
     np.testing.assert_array_equal(manifest().targets(rows), TARGETS)

@@ -15,7 +15,7 @@ from imgcls_fast.core.batch import Batch
 from imgcls_fast.core.errors import ExportError
 from imgcls_fast.core.exports import find_export
 from imgcls_fast.core.labels import LabelSpace, Task
-from imgcls_fast.engines.agreement import compare_engines, same_answers
+from imgcls_fast.engines.agreement import compare_engines
 from imgcls_fast.engines.predictor import Predictor
 from imgcls_fast.engines.runtimes import open_engine
 from imgcls_fast.engines.scoring import predict
@@ -151,7 +151,7 @@ def test_two_engines_agree_where_every_clear_answer_to_every_task_is_the_same() 
     its[3][3] = 0.41
     found = compare_engines(Fixed(labels, own, least), Fixed(labels, its), [np.zeros((4, 1), np.uint8)], margin=0.05)  # type: ignore[arg-type]
     assert (found.clear, found.same_clear) == (3, 2)
-    same = same_answers(labels, np.asarray(least, np.float32), np.asarray(own, np.float32), np.asarray(its, np.float32))
+    same = labels.same_answers(np.asarray(own, np.float32), np.asarray(its, np.float32), least)
     assert same.tolist() == [True, True, False, False]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..core.errors import DataError, UsageError, near
 from ..core.files import write_text
+from ..core.labels import JOINT
 from ..core.outputs import ANSWERS, claim_file
 from ..core.text import command, quoted, to_csv, to_json
 from .answer import Answer, Request, Session, plain
@@ -200,7 +201,7 @@ def _rows(answers: Sequence[dict[str, Any]], top_k: int) -> list[list[str]]:
         for _, part in _parts(answer):
             ranked = list(part.get("top") or [])[:top_k]
             if "labels" in part:
-                cells += ["|".join(str(name) for name, _ in part["labels"]), "|".join(f"{p:.6f}" for _, p in part["labels"])]
+                cells += [JOINT.join(str(name) for name, _ in part["labels"]), JOINT.join(f"{p:.6f}" for _, p in part["labels"])]
                 ranks = top_k if top_k > 1 else 0
             else:
                 cells += [str(part["label"]), f"{part['confidence']:.6f}"]

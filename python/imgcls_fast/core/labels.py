@@ -11,6 +11,7 @@ import numpy as np
 
 TaskKind = Literal["one_of", "any_of"]
 THRESHOLD = 0.5  # of a class of an any_of task, where none was fitted
+JOINT = "|"  # between classes of one image, wherever several of them stand in one cell
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,16 @@ class Task:
     def __post_init__(self) -> None:
         if self.kind not in get_args(TaskKind):  # of a newer version, perhaps: to take it for one_of would be a wrong answer
             raise ValueError(f"the task {self.name!r} is of kind {self.kind!r}, and this version knows {', '.join(get_args(TaskKind))}")
+
+    def words(self, targets: np.ndarray) -> str:
+        """The classes that hold in one image, joined by "|"; the most probable one of a soft label; "" where unknown or none.
+
+        Args:
+            targets: (K_t,) with NaN where unknown, or bool answers.
+        """
+        if self.kind == "any_of":
+            return JOINT.join(name for name, value in zip(self.classes, targets, strict=True) if value >= THRESHOLD)
+        return self.classes[int(np.nanargmax(targets))] if (targets > 0).any() else ""
 
 
 @dataclass(frozen=True)
@@ -74,6 +85,15 @@ class LabelSpace:
         """(K,) bool: the columns of `any_of` tasks."""
         return np.repeat([task.kind == "any_of" for task in self.tasks], [len(task.classes) for task in self.tasks])
 
+    def words(self, targets: np.ndarray) -> str:
+        """All that holds in one image: "roses", "RBC|WBC", "color: red, tags: new|old"; "" where nothing is known.
+
+        Args:
+            targets: (K,) with NaN where unknown, or bool answers.
+        """
+        found = [(task, task.words(targets[part])) for task, part in self.parts]
+        return ", ".join(words if len(self.tasks) == 1 else f"{task.name}: {words}" for task, words in found if words)
+
     def task(self, name: str) -> tuple[Task, slice]:
         """One task and its columns.
 
@@ -105,6 +125,13 @@ class LabelSpace:
                 sound = np.flatnonzero(np.isfinite(found).all(1))
                 answers[sound, part.start + found[sound].argmax(1)] = True
         return answers
+
+    def same_answers(
+        self, scores: np.ndarray, others: np.ndarray, thresholds: np.ndarray | Sequence[float] | None = None
+    ) -> np.ndarray:
+        """(n,) bool: rows for which two models give the same answers to every task; both (n, K) scores must be finite."""
+        same: np.ndarray = (self.decide(scores, thresholds) == self.decide(others, thresholds)).all(1)
+        return same & np.isfinite(scores).all(1) & np.isfinite(others).all(1)
 
     def to_dict(self) -> dict[str, Any]:
         return {"tasks": [{"name": t.name, "classes": list(t.classes), "kind": t.kind} for t in self.tasks]}

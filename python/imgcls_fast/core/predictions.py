@@ -13,7 +13,7 @@ import numpy as np
 
 from .errors import DataError
 from .files import read_sealed, sha256_file, write_sealed, write_text, write_whole
-from .labels import THRESHOLD, LabelSpace, Task, known
+from .labels import LabelSpace, known
 from .text import to_csv
 
 
@@ -172,8 +172,8 @@ class Predictions:
         for i, row in enumerate(self.rows):
             line = [row, self.paths[i]]
             for task, part in tasks:
-                line.append("" if self.targets is None else _named(task, self.targets[i, part]))
-                line.append("|".join(task.classes[c] for c in np.flatnonzero(self.answers[i, part])))
+                line.append("" if self.targets is None else task.words(self.targets[i, part]))
+                line.append(task.words(self.answers[i, part]))
                 if task.kind == "one_of":
                     line.append(f"{self.scores[i, part].max():.6g}")
             lines.append([*line, *[f"{s:.6g}" for s in self.scores[i]]])
@@ -216,12 +216,3 @@ class Predictions:
 
 def _write_array(array: np.ndarray, file: BinaryIO) -> None:
     np.save(file, array, allow_pickle=False)
-
-
-def _named(task: Task, targets: np.ndarray) -> str:
-    """The true classes of one row of a task, joined by "|"; the most probable one of a soft label; "" where unknown."""
-    if np.isnan(targets).all():
-        return ""
-    if task.kind == "one_of":
-        return task.classes[int(np.nanargmax(targets))] if (targets > 0).any() else ""
-    return "|".join(name for name, value in zip(task.classes, targets, strict=True) if value >= THRESHOLD)

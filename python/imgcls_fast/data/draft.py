@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core.labels import LabelSpace, Task, hard_answers
+from ..core.labels import LabelSpace, Task, hard_answers, task_targets
 from ..core.manifest import Manifest, PathList
 from .examine import Files
 from .findings import ScanOptions
@@ -93,11 +93,10 @@ class Draft:
     def words(self, row: int) -> str:
         """The labels of a row, for people: a class, "RBC|WBC", "color: red, tags: new|old"; empty where nothing is known."""
         found = []
-        for k, task in enumerate(self.tasks):
-            answer = self.hard(k, np.array([row]))[0]
-            held = [answer] if answer.ndim == 0 else np.flatnonzero(answer == 1)
-            if (answer >= 0).any():
-                names = "|".join(task.classes[i] for i in held) or "none"
+        for task, answers in zip(self.tasks, self.answers, strict=True):
+            targets = task_targets(task, answers[[row]])[0]
+            if not np.isnan(targets).all():
+                names = task.words(targets) or "none"
                 found.append(names if len(self.tasks) == 1 else f"{task.name}: {names}")
         return ", ".join(found)
 

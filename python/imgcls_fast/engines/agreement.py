@@ -68,13 +68,6 @@ def compare_engines(
     return Comparison(len(a), int(same.sum()), int(clear.sum()), int((kept & clear).sum()), worst, error)
 
 
-def same_answers(labels: LabelSpace, thresholds: np.ndarray | None, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """(n,) bool: rows whose (n, K) scores stand for the same answers to every task, and are finite."""
-    equal: np.ndarray = labels.decide(a, thresholds) == labels.decide(b, thresholds)
-    sound: np.ndarray = np.isfinite(b).all(1)
-    return equal.all(1) & sound
-
-
 def _clear_columns(labels: LabelSpace, thresholds: np.ndarray | None, scores: np.ndarray, margin: float) -> np.ndarray:
     """(n, K) bool: the columns whose answer is not close to another one."""
     least = np.full(labels.size, THRESHOLD, np.float32) if thresholds is None else thresholds

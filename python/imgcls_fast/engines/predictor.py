@@ -16,7 +16,7 @@ import numpy as np
 
 from ..core.errors import ConfigError, DataError
 from ..core.files import lack_of
-from ..core.labels import Task, TaskKind
+from ..core.labels import JOINT, Task, TaskKind
 from ..core.pixels import evaluation_geometry
 from ..data import inputs, skipped
 from ..data.decode import Undecodable, decode_pixels, read_file
@@ -247,7 +247,7 @@ def _answer_to(task: Task, path: str, scores: np.ndarray, holds: np.ndarray, top
     if task.kind == "one_of":
         return Prediction(path, *top[0], top, labels=top[:1])
     labels = tuple((task.classes[k], float(scores[k])) for k in order if holds[k])
-    return Prediction(path, "|".join(name for name, _ in labels), math.nan, top, labels=labels, kind="any_of")
+    return Prediction(path, JOINT.join(name for name, _ in labels), math.nan, top, labels=labels, kind="any_of")
 
 
 def _check_top_k(top_k: int) -> int:

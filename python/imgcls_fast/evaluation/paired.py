@@ -26,7 +26,7 @@ from .bounds import (
     tango_lower_bound,
     tango_upper_bound,
 )
-from .row_scores import balanced_change, right_answers, row_scores, same_answers, task_shares, task_weights
+from .row_scores import balanced_change, right_answers, row_scores, task_shares, task_weights
 
 Verdict = Literal["pass", "fail", "underpowered"]
 Side = Literal["better", "worse", "even"]
@@ -196,7 +196,7 @@ def judge(
         rows=n,
         lost=lost,
         gained=gained,
-        agreement=_share(same_answers(reference, candidate)[judged]),
+        agreement=_share(reference.labels.same_answers(reference.scores, candidate.scores, reference.thresholds)[judged]),
         accuracy=_share(right_now),
         reference_accuracy=_share(right_was),
         drop=(lost - gained) / max(n, 1),

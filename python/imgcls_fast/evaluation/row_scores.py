@@ -75,14 +75,6 @@ def right_answers(predictions: Predictions, thresholds: np.ndarray | None = None
     return equal
 
 
-def same_answers(reference: Predictions, candidate: Predictions) -> np.ndarray:
-    """(n,) bool: rows with the same answers to everything, with the thresholds of the reference."""
-    given = [reference.labels.decide(each.scores, reference.thresholds) for each in (reference, candidate)]
-    finite = [np.isfinite(each.scores).all(1) for each in (reference, candidate)]
-    same: np.ndarray = (given[0] == given[1]).all(1) & (finite[0] == finite[1])
-    return same
-
-
 def balanced_change(
     reference: Predictions, candidate: Predictions, ours: np.ndarray, theirs: np.ndarray
 ) -> np.ndarray:

@@ -14,7 +14,7 @@ from ..core.labels import LabelSpace
 from ..core.predictions import Predictions
 from ..core.run import Run
 from ..core.undecoded import Undecoded
-from ..engines.agreement import MAX_SCORE, same_answers
+from ..engines.agreement import MAX_SCORE
 from ..engines.base import least_scores
 from ..evaluation.metrics import accuracy_interval
 from ..evaluation.row_scores import row_scores
@@ -78,7 +78,7 @@ def accuracy_of(scores: np.ndarray, sample: Sample) -> dict[str, Any] | None:
 
 
 def agreement_of(scores: np.ndarray, said: np.ndarray, sample: Sample) -> dict[str, Any]:
-    same, n = int(same_answers(sample.labels, sample.thresholds, said, scores).sum()), len(said)
+    same, n = int(sample.labels.same_answers(said, scores, sample.thresholds).sum()), len(said)
     apart = float(np.where(np.isfinite(scores), np.abs(scores - said), np.inf).max())
     return {"same_top1": same, "rows": n, "share": same / n, "max_score_diff": apart, "images": sample.split}
 

@@ -26,7 +26,7 @@ from ..core.pixels import Pixels
 from ..core.targets import READS
 from ..core.text import command
 from ..core.undecoded import Undecoded
-from ..engines.agreement import MAX_SCORE, same_answers
+from ..engines.agreement import MAX_SCORE
 from ..engines.as_found import as_found
 from ..engines.base import Engine
 from ..engines.predictor import Predictor
@@ -312,7 +312,7 @@ def _compare(
                 one.values.add(rows[both], np.abs(other.astype(np.int16) - ours[both]).astype(np.float32), MAX_LEVELS)
                 again = reference.scores(np.ascontiguousarray(other))
                 one.scores.add(rows[both], np.abs(again - said[both]), MAX_SCORE)
-                one.same += int(same_answers(reference.labels, reference.thresholds, said[both], again).sum())
+                one.same += int(reference.labels.same_answers(said[both], again, reference.thresholds).sum())
     return len(sampler.rows) - decoded
 
 
@@ -321,7 +321,7 @@ def _compare_scores(one: Compared, reference: Engine, rows: np.ndarray, said: np
         one.values.add(rows, np.full(said.shape, np.inf, np.float32), MAX_SCORE)
         return
     one.values.add(rows, np.abs(other - said), MAX_SCORE)
-    one.same += int(same_answers(reference.labels, reference.thresholds, said, other).sum())
+    one.same += int(reference.labels.same_answers(said, other, reference.thresholds).sum())
 
 
 def _known(pixels: Pixels) -> str:

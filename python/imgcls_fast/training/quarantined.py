@@ -60,9 +60,7 @@ class Quarantined:
             size = 0
             with suppress(OSError):
                 size = open_store(manifest.root).size(path)
-            holds = manifest.labels.decide(manifest.targets(np.array([row])))[0]
-            names = [name for name, held in zip(manifest.labels.classes, holds, strict=True) if held]
-            label = ("|" if len(manifest.labels.tasks) == 1 else ", ").join(names)
+            label = manifest.labels.words(manifest.targets(np.array([row]))[0])
             bad = BadFile(path, reason, SPLITS[manifest.split[row]], label, size, found)
             self._write(bad)
             files[path] = bad
