@@ -16,7 +16,6 @@ from imgcls_fast.data.decode import (
     Undecodable,
     decode_pixels,
     full_decode,
-    full_decode_reason,
     scale_to_8,
     sniff,
     turn,
@@ -181,9 +180,10 @@ def test_a_large_image_is_refused_before_it_is_decoded(picture):
 def test_a_missing_file_is_out_of_reach_and_a_folder_is_a_reason(tmp_path, monkeypatch):
     monkeypatch.setattr(reach, "WAITS_S", ())
     with pytest.raises(DataError) as caught:
-        full_decode_reason(tmp_path / "none.jpg")
+        full_decode(tmp_path / "none.jpg")
     assert caught.value.code == "D015" and "none.jpg cannot be reached: No such file" in caught.value.message
-    assert full_decode_reason(tmp_path) == "cannot be opened: Is a directory"
+    with pytest.raises(Undecodable, match="cannot be opened: Is a directory"):
+        full_decode(tmp_path)
 
 
 def test_full_decode_gives_the_size_as_stored(picture):

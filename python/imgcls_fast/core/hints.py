@@ -16,26 +16,26 @@ from .targets import PRECISIONS, TARGETS
 from .verbs import VERBS, Flag
 
 _PROGRAM = "imgcls-fast"
-# verb -> function and the keywords of its positional words; the rest of many goes to the last one
-_CALLS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "train": ("train", ("data",)),
-    "eval": ("evaluate", ("run", "data")),
-    "predict": ("predict", ("run", "images")),
-    "export": ("export", ("run", "target")),
-    "verify": ("verify", ("run",)),
-    "deploy render": ("deploy", ("kind", "run")),
-    "bench": ("benchmark", ("run",)),
-    "bench report": ("bench_report", ("results",)),
-    "bench compare": ("bench_compare", ("before", "after")),
-    "report": ("report", ("run",)),
-    "data check": ("check_data", ("data",)),
-    "data split": ("split_data", ("data",)),
-    "data stats": ("data_stats", ("data",)),
-    "runs list": ("list_runs", ()),
-    "runs show": ("show_run", ("run",)),
-    "models list": ("list_models", ("pattern",)),
-    "demo": ("demo", ()),
-    "doctor": ("doctor", ()),
+# verb -> function of the package
+_CALLS = {
+    "train": "train",
+    "eval": "evaluate",
+    "predict": "predict",
+    "export": "export",
+    "verify": "verify",
+    "deploy render": "deploy",
+    "bench": "benchmark",
+    "bench report": "bench_report",
+    "bench compare": "bench_compare",
+    "report": "report",
+    "data check": "check_data",
+    "data split": "split_data",
+    "data stats": "data_stats",
+    "runs list": "list_runs",
+    "runs show": "show_run",
+    "models list": "list_models",
+    "demo": "demo",
+    "doctor": "doctor",
 }
 _RENAMED = {
     "engine_precision": "precision",
@@ -113,7 +113,7 @@ def _call(hint: str, words: Sequence[re.Match[str]]) -> tuple[int, str | None] |
 
 def _written_call(verb: str, words: Sequence[str]) -> tuple[int, str | None]:
     """How many words belong to the command, and the call; None where one of them has no counterpart."""
-    function, places = _CALLS[verb]
+    function = _CALLS[verb]
     flags = {name: flag for flag in flags_of(verb) for name in flag.all_names}
     most = next(known.most for known in VERBS if known.name == verb)
     things: list[str] = []
@@ -140,8 +140,8 @@ def _written_call(verb: str, words: Sequence[str]) -> tuple[int, str | None]:
     if keywords.pop("dry_run", ""):
         function = "plan"
     if keywords.pop("resume", ""):
-        places, keywords, things = (), {"resume": things[0] if things else "'last'", **keywords}, []
-    given = [*_placed(verb, places, things), *(f"{name}={value}" for name, value in keywords.items())]
+        keywords, things = {"resume": things[0] if things else "'last'", **keywords}, []
+    given = [*_placed(verb, things), *(f"{name}={value}" for name, value in keywords.items())]
     return min(k, len(words)), f"ic.{function}({', '.join(given)})"
 
 
@@ -149,7 +149,7 @@ def _unquoted(word: str) -> str:
     return (shlex.split(word) or [""])[0]
 
 
-def _placed(verb: str, places: tuple[str, ...], things: list[str]) -> list[str]:
+def _placed(verb: str, things: list[str]) -> list[str]:
     if verb == "predict" and things:  # the run may be left out, the images not
         return things[:1] if len(things) == 1 else [things[0], things[1] if len(things) == 2 else f"[{', '.join(things[1:])}]"]
     if verb == "deploy render":

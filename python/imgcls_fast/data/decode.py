@@ -162,15 +162,6 @@ def full_decode(path: Path | str, *, max_megapixels: float = 50.0, store: Store 
     return pixels.shape[1], pixels.shape[0], orientation
 
 
-def full_decode_reason(path: Path | str, *, max_megapixels: float = 50.0) -> str | None:
-    """Return why this file cannot be decoded to its last pixel, or None when it can."""
-    try:
-        full_decode(path, max_megapixels=max_megapixels)
-    except Undecodable as error:
-        return error.reason
-    return None
-
-
 def read_file(
     path: Path | str,
     max_megapixels: float = 50.0,
@@ -431,7 +422,7 @@ def _sniff_text(head: bytes) -> str:
     return "text" if not any(c < 9 or 13 < c < 32 for c in head) else ""
 
 
-def why_not(kind: str, head: bytes = b"") -> str:
+def why_not(kind: str) -> str:
     """Write the reason to refuse a file of a `kind` that `sniff` found and that is not readable."""
     if kind == "empty":
         return "empty file"

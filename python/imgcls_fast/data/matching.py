@@ -59,7 +59,7 @@ def _numbered(draft: Draft, k: int, task: Task, good: np.ndarray) -> np.ndarray:
             return np.array([place.get(name, -1) for name in classes] + [-1], np.int32)[old]
         return _soft(old, classes, place)
     draft.notices += [about_unknown(unknown, task.classes, ignored=True)] if unknown else []
-    return _several(draft, k, task, place, meant_by(list(unknown), task.classes))
+    return _several(draft, k, place, meant_by(list(unknown), task.classes))
 
 
 def _soft(old: np.ndarray, classes: tuple[str, ...], place: dict[str, int]) -> np.ndarray:
@@ -74,7 +74,7 @@ def _soft(old: np.ndarray, classes: tuple[str, ...], place: dict[str, int]) -> n
     return new
 
 
-def _several(draft: Draft, k: int, task: Task, place: dict[str, int], meant: dict[str, str]) -> np.ndarray:
+def _several(draft: Draft, k: int, place: dict[str, int], meant: dict[str, str]) -> np.ndarray:
     classes, old = draft.tasks[k].classes, draft.answers[k]
     soft = old.dtype.kind == "f"
     nothing = np.nan if soft else -1

@@ -116,7 +116,7 @@ def choose_model(notes: Notes, device: str, labels: LabelSpace) -> tuple[str, St
     else:
         arch = _arch_at_hand(notes, device, start)
     if start is None:
-        start = _auto_start(notes, arch)
+        start = _auto_start(arch)
     elif start.kind == "pretrained":
         start = _published(arch)
     if notes.config.model.init == "auto":
@@ -178,7 +178,7 @@ def _arch_at_hand(notes: Notes, device: str, start: Start | None) -> str:
     return str(notes.decide("model.arch", "torchvision/resnet50", "no published weights on this machine"))
 
 
-def _auto_start(notes: Notes, arch: str) -> Start:
+def _auto_start(arch: str) -> Start:
     path, damage = _at_hand(arch)
     return Start("scratch", passed_over=damage) if path is None else Start("pretrained", path)
 

@@ -48,7 +48,7 @@ def choose_pixels(notes: Notes, manifest: Manifest, arch: str, start: Start, rec
 
     own = start.pixels.to_dict() if start.pixels else pretrained_pixels(arch)
     if start.kind == "scratch":
-        size, reason = _scratch_size(manifest, recipe, own["size"])
+        size, reason = _scratch_size(manifest, recipe)
     else:
         size, reason = own["size"], "the size that the starting weights were trained at"
     size = notes.decide("pixels.size", size, reason)
@@ -84,7 +84,7 @@ def _bits(notes: Notes, manifest: Manifest, start: Start) -> int:
     return int(notes.decide("pixels.bits", value, reason))
 
 
-def _scratch_size(manifest: Manifest, recipe: Recipe, usual: int) -> tuple[int, str]:
+def _scratch_size(manifest: Manifest, recipe: Recipe) -> tuple[int, str]:
     """Choose a size that is large enough for what the images show: never far above their own size."""
     short = float(np.median(np.minimum(manifest.width, manifest.height)))
     if short >= 1.25 * recipe.size:
