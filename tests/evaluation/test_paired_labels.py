@@ -133,7 +133,7 @@ def test_how_right_a_row_is_counts_what_is_known_of_it() -> None:
     broken.scores[:] = NAN
     np.testing.assert_array_equal(row_scores(broken)["per_label"], [0, 0, 0, NAN, 0])
     least = np.float32([0, 0, 0.9, 0.1, 0.5])  # of the marks x is no longer answered, and y is
-    np.testing.assert_allclose(row_scores(answers(1, {}), least)["per_label"], [(1 + 1 / 3) / 2])
+    np.testing.assert_allclose(row_scores(replace(answers(1, {}), thresholds=least))["per_label"], [(1 + 1 / 3) / 2])
 
 
 def test_one_label_data_have_one_figure(predictions_of, drawn) -> None:

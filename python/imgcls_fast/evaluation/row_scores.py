@@ -9,13 +9,10 @@ from ..core.labels import known
 from ..core.predictions import Predictions
 
 
-def row_scores(predictions: Predictions, thresholds: np.ndarray | None = None) -> dict[str, np.ndarray]:
+def row_scores(predictions: Predictions) -> dict[str, np.ndarray]:
     """Return how right each row is, as (n,) float64; NaN where nothing of it is known.
 
     A row with a score that is not finite is wrong in all that is known of it.
-
-    Args:
-        thresholds: (K,) for classes of `any_of` tasks; None: those of the predictions, 0.5 where they have none.
 
     Returns:
         One-label data: "accuracy" (0 or 1). Others: "exact_match" (1 where each known answer is right, else 0) and "per_label" (mean
@@ -24,7 +21,7 @@ def row_scores(predictions: Predictions, thresholds: np.ndarray | None = None) -
     Raises:
         DataError: D004 when there are no labels.
     """
-    shares = task_shares(predictions, thresholds)
+    shares = task_shares(predictions)
     judged = ~np.isnan(shares)
     some = judged.any(1)
     exact = np.where(some, (~judged | (shares == 1)).all(1), np.nan)
@@ -34,7 +31,7 @@ def row_scores(predictions: Predictions, thresholds: np.ndarray | None = None) -
     return {"exact_match": exact, "per_label": mean}
 
 
-def task_shares(predictions: Predictions, thresholds: np.ndarray | None = None) -> np.ndarray:
+def task_shares(predictions: Predictions) -> np.ndarray:
     """(n, tasks) float64 share of right answers of each row to each task; NaN where nothing of the answer is known.
 
     Raises:
@@ -42,7 +39,7 @@ def task_shares(predictions: Predictions, thresholds: np.ndarray | None = None) 
     """
     if predictions.targets is None:
         raise DataError("D004", "these predictions have no labels, so they cannot be judged")
-    labels, right = predictions.labels, right_answers(predictions, thresholds)
+    labels, right = predictions.labels, right_answers(predictions)
     shares = np.full((len(predictions), len(labels.tasks)), np.nan)
     for k, part in enumerate(labels.slices):
         rows = known(predictions.targets, part)
@@ -61,13 +58,13 @@ def task_weights(shares: np.ndarray) -> np.ndarray:
     return np.where(rows > 0, len(shares) / np.maximum(rows, 1) / max(1, int((rows > 0).sum())), 0.0)
 
 
-def right_answers(predictions: Predictions, thresholds: np.ndarray | None = None) -> np.ndarray:
+def right_answers(predictions: Predictions) -> np.ndarray:
     """(n, K) bool: whether the answer to each column is right; in columns of a `one_of` task whether that of the task is.
 
     Where the truth is unknown it means nothing; in a row with a score that is not finite nothing is right.
     """
     labels, targets = predictions.labels, np.asarray(predictions.targets)
-    equal: np.ndarray = labels.decide(predictions.scores, _least(predictions, thresholds)) == labels.decide(targets)
+    equal: np.ndarray = predictions.answers == labels.decide(targets)
     equal &= np.isfinite(predictions.scores).all(1, keepdims=True)
     for task, part in labels.parts:
         if task.kind == "one_of":
@@ -96,7 +93,3 @@ def balanced_change(
             weight = sum(side / np.maximum(size, 1) for side, size in zip(sides, sizes, strict=True)) * both
             out += (change[:, part] * weight).sum(1) / (len(sides) * both.sum() * len(labels.tasks))
     return out
-
-
-def _least(predictions: Predictions, thresholds: np.ndarray | None) -> np.ndarray | None:
-    return predictions.thresholds if thresholds is None else thresholds
