@@ -200,7 +200,7 @@ def demand_answers(task: Task, answer: np.ndarray) -> None:
     if answer.ndim == 2 and answer.shape[1] != k:
         raise ValueError(f"the answers to {task.name!r} have {answer.shape[1]} columns for {k} classes")
     unknown = np.isnan(answer) if soft and task.kind == "one_of" else None
-    if unknown is not None and (unknown.any(1) != unknown.all(1)).any():
+    if unknown is not None and unknown.size and (unknown.any(1) != unknown.all(1)).any():
         raise ValueError(f"the answers to {task.name!r} hold probabilities of some classes only")
     low, high = (0, 1) if soft else (-1, k - 1 if task.kind == "one_of" else 1)
     values = answer[~np.isnan(answer)] if soft else answer
