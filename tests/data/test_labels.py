@@ -356,6 +356,19 @@ def test_other_data_of_a_model_may_name_the_same_labels_in_another_form(folder: 
         judged(folder, rows("a,label", "1,a"), model, label_cols="a,b")
 
 
+def test_columns_that_are_called_as_the_classes_of_a_model_are_found(folder: Path) -> None:
+    model = LabelSpace((Task("label", ("a", "b", "c"), "any_of"),))
+    text = rows("c,odd,a", "1,1,0", ",0,1")
+    for options in ({"label_col": "label"}, {}):
+        assert targets(judged(folder, text, model, **options).manifest) == [[0, None, 1], [1, None, None]]
+    with pytest.raises(DataProblems, match="no column 'label'"):
+        judged(folder, rows("x", "1"), model, label_col="label")
+    one = look(folder, rows("b,a", "1,0", "0,1"), purpose="judge", classes=("a", "b"))
+    assert one.manifest.label.tolist() == [1, 0]
+    with pytest.raises(DataProblems, match="no column for the label"):  # the third class may be the answer to any row
+        look(folder, rows("b,a", "1,0", "0,1"), purpose="judge", classes=("a", "b", "c"))
+
+
 def test_probabilities_stay_probabilities_for_a_model_of_one_label(folder: Path) -> None:
     found = look(folder, rows("b,a,x", ".25,.75,0", "1,0,0", ".5,.4,.1"), label_cols="b,a,x", purpose="judge", classes=("b", "a"))
     assert targets(found.manifest) == [[0.25, 0.75], [1, 0]] and "x 1" in found.notices[0]

@@ -40,7 +40,7 @@ def show_judged(console: Any, line: str, metrics: Mapping[str, Any], told: Seque
         _show_single(console, metrics)
     else:
         if len(tasks) > 1:
-            say(console, f"means over {counted(len(tasks), 'task')}:")
+            say(console, f"means over {counted(len(tasks), 'task')}; exact match: images with every answer right")
             facts(console, {name: share(metrics.get(name)) for name in (*_MEANS, *_more())}, 2)
         for name, task in tasks.items():
             if len(tasks) > 1:

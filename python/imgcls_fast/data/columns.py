@@ -35,6 +35,7 @@ class Columns:
     labels: str | None = None  # columns that are classes, with commas
     kind: LabelKind = "auto"
     kinds: dict[str, Kind] = field(default_factory=dict)  # of the tasks of a model
+    classes: tuple[str, ...] = ()  # of a model with one task
 
 
 @dataclass
@@ -123,6 +124,8 @@ def _choose_labels(header: _Header, columns: Columns) -> None:
     asked = _listed(header, columns.labels or columns.label or "")
     if columns.kinds and (columns.labels or len(asked) > 1) and not any(map(header.exact, asked)):
         labels += _usual_labels(header, columns)  # other data of a model may name the same labels in another form
+    if not labels and not any(map(header.exact, asked)):
+        labels += _columns_of_classes(header, columns)
     if labels:
         return
     if columns.labels:
@@ -140,6 +143,15 @@ def _usual_labels(header: _Header, columns: Columns) -> list[LabelColumn]:
         return [NameColumn(class_name(as_windows(name)), name) for name in of_model]
     known = header.known("label")
     return [NameColumn(ONE_TASK, known)] if known else _marks([name for name in header.names if _JOINT.fullmatch(name)])
+
+
+def _columns_of_classes(header: _Header, columns: Columns) -> list[LabelColumn]:
+    """The columns that are called as a model's classes, where no other column holds labels."""
+    found = [name for name in map(header.exact, columns.classes) if name and name not in map(header.known, ("path", "split", "group"))]
+    enough = "any_of" in columns.kinds.values() or len(found) == len(columns.classes)
+    if not found or not enough or columns.label == "" or _usual_labels(header, columns):
+        return []
+    return [MarkColumns(ONE_TASK, found, [class_name(as_windows(name)) for name in found])]
 
 
 def _listed(header: _Header, text: str) -> list[str]:

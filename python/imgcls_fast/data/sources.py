@@ -54,6 +54,7 @@ def _list_table(source: Path, options: ScanOptions) -> Listing:
         labels=options.label_cols,
         kind=options.label_kind,
         kinds={task.name: task.kind for task in labels.tasks} if labels else {},
+        classes=labels.tasks[0].classes if labels and len(labels.tasks) == 1 else (),
     )
     return list_table(source, columns, labelled=options.labelled)
 
