@@ -195,12 +195,14 @@ def test_two_models_are_compared_by_their_share_of_right_labels() -> None:
     assert grouped is not None and grouped.low is None and grouped.verdict == "better"
 
 
-def test_balanced_gains_are_the_difference_of_balanced_accuracies() -> None:
+@pytest.mark.parametrize("unknown", [slice(0, 0), slice(0, 2), slice(2, 5)], ids=["none", "kind", "marks"])
+def test_balanced_gains_are_the_difference_of_balanced_accuracies(unknown: slice) -> None:
     draw = np.random.default_rng(0)
     targets = np.zeros((60, 5), np.float32)
     targets[np.arange(60), draw.integers(0, 2, 60)] = 1
     targets[:, 2:] = draw.random((60, 3)) < 0.4
     targets[:, 2:][draw.random((60, 3)) < 0.2] = NAN
+    targets[:, unknown] = NAN
     two = [Predictions(np.arange(60), draw.random((60, 5), np.float32), targets, LABELS, ("",) * 60) for _ in range(2)]
     got = compare(*two)
     first, second = (judge_tasks(each, bootstrap=0).balanced_accuracy for each in two)

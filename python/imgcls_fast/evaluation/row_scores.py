@@ -83,7 +83,7 @@ def balanced_change(
     labels, targets = reference.labels, np.asarray(reference.targets)[ours]
     true = labels.decide(targets)
     was, now = right_answers(reference)[ours], right_answers(candidate)[theirs]
-    change, out = now.astype(np.float64) - was, np.zeros(len(ours))
+    change, out, defined = now.astype(np.float64) - was, np.zeros(len(ours)), 0
     for task, part in labels.parts:
         own = true[:, part]
         sides = [own] if task.kind == "one_of" else [own, ~np.isnan(targets[:, part]) & ~own]
@@ -91,5 +91,6 @@ def balanced_change(
         both = np.stack([size > 0 for size in sizes]).all(0)  # classes with rows on each side
         if both.any():
             weight = sum(side / np.maximum(size, 1) for side, size in zip(sides, sizes, strict=True)) * both
-            out += (change[:, part] * weight).sum(1) / (len(sides) * both.sum() * len(labels.tasks))
-    return out
+            out += (change[:, part] * weight).sum(1) / (len(sides) * both.sum())
+            defined += 1
+    return out / max(defined, 1)
