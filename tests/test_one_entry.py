@@ -91,6 +91,7 @@ found |= {
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("setting", "name"),
     [
@@ -108,6 +109,7 @@ def test_one_more_choice_is_in_schema_help_docs_and_errors(setting: str, name: s
     assert f"'{name}'" in extended["error"][setting]
 
 
+@pytest.mark.slow
 def test_one_more_optimizer_schedule_loss_policy_and_tracker_are_used(extended: dict[str, Any]) -> None:
     assert extended["loss"] == 0.5 + 0.25
     assert extended["changes"] == [0.25, 0.0]
@@ -156,6 +158,7 @@ print(export_bundle(None, "coreml"))
 """
 
 
+@pytest.mark.slow
 def test_a_new_export_target_is_one_entry() -> None:
     done = subprocess.run([sys.executable, "-c", _TARGET], capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert done.returncode == 0, done.stderr
@@ -212,6 +215,7 @@ found |= {
 """
 
 
+@pytest.mark.slow
 def test_a_new_figure_is_one_entry_and_can_be_monitored_and_read_everywhere() -> None:
     found = tried(_FIGURE, _FIGURE_USED)
     assert "val/kappa" in found["help"]["train.monitor"] and "`val/kappa`" in found["docs"] and "'val/kappa'" in found["error"]

@@ -58,6 +58,7 @@ def test_torch_scales_each_task_by_its_own_temperature(bundle: Any, pixels: np.n
     assert not np.allclose(expected[:, 3:].sum(1), 1)
 
 
+@pytest.mark.slow
 def test_onnx_and_openvino_have_softmax_and_sigmoid_inside(
     bundle: Any, pixels: np.ndarray, expected: np.ndarray, tmp_path: Path
 ) -> None:
