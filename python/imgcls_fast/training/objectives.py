@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import reduce
 from pkgutil import resolve_name
@@ -47,72 +48,73 @@ class Term(Protocol):
         ...
 
 
-class OneOf:
+class _Weighted(ABC):
+    """The loss of one task over what is known of it.
+
+    Args:
+        loss: (logits, probabilities) -> one value per row, or per answer.
+        smoothing: mass that is moved from the target to all `choices`.
+        weights: (C,) float32 class weights, or None.
+        device: where the logits are.
+    """
+
+    def __init__(self, loss: Loss, smoothing: float, weights: np.ndarray | None, device: torch.device) -> None:
+        self._loss, self.smoothing = loss, smoothing
+        self._host = None if weights is None else torch.from_numpy(weights)
+        self._weights = None if self._host is None else self._host.to(device)
+
+    def total(self, targets: Tensor, weight: Tensor) -> float:
+        """Sum of the weights of what is known."""
+        return float(self.counts(*_filled(targets), weight, self._host).sum())
+
+    def sum(self, logits: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
+        """See `Term`."""
+        known, filled = _filled(targets)
+        soft = filled * (1 - self.smoothing) + self.smoothing / self.choices(targets)
+        return (self._loss(logits.float(), soft) * self.counts(known, filled, weight, self._weights)).sum()
+
+    @abstractmethod
+    def choices(self, targets: Tensor) -> int:
+        """Return how many answers the mass of smoothing is shared by."""
+
+    @abstractmethod
+    def counts(self, known: Tensor, targets: Tensor, weight: Tensor, weights: Tensor | None) -> Tensor:
+        """Return what each value of the loss weighs."""
+
+
+class OneOf(_Weighted):
     """A task with exactly one true class: its loss over the rows whose answer is known.
 
-    Args:
-        loss: (logits, probabilities) -> (n,).
-        smoothing: mass moved from the target to all C classes (Szegedy et al., CVPR 2016, section 7).
-        weights: (C,) float32 class weights, or None; a row counts as much as its target's classes.
-        device: where the logits are.
+    Smoothing moves mass from the target to all C classes (Szegedy et al., CVPR 2016, section 7); a row counts as much as its
+    target's classes.
     """
 
-    def __init__(self, loss: Loss, smoothing: float, weights: np.ndarray | None, device: torch.device) -> None:
-        self._loss, self.smoothing = loss, smoothing
-        self._host = None if weights is None else torch.from_numpy(weights)
-        self._weights = None if self._host is None else self._host.to(device)
+    def choices(self, targets: Tensor) -> int:
+        return targets.shape[1]
 
-    def total(self, targets: Tensor, weight: Tensor) -> float:
-        """Sum of row weights times class weights over the known rows."""
-        return float(_row_weights(*_filled(targets), weight, self._host).sum())
-
-    def sum(self, logits: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
-        """See `Term`."""
-        known, filled = _filled(targets)
-        soft = filled * (1 - self.smoothing) + self.smoothing / targets.shape[1]
-        return (self._loss(logits.float(), soft) * _row_weights(known, filled, weight, self._weights)).sum()
+    def counts(self, known: Tensor, targets: Tensor, weight: Tensor, weights: Tensor | None) -> Tensor:
+        weight = torch.where(known.all(1), weight, 0.0)
+        return weight if weights is None else weight * (targets @ weights)
 
 
-class AnyOf:
+class AnyOf(_Weighted):
     """A task of which any number of classes may hold: its loss over the answers that are known.
 
-    Args:
-        loss: (logits, probabilities) -> (n, C).
-        smoothing: share by which each answer moves towards 0.5.
-        weights: (C,) float32 weights of positive answers, or None; a negative answer weighs 1.
-        device: where the logits are.
+    Smoothing moves each answer towards 0.5; class weights are those of positive answers, and a negative answer weighs 1.
     """
 
-    def __init__(self, loss: Loss, smoothing: float, weights: np.ndarray | None, device: torch.device) -> None:
-        self._loss, self.smoothing = loss, smoothing
-        self._host = None if weights is None else torch.from_numpy(weights)
-        self._weights = None if self._host is None else self._host.to(device)
+    def choices(self, targets: Tensor) -> int:
+        return 2
 
-    def total(self, targets: Tensor, weight: Tensor) -> float:
-        """Sum over the known answers of row weights times the weights of positives."""
-        return float(_answer_weights(*_filled(targets), weight, self._host).sum())
-
-    def sum(self, logits: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
-        """See `Term`."""
-        known, filled = _filled(targets)
-        soft = filled * (1 - self.smoothing) + self.smoothing / 2
-        return (self._loss(logits.float(), soft) * _answer_weights(known, filled, weight, self._weights)).sum()
+    def counts(self, known: Tensor, targets: Tensor, weight: Tensor, weights: Tensor | None) -> Tensor:
+        weight = torch.where(known, weight[:, None], 0.0)
+        return weight if weights is None else weight * (1 + (weights - 1) * targets)
 
 
 def _filled(targets: Tensor) -> tuple[Tensor, Tensor]:
     """Return what is known, and targets with zeros elsewhere: NaN times a weight of 0 would be NaN, also in the gradient."""
     known = ~targets.isnan()
     return known, torch.where(known, targets, 0.0)
-
-
-def _row_weights(known: Tensor, targets: Tensor, weight: Tensor, weights: Tensor | None) -> Tensor:
-    weight = torch.where(known.all(1), weight, 0.0)
-    return weight if weights is None else weight * (targets @ weights)
-
-
-def _answer_weights(known: Tensor, targets: Tensor, weight: Tensor, weights: Tensor | None) -> Tensor:
-    weight = torch.where(known, weight[:, None], 0.0)
-    return weight if weights is None else weight * (1 + (weights - 1) * targets)
 
 
 class Objective:
