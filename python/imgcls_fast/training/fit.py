@@ -19,7 +19,7 @@ from ..evaluation.metrics import Metrics
 from ..evaluation.tasks import TaskMetrics, judge_all
 from ..models.build import Classifier
 from ..models.kernels import use_kernels
-from ..tracking.events import Emit, EpochDone, ImageLeftOut, Stopped, Validating, event_of
+from ..tracking.events import Emit, EpochDone, ImageLeftOut, Stopped, StoppedEarly, Validating, event_of
 from .checkpoint import has_checkpoint
 from .display import Display
 from .loaders import Loaders
@@ -137,7 +137,7 @@ class Fit:
                     self._epoch(stop)
                 if begun_with < progress.epoch < int(train.epochs):  # a run that only has to be judged has told it before
                     ended = how_it_ended(train, progress.history, by_caller=by_caller)
-                    self.emit({"event": "stopped_early", **ended})
+                    self.emit(StoppedEarly(event="stopped_early", **ended))
                 if stop.requested:  # it came after the last step
                     self._interrupt()
         finally:
