@@ -209,6 +209,17 @@ def test_balanced_gains_are_the_difference_of_balanced_accuracies(unknown: slice
     assert got is not None and got.balanced_gain == pytest.approx(second - first)
 
 
+def test_missing_answers_do_not_widen_the_interval_of_accuracy_beyond_its_coverage() -> None:
+    draw, covered, two = np.random.default_rng(0), 0, LabelSpace((Task("a", ("x", "y")), Task("b", ("u", "v"))))
+    for _ in range(200):
+        right, gone = draw.random((60, 2)) < 0.9, draw.random((60, 2)) < 0.4
+        targets = np.where(np.repeat(gone, 2, 1), NAN, np.float32([1, 0, 1, 0])).astype(np.float32)
+        scores = np.where(np.repeat(right, 2, 1), np.float32([0.9, 0.1] * 2), np.float32([0.1, 0.9] * 2)).astype(np.float32)
+        low, high = judge_tasks(Predictions(np.arange(60), scores, targets, two, ("",) * 60), bootstrap=0, confidence=0.4).accuracy_ci
+        covered += low <= 0.9 <= high
+    assert 0.3 * 200 < covered < 0.52 * 200
+
+
 def test_gains_and_drops_are_those_of_the_mean_accuracy_of_the_tasks_with_missing_answers_too() -> None:
     draw = np.random.default_rng(1)
     targets = np.zeros((80, 5), np.float32)

@@ -217,11 +217,16 @@ def share_interval(share: np.ndarray, confidence: float = 0.95) -> tuple[float, 
 
     A normal interval with two rows of 1 and two of 0 added, so that it keeps a width where all rows are right.
 
+    Args:
+        share: (n,) shares, or what each row adds to a mean of ratios (`row_scores.linear_shares`), which may lie outside of [0, 1].
+
     Source: Agresti, Coull, "Approximate is better than exact for interval estimation of binomial proportions", Am. Stat. 52:119-126
     (1998).
     """
-    low, high = mean_interval(np.concatenate([2 * share - 1, [1.0, -1.0]]), confidence)
-    return max(0.0, (1 + low) / 2), min(1.0, (1 + high) / 2)
+    n, z = len(share) + 4, NormalDist().inv_cdf((1 + confidence) / 2)
+    middle = (float(share.sum()) + 2) / n
+    half = z * math.sqrt(((float((share**2).sum()) + 2) / n - middle**2) / n)
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def _stakes(ordered: np.ndarray, enough: float) -> np.ndarray:

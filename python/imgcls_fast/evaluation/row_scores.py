@@ -58,6 +58,17 @@ def task_weights(shares: np.ndarray) -> np.ndarray:
     return np.where(rows > 0, len(shares) / np.maximum(rows, 1) / max(1, int((rows > 0).sum())), 0.0)
 
 
+def linear_shares(shares: np.ndarray) -> np.ndarray:
+    """(n,) whose mean is the mean over tasks of their means, and whose spread is that of this figure: what is missing adds none.
+
+    Args:
+        shares: (n, tasks) right shares, NaN where unknown, with an answer to each task in some row.
+    """
+    means = np.nanmean(shares, 0)
+    linear: np.ndarray = means.mean() + np.nansum((shares - means) * task_weights(shares), 1)
+    return linear
+
+
 def right_answers(predictions: Predictions) -> np.ndarray:
     """(n, K) bool: whether the answer to each column is right; in columns of a `one_of` task whether that of the task is.
 

@@ -15,7 +15,7 @@ from .bounds import share_interval
 from .metrics import Metrics, accuracy_interval, check_options, check_scores, judge, plain_json
 from .multilabel import AnyOfMetrics, answers_of, judge_any_of, thresholds_of
 from .resampling import Answers, resample, resampled_interval
-from .row_scores import task_weights
+from .row_scores import linear_shares
 
 _VALUE = {figure.name: figure.value for figure in FIGURES}
 
@@ -184,16 +184,13 @@ def judge_tasks(
     else:
         drawn = resample(answers, bootstrap, seed)
         ranges = resampled_interval(drawn.macro_f1, confidence), resampled_interval(drawn.macro_ap, confidence)
-    weights = task_weights(right.T)
-    most = max(1.0, float(weights.sum()))
-    low, high = share_interval(np.nansum(right.T * weights, 1) / most, confidence)
     return TaskMetrics(
         n=len(judged),
         classes=predictions.labels.classes,
         tasks=tasks,
         confidence_level=confidence,
         bootstrap=bootstrap,
-        accuracy_ci=(most * low, min(1.0, most * high)),
+        accuracy_ci=share_interval(linear_shares(right.T), confidence),
         exact_match=exact / len(judged),
         exact_match_ci=accuracy_interval(exact, len(judged), confidence),
         macro_f1_ci=ranges[0],
