@@ -297,7 +297,8 @@ def test_rows_without_a_label_in_any_task_are_left_out_and_counted(folder: Path)
     model = LabelSpace((Task("color", ("red", "blue")), Task("tags", ("a", "b"), "any_of")))
     part = look(folder, rows("color", "red", ""), purpose="judge", labels=model)
     assert part.notices[0] == "1 row of t.csv without a label in color was left out: 1.png, line 3"
-    assert look(folder, rows("label", "a|b", "", "a")).problems, "of one task an empty cell may also mean none"
+    (empty,) = look(folder, rows("label", "a|b", "", "a", "b")).problems  # of one task an empty cell may also mean none
+    assert empty.message == "1.png has no label" and "where no class holds" in empty.try_
 
 
 def test_a_column_that_is_spelled_almost_right_is_named(folder: Path) -> None:

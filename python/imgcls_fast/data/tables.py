@@ -7,6 +7,7 @@ import os
 import unicodedata
 from array import array
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from .listing import Listed, Listing, Problem
 from .records import FAULT, read_table
 from .spelling import SPLIT_NAMES, Spellings, alike, as_windows, class_name, is_text, split_of
 
+_NONE = "where no class holds, write 0 in the column of each class (--label-cols), or [] in JSONL; else take the row out"
 _EDGES = " \t\r\n\xa0\u200b\u200c\u200d\u2060\ufeff"  # blanks around a path, seen or not
 
 
@@ -195,6 +197,8 @@ class _TableReader:
             elif self.labelled:
                 task = Listed(column.task, found.kind, found.classes, found.table[codes], found.how, found.complete)
                 listing.tasks.append(task)
+        if any(task.kind == "any_of" for task in listing.tasks):
+            listing.problems = [replace(p, try_=_NONE) if p.kind == "empty label" and not p.try_ else p for p in listing.problems]
         if len(listing.problems) > before:
             listing.problems.sort(key=lambda problem: int(problem.where.rpartition(" ")[2]))
         if "group" in self.role:
