@@ -31,7 +31,7 @@ from imgcls_fast.core.bundle import Bundle, read_bundle, write_bundle
 from imgcls_fast.core.errors import ImgclsError
 from imgcls_fast.core.exports import way_of
 from imgcls_fast.core.files import write_json
-from imgcls_fast.core.manifest import LabelSpace
+from imgcls_fast.core.labels import LabelSpace
 from imgcls_fast.core.pixels import Pixels
 from imgcls_fast.engines.agreement import MAX_SCORE
 from imgcls_fast.engines.base import Engine

@@ -28,7 +28,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from imgcls_fast import _C
-from imgcls_fast.core.manifest import LabelSpace, Manifest, PathList
+from imgcls_fast.core.labels import LabelSpace
+from imgcls_fast.core.manifest import Manifest, PathList
 from imgcls_fast.core.pixels import Pixels
 from imgcls_fast.data.digits import write_digits
 from imgcls_fast.data.examine import pillow_flags, probe

@@ -203,7 +203,7 @@ def write_bundle_of(folder: Path, arch: str, size: int) -> Any:
     from safetensors.torch import save
 
     from imgcls_fast.core.bundle import write_bundle
-    from imgcls_fast.core.manifest import LabelSpace
+    from imgcls_fast.core.labels import LabelSpace
     from imgcls_fast.core.pixels import Pixels
     from imgcls_fast.models.build import ModelSpec, build_model
 

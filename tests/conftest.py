@@ -106,7 +106,7 @@ def _make_bundle(
     from safetensors.torch import save
 
     from imgcls_fast.core.bundle import write_bundle
-    from imgcls_fast.core.manifest import LabelSpace
+    from imgcls_fast.core.labels import LabelSpace
     from imgcls_fast.core.pixels import CHANNELS, Pixels
     from imgcls_fast.models.build import ModelSpec, build_model
 

@@ -246,7 +246,7 @@ def test_eval_shows_the_largest_class_and_balanced_accuracy_where_classes_are_un
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Capture
 ) -> None:
     from imgcls_fast.api import judge as api
-    from imgcls_fast.core.manifest import LabelSpace
+    from imgcls_fast.core.labels import LabelSpace
     from imgcls_fast.core.predictions import Predictions
     from imgcls_fast.evaluation.metrics import judge
 

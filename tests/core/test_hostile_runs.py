@@ -16,7 +16,8 @@ import pytest
 from imgcls_fast.core.bundle import read_bundle
 from imgcls_fast.core.diary import last_end
 from imgcls_fast.core.errors import DataError
-from imgcls_fast.core.manifest import LabelSpace, Manifest, PathList
+from imgcls_fast.core.labels import LabelSpace
+from imgcls_fast.core.manifest import Manifest, PathList
 from imgcls_fast.core.overview import brief
 from imgcls_fast.core.predictions import Predictions
 from imgcls_fast.core.run import Run

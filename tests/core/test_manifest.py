@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imgcls_fast.core.errors import DataError
-from imgcls_fast.core.manifest import NO_SPLIT, LabelSpace, Manifest, PathList, Task
+from imgcls_fast.core.labels import LabelSpace, Task
+from imgcls_fast.core.manifest import NO_SPLIT, Manifest, PathList
 
 COLUMNS = ("label", "split", "group", "width", "height", "orientation", "digest", "flags")
 ODD_NAMES = [

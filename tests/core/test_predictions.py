@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from imgcls_fast.core.errors import DataError
-from imgcls_fast.core.manifest import LabelSpace
+from imgcls_fast.core.labels import LabelSpace
 from imgcls_fast.core.predictions import Predictions
 
 LABELS = LabelSpace.single(["a", "b", "ž,"])

@@ -16,7 +16,8 @@ from imgcls_fast.core import locks
 from imgcls_fast.core.diary import append_event, events_of
 from imgcls_fast.core.errors import HardwareError, UsageError
 from imgcls_fast.core.files import write_text
-from imgcls_fast.core.manifest import LabelSpace, Manifest, PathList
+from imgcls_fast.core.labels import LabelSpace
+from imgcls_fast.core.manifest import Manifest, PathList
 from imgcls_fast.core.places import clear_leftovers
 from imgcls_fast.core.run import Kept, Run
 from imgcls_fast.core.runs import (

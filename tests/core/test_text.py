@@ -17,7 +17,7 @@ from imgcls_fast.core.config import RunConfig
 from imgcls_fast.core.diary import append_event, append_log
 from imgcls_fast.core.errors import DataError
 from imgcls_fast.core.files import plain_path, read_json, write_json, write_text
-from imgcls_fast.core.manifest import LabelSpace
+from imgcls_fast.core.labels import LabelSpace
 from imgcls_fast.core.predictions import Predictions
 from imgcls_fast.core.run import Run
 from imgcls_fast.core.settings import build_config, replace_settings, to_yaml

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from imgcls_fast.core.errors import DataError
-from imgcls_fast.core.manifest import NO_SPLIT, SPLITS, LabelSpace, Manifest, PathList
+from imgcls_fast.core.labels import LabelSpace
+from imgcls_fast.core.manifest import NO_SPLIT, SPLITS, Manifest, PathList
 from imgcls_fast.data.duplicates import components, joined, near_units
 from imgcls_fast.data.findings import ScanOptions
 from imgcls_fast.data.scan import scan

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from imgcls_fast.core.errors import ExportError, HardwareError
-from imgcls_fast.core.manifest import LabelSpace
+from imgcls_fast.core.labels import LabelSpace
 from imgcls_fast.core.pixels import Pixels
 from imgcls_fast.engines.base import Engine, dominant, score_in_parts
 from imgcls_fast.engines.onnx_runtime import OnnxEngine, cuda_provider, read_graph
@@ -365,7 +365,7 @@ import faulthandler, signal, subprocess, sys
 from pathlib import Path
 faulthandler.enable()  # with a signal stack of its own, as pytest has
 signal.signal(signal.SIGCHLD, lambda *_: None)  # as a loader of torch has
-from imgcls_fast.core.manifest import LabelSpace
+from imgcls_fast.core.labels import LabelSpace
 from imgcls_fast.core.pixels import Pixels
 from imgcls_fast.engines.openvino_runtime import OpenVinoEngine
 labels, pixels = LabelSpace.single(["a", "b", "c"]), Pixels(*eval(sys.argv[2]))

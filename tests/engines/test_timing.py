@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from imgcls_fast.core.errors import HardwareError
-from imgcls_fast.core.manifest import LabelSpace
+from imgcls_fast.core.labels import LabelSpace
 from imgcls_fast.core.pixels import Pixels
 from imgcls_fast.engines import timing
 from imgcls_fast.engines.timing import (

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from imgcls_fast.core.errors import ConfigError, ExportError
 from imgcls_fast.core.exports import choose, finish, new_export
-from imgcls_fast.core.manifest import LabelSpace, Task
+from imgcls_fast.core.labels import LabelSpace, Task
 from imgcls_fast.core.pixels import Pixels
 from imgcls_fast.engines import runtimes, torch_runtime
 from imgcls_fast.engines.aoti_runtime import AotiEngine, aoti_host, foreign_host

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from imgcls_fast.core.errors import ExportError, HardwareError
-from imgcls_fast.core.manifest import LabelSpace
+from imgcls_fast.core.labels import LabelSpace
 from imgcls_fast.core.pixels import Pixels
 from imgcls_fast.engines import trt_plan, trt_runtime
 from imgcls_fast.engines.base import Engine

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sklearn import metrics as sk
 
 from imgcls_fast.core.errors import ConfigError, DataError
-from imgcls_fast.core.manifest import LabelSpace, Task
+from imgcls_fast.core.labels import LabelSpace, Task
 from imgcls_fast.core.predictions import Predictions
 from imgcls_fast.evaluation.metrics import average, confusion_matrix, judge
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy import optimize, stats
 
 from imgcls_fast.core.errors import DataError
-from imgcls_fast.core.manifest import LabelSpace, Task
+from imgcls_fast.core.labels import LabelSpace, Task
 from imgcls_fast.core.predictions import Predictions
 from imgcls_fast.evaluation.bounds import (
     mcnemar_exact,

@@ -129,7 +129,7 @@ def test_threads_can_draw_at_the_same_time(drawn, predictions_of):
 def test_pyplot_is_never_imported_and_matplotlib_only_where_something_is_drawn():
     code = """
 import sys, numpy as np
-from imgcls_fast.core.manifest import LabelSpace
+from imgcls_fast.core.labels import LabelSpace
 from imgcls_fast.core.predictions import Predictions
 from imgcls_fast.evaluation import metrics, plots, report
 assert not any(name.split(".")[0] in ("matplotlib", "jinja2", "sklearn", "torch") for name in sys.modules)

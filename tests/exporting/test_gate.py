@@ -19,7 +19,8 @@ from imgcls_fast.core.batch import Batch
 from imgcls_fast.core.errors import DataError, GateFailed
 from imgcls_fast.core.exports import way_of
 from imgcls_fast.core.files import write_json
-from imgcls_fast.core.manifest import LabelSpace, Manifest, PathList
+from imgcls_fast.core.labels import LabelSpace
+from imgcls_fast.core.manifest import Manifest, PathList
 from imgcls_fast.core.pixels import Pixels
 from imgcls_fast.evaluation.paired import judge
 from imgcls_fast.exporting.gate import (

@@ -407,7 +407,7 @@ def test_sources_that_cannot_be_served_are_refused(bundle_of, tmp_path):
 def test_class_names_that_would_shift_the_label_file_are_escaped_in_it_and_that_is_said(bundle_of, tmp_path, name, line):
     from dataclasses import replace
 
-    from imgcls_fast.core.manifest import LabelSpace
+    from imgcls_fast.core.labels import LabelSpace
 
     bundle = replace(bundle_of(), labels=LabelSpace.single(["rose", name, "tulip \x1b"]))
     with pytest.warns(UserWarning, match="clients get escapes for 1 class"):
@@ -423,7 +423,7 @@ def test_class_names_that_would_shift_the_label_file_are_escaped_in_it_and_that_
 def test_odd_class_names_that_fit_on_a_line_are_kept_as_they_are(bundle_of, tmp_path):
     from dataclasses import replace
 
-    from imgcls_fast.core.manifest import LabelSpace
+    from imgcls_fast.core.labels import LabelSpace
 
     names = ['a "quoted" name', "Gänseblümchen: weiß", "日本 \u2028 line separator"]
     bundle = replace(bundle_of(), labels=LabelSpace.single(names))

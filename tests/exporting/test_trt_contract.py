@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import pytest
 
 import imgcls_fast
-from imgcls_fast.core.manifest import LabelSpace
+from imgcls_fast.core.labels import LabelSpace
 from imgcls_fast.core.pixels import Pixels
 from imgcls_fast.engines import trt_plan
 
@@ -241,7 +241,7 @@ from pathlib import Path
 import torch
 from imgcls_fast.core.errors import HardwareError
 from imgcls_fast.core.files import sha256_file
-from imgcls_fast.core.manifest import LabelSpace
+from imgcls_fast.core.labels import LabelSpace
 from imgcls_fast.core.pixels import Pixels
 from imgcls_fast.engines import trt_plan, trt_runtime
 from imgcls_fast.exporting import trt_engine

@@ -232,7 +232,7 @@ def test_the_same_export_is_made_once(exported: tuple[Any, Path, Export], pictur
 def test_scores_of_several_tasks_are_softmax_or_sigmoid_of_their_own_columns() -> None:
     import torch
 
-    from imgcls_fast.core.manifest import LabelSpace, Task
+    from imgcls_fast.core.labels import LabelSpace, Task
     from imgcls_fast.models.classifier import probabilities
 
     labels = LabelSpace((Task("kind", ("a", "b", "c")), Task("marks", ("x", "y"), "any_of")))

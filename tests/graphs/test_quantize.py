@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from imgcls_fast.core.errors import ExportError, HardwareError
-from imgcls_fast.core.manifest import SPLITS, LabelSpace, Manifest, PathList
+from imgcls_fast.core.labels import LabelSpace
+from imgcls_fast.core.manifest import SPLITS, Manifest, PathList
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")

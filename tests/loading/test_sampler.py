@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from scipy import stats
 from torchvision.transforms import RandomResizedCrop
 
-from imgcls_fast.core.manifest import FLAG_PILLOW, LabelSpace, Manifest, PathList
+from imgcls_fast.core.labels import LabelSpace
+from imgcls_fast.core.manifest import FLAG_PILLOW, Manifest, PathList
 from imgcls_fast.core.pixels import Pixels, evaluation_geometry
 from imgcls_fast.loading.augment import (
     NO_COLOR_CHANGE,

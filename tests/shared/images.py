@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imgcls_fast.core.manifest import LabelSpace, Manifest, PathList
+from imgcls_fast.core.labels import LabelSpace
+from imgcls_fast.core.manifest import Manifest, PathList
 from imgcls_fast.core.pixels import CHANNELS, Pixels
 from imgcls_fast.data.examine import pillow_flags, probe
 from imgcls_fast.loading.augment import Augment

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from imgcls_fast.core.manifest import LabelSpace
+from imgcls_fast.core.labels import LabelSpace
 from imgcls_fast.core.predictions import Predictions
 from imgcls_fast.measuring.results import Area, Contender, Machine, Method, Missing, Row
 

@@ -18,7 +18,8 @@ from imgcls_fast.core.compilers import Lack
 from imgcls_fast.core.config import RunConfig
 from imgcls_fast.core.errors import ConfigError, HardwareError, ImgclsError
 from imgcls_fast.core.files import read_sealed, write_sealed
-from imgcls_fast.core.manifest import FLAG_PILLOW, LabelSpace, Manifest, PathList
+from imgcls_fast.core.labels import LabelSpace
+from imgcls_fast.core.manifest import FLAG_PILLOW, Manifest, PathList
 from imgcls_fast.core.run import Run
 from imgcls_fast.core.settings import build_config, flatten, to_yaml
 from imgcls_fast.models.small_cnn import SmallCNN

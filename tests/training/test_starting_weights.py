@@ -9,7 +9,7 @@ import torch
 from torchvision.models import resnet18
 
 from imgcls_fast.core.errors import ModelError
-from imgcls_fast.core.manifest import LabelSpace
+from imgcls_fast.core.labels import LabelSpace
 from imgcls_fast.core.settings import build_config
 from imgcls_fast.training.defaults import Notes
 from imgcls_fast.training.plan_model import Start, choose_model

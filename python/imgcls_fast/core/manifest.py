@@ -20,10 +20,10 @@ import numpy as np
 from . import bounds
 from .errors import DataError
 from .files import parse_json, read_bounded, write_whole
-from .labels import LabelSpace, Task, demand_answers, hard_answers, task_targets
+from .labels import LabelSpace, demand_answers, hard_answers, task_targets
 from .zips import ZipBounds, check_zip
 
-__all__ = ["FLAG_PILLOW", "FLAG_SUSPECT", "FLAG_WIDE", "NO_SPLIT", "SPLITS", "LabelSpace", "Manifest", "PathList", "Task"]
+__all__ = ["FLAG_PILLOW", "FLAG_SUSPECT", "FLAG_WIDE", "NO_SPLIT", "SPLITS", "Manifest", "PathList"]
 
 SPLITS = ("train", "val", "test")  # codes 0, 1, 2 in Manifest.split
 NO_SPLIT = 255

@@ -15,7 +15,8 @@ from ..core import env
 from ..core.bundle import Bundle
 from ..core.config import DataConfig, RunConfig
 from ..core.errors import DataError
-from ..core.manifest import SPLITS, LabelSpace, Manifest
+from ..core.labels import LabelSpace
+from ..core.manifest import SPLITS, Manifest
 from ..core.phases import phase
 from ..core.pixels import CHANNELS, FULL_BITS, Pixels
 from ..core.undecoded import Undecoded

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..core.env import install_hint
 from ..core.errors import ExportError, HardwareError
-from ..core.manifest import LabelSpace
+from ..core.labels import LabelSpace
 from ..core.text import command
 
 if TYPE_CHECKING:

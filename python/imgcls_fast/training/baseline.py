@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..core.batch import Batch
-from ..core.labels import THRESHOLD
-from ..core.manifest import LabelSpace, Manifest
+from ..core.labels import THRESHOLD, LabelSpace
+from ..core.manifest import Manifest
 from ..core.predictions import Predictions
 from ..core.run import Run
 from ..evaluation.metrics import Metrics

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..core import env
 from ..core.config import RunConfig
-from ..core.manifest import LabelSpace
+from ..core.labels import LabelSpace
 from ..core.outputs import demand_room, demand_vacant
 from ..core.pixels import CHANNELS
 from ..loading.loader import require_loader

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..core.config import RunConfig
-from ..core.manifest import LabelSpace, Manifest
+from ..core.labels import LabelSpace
+from ..core.manifest import Manifest
 from ..core.pixels import Pixels
 from ..core.settings import replace_settings
 from ..loading.augment import Augment

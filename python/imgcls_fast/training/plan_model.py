@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.bundle import bundle_around, read_bundle
 from ..core.errors import ConfigError, ModelError
-from ..core.manifest import LabelSpace, Manifest
+from ..core.labels import LabelSpace
+from ..core.manifest import Manifest
 from ..core.other_names import value_meant
 from ..core.pixels import CHANNELS, Pixels
 from ..core.settings import replace_settings

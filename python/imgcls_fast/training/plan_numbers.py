@@ -10,7 +10,8 @@ import numpy as np
 from ..core.choices import OPTIMIZERS, POLICIES
 from ..core.config import RunConfig
 from ..core.errors import ConfigError, HardwareError
-from ..core.manifest import LabelSpace, Manifest
+from ..core.labels import LabelSpace
+from ..core.manifest import Manifest
 from ..core.pixels import CHANNELS, FULL_BITS, Pixels
 from ..loading.augment import Augment
 from ..loading.sampler import forward_passes
