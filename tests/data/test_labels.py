@@ -345,6 +345,8 @@ def test_tasks_are_found_by_name_and_numbered_as_the_model_does(folder: Path) ->
     part = judged(folder, rows("color", "red", "blue"), model)  # the columns of the model's tasks are found by name
     assert targets(part.manifest) == [[None, None, 1, 0], [None, None, 0, 1]]
     assert part.notices == (f"{folder / 't.csv'} has no labels for tags: these are not judged",)
+    learnt = judged(folder, rows("color", "red", "blue"), model, label_col="color,tags")  # as the run has learnt from both
+    assert learnt.notices == part.notices and targets(learnt.manifest) == targets(part.manifest)
     other = judged(folder, rows("label", "red", "blue"), model)
     assert [problem.kind for problem in other.problems][:1] == ["labels of another model"]
 

@@ -122,7 +122,9 @@ def _choose_labels(header: _Header, columns: Columns) -> None:
         what = "is asked for labels in two ways: --label-col names columns that hold classes, --label-cols columns that are classes"
         header.problem("two ways to the labels", what, try_="give one of --label-col and --label-cols")
     asked = _listed(header, columns.labels or columns.label or "")
-    if columns.kinds and (columns.labels or len(asked) > 1) and not any(map(header.exact, asked)):
+    several = len(columns.kinds) > 1 and not columns.labels  # other data may have the columns of some tasks only
+    there = [bool(header.exact(name)) for name in asked]
+    if columns.kinds and (columns.labels or len(asked) > 1) and not (all(there) if several else any(there)):
         labels += _usual_labels(header, columns)  # other data of a model may name the same labels in another form
     if not labels and not any(map(header.exact, asked)):
         labels += _columns_of_classes(header, columns)
