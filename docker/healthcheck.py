@@ -7,7 +7,6 @@ import sys
 
 from imgcls_fast.api.runs import doctor
 
-
 LEFT_OUT = "torch.compile, GPU"  # needs a compiler, which the image does not hold on purpose; training goes on eagerly
 
 
