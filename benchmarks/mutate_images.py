@@ -222,7 +222,7 @@ def mutated(seed: int, count: int) -> list[tuple[str, bytes, bytes]]:
 class _Answers:
     """An engine that scores nothing: predict's reading and decoding is what is looked at."""
 
-    runtime, device, max_batch = "none", "cpu", 64
+    runtime, device, max_batch, thresholds = "none", "cpu", 64, None
 
     def __init__(self, pixels: Any, labels: Any) -> None:
         self.pixels, self.labels = pixels, labels

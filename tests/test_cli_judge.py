@@ -271,7 +271,7 @@ def test_eval_shows_each_task_with_its_classes_and_thresholds(capsys: Capture) -
     found = judge_tasks(Predictions(np.arange(4), scores, targets, labels, list("abcd"), "x", thresholds), bootstrap=0)
     show_judged(make_console(sys.stdout), headline(plain(found)), plain(found), [])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "mAP 1.000, labels right 0.833 [0.368, 1.000], all labels right 0.750 [0.301, 0.954]"
+    assert lines[0] == "mAP 1.000, labels right 0.833 [0.365, 0.969], all labels right 0.750 [0.301, 0.954]"
     assert "colour: 3 images" in lines
     assert "parts: 4 images" in lines
     assert "wheel\t2\t1.000\t1.000\t1.000\t1.000\t0.350" in lines
