@@ -236,7 +236,7 @@ def test_a_run_can_begin_with_the_weights_of_another(configure: Callable[..., An
     assert second.plan.spec["arch"] == "small-cnn"
     assert second.plan.pixels.size == 48
     trained = load_model(read_bundle(first.bundle_path)).state_dict()
-    mine = second.model.state_dict()
+    mine = second.step.model.state_dict()
     assert trained.keys() == mine.keys()
     assert all(torch.equal(mine[name], trained[name]) for name in mine)
 
