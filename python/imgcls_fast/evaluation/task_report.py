@@ -13,7 +13,7 @@ from ..core.labels import THRESHOLD
 from ..core.predictions import Predictions
 from . import plots as draw
 from .metrics import Metrics
-from .multilabel import AnyOfMetrics, LabelMetrics, thresholds_of
+from .multilabel import AnyOfMetrics, LabelMetrics
 from .tasks import TaskMetrics
 from .thumbnails import ReadImage, thumbnail
 
@@ -113,7 +113,7 @@ def _section(
     shared = {"name": name, "plot": plot, "metrics": metrics, "kind": metrics.kind}
     if isinstance(metrics, AnyOfMetrics):
         rows = sorted(metrics.per_class, key=_weakness)
-        wrong = int((own.labels.decide(own.scores, thresholds_of(own, None)) != _true(own))[~np.isnan(own.targets)].sum())  # type: ignore[arg-type]
+        wrong = int((own.answers != _true(own))[~np.isnan(own.targets)].sum())  # type: ignore[arg-type]
         return shared | {"rows": rows, "mistakes": _label_mistakes(own, metrics, read), "wrong": wrong}
     by_f1 = sorted(metrics.per_class, key=lambda c: (c.support == 0, c.f1))
     return shared | {"rows": by_f1, "mistakes": _class_mistakes(own, read), "wrong": int((own.truth != own.predicted).sum())}
@@ -131,7 +131,7 @@ def _true(own: Predictions) -> np.ndarray:
 def _label_mistakes(own: Predictions, metrics: AnyOfMetrics, read: ReadImage) -> list[dict[str, Any]]:
     """For each class, the weakest first: images in which it was missed or invented, the surest mistakes first."""
     found: list[dict[str, Any]] = []
-    answers, true = own.labels.decide(own.scores, thresholds_of(own, None)), _true(own)
+    answers, true = own.answers, _true(own)
     order = sorted(range(len(metrics.classes)), key=lambda k: _weakness(metrics.per_class[k]))
     for k in order:
         known = ~np.isnan(np.asarray(own.targets)[:, k])
